@@ -1,0 +1,1 @@
+"""Waveforms and acoustic features. Knows no model."""

@@ -1,0 +1,1 @@
+"""Our own layout on disk: whole-or-nothing writes, lazy reads, placement on a mesh."""

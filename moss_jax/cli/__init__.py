@@ -1,0 +1,47 @@
+"""`moss-jax VERB ...`: one file a verb, no logic. A verb's file has `HELP`, `add_arguments(parser)` and `run(args)`."""
+
+import argparse
+import importlib
+import sys
+
+from moss_jax.errors import MossError
+
+VERBS = {
+    "parity": "compare components with golden files",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 1 a check failed, 2 bad input (one line on stderr says what)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="moss-jax", description="MOSS-Speech in JAX: speech in, speech out.",
+        epilog="`moss-jax VERB --help` explains a verb.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for verb, help_text in VERBS.items():
+        subparser = verbs.add_parser(verb, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if verb == asked:  # only the verb that runs is imported, so that --help stays instant
+            module = importlib.import_module(f"moss_jax.cli.{verb.replace('-', '_')}")
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    if args.version:
+        from moss_jax import __version__
+
+        print(f"moss-jax {__version__}")
+        return 0
+    if args.verb is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args) or 0
+    except MossError as error:
+        print(f"moss-jax {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"moss-jax {args.verb}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""The released PyTorch layouts, in and out."""

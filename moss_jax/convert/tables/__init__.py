@@ -1,0 +1,1 @@
+"""The name tables of the released checkpoints: data."""

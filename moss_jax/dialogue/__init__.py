@@ -1,0 +1,1 @@
+"""Turns, grids, sampling, generation, voices: the whole pipeline."""

@@ -1,0 +1,24 @@
+"""Parameter trees: flat {'a/b/c': leaf} <-> nested dictionaries, and shapes without computing anything."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries -> {'a/b/c': leaf}."""
+    return flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b/c': leaf} -> nested dictionaries."""
+    return unflatten_dict(flat, sep="/")
+
+
+def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: ShapeDtypeStruct} of a module's parameters for inputs of these shapes; nothing is allocated."""
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keywords))
+    return flatten(nn.unbox(variables)["params"])

@@ -1,0 +1,1 @@
+"""Codes -> speech: flow matching decoder, HiFT vocoder, speaker embedding."""

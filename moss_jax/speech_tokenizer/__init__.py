@@ -1,0 +1,1 @@
+"""Speech -> codes: the causal Whisper-VQ encoder and its quantiser."""

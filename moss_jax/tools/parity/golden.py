@@ -1,0 +1,101 @@
+"""Reading a golden file: one safetensors file with weights, inputs, outputs and the rules for comparing them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.convert.table import Table
+from moss_jax.errors import MossError
+
+FORMAT = "golden-1"
+
+
+class Mismatch(Exception):
+    """The file can be read but does not hold what its component needs: a failed check, not an unreadable file."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The content of one golden file.
+
+    Attributes:
+        component: which part of the system to run, such as `lm.split` or `codec.flow`.
+        config: sizes and special ids, under the reference's own keys.
+        final: {output name: (atol, rtol)} of what must be compared.
+        contract: rules for the comparison.
+        meta: every metadata value as the file has it (strings; JSON is not decoded).
+        weights, inputs, outputs: {name without its 'weight/', 'input/', 'output/' prefix: array}.
+    """
+
+    path: Path
+    component: str
+    config: dict[str, Any]
+    final: dict[str, tuple[float, float]]
+    contract: dict[str, Any]
+    meta: dict[str, str]
+    weights: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+    def need(self, name: str) -> np.ndarray:
+        """The input `name`; an input that is missing (noise above all) is an error, nothing is drawn in its place."""
+        if name not in self.inputs:
+            raise Mismatch(f"input/{name} is missing")
+        return self.inputs[name]
+
+    def params(self, table: Table, tree: Mapping[str, Any], prefix: str = "", strip: str = "") -> dict[str, np.ndarray]:
+        """The weights as a flat tree of ours, through the name table of the released checkpoint.
+
+        Args:
+            table: the released checkpoint's name table.
+            tree: flat {path: ShapeDtypeStruct} of the parameters that the component has.
+            prefix: what stands before the golden's names in the released file and so in the table.
+            strip: take only the weights that begin so, without this beginning; the caller answers for the others.
+        """
+        weights = {prefix + k[len(strip) :]: v for k, v in self.weights.items() if k.startswith(strip)}
+        try:
+            return table.to_ours(weights, tree, "weights")
+        except MossError as error:
+            raise Mismatch(str(error)) from error
+
+
+def read_golden(path: str | Path) -> Golden:
+    """Reads a golden file.
+
+    Raises:
+        MossError: the file is missing, truncated, not safetensors, or not of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise MossError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MossError(f"{path}: not a readable safetensors file ({error})") from error
+    if meta.get("format") != FORMAT:
+        raise MossError(f"{path}: metadata 'format' is {meta.get('format')!r}, expected {FORMAT!r}")
+    try:
+        decoded = {key: json.loads(meta.get(key, "{}")) for key in ("config", "final", "contract")}
+        final = {name: (float(atol), float(rtol)) for name, (atol, rtol) in decoded["final"].items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MossError(
+            f"{path}: metadata 'config', 'final' or 'contract' is not the expected JSON ({error})"
+        ) from error
+    kinds: dict[str, dict[str, np.ndarray]] = {"weight": {}, "input": {}, "output": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind not in kinds or not rest:
+            raise MossError(f"{path}: tensor {name!r} is neither weight/*, input/* nor output/*")
+        kinds[kind][rest] = tensor
+    return Golden(
+        path, meta.get("component", ""), decoded["config"], final, decoded["contract"], meta,
+        kinds["weight"], kinds["input"], kinds["output"],
+    )  # fmt: skip

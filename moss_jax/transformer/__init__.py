@@ -1,0 +1,1 @@
+"""The layer-split Qwen3 language model."""

@@ -1,0 +1,42 @@
+"""Packaging of moss_jax: `pip install .` on CPU, `pip install '.[cuda]'` or `'.[tpu]'` on an accelerator."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").read_text()).group(1)
+
+M4A = ["av>=12"]  # AAC in m4a; libsndfile, inside soundfile, reads the other formats
+CONVERT = ["torch>=2.2", "onnx>=1.16"]
+
+setup(
+    name="moss-jax",
+    version=VERSION,
+    description="MOSS-Speech, speech in and speech out, in JAX: TPU-native, runs on CPU, GPU and TPU",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moss_jax", "moss_jax.*"]),
+    package_data={"moss_jax": ["assets/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "soundfile>=0.12",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.24",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "m4a": M4A,
+        "convert": CONVERT,
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", *M4A, *CONVERT],
+    },
+    entry_points={"console_scripts": ["moss-jax = moss_jax.cli:main"]},
+)

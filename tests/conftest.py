@@ -1,0 +1,36 @@
+"""Where the larger references are, for the tests that use them when they are present."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Path of a golden file, such as golden("lm/split_forward"); the test is skipped where there is none."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "golden" / f"{name}.safetensors"
+        if not path.is_file():
+            pytest.skip(f"no golden file {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def recording():
+    """Path of a real recording, such as recording("prompt_en.wav"); the test is skipped where there is none."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "audio" / name
+        if not path.is_file():
+            pytest.skip(f"no recording {name}")
+        return path
+
+    return find

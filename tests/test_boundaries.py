@@ -1,0 +1,53 @@
+"""Who may know whom: a room imports only the rooms below it, and importing the package imports no model code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
+GROUND = {"errors", "audio", "nn", "checkpoint", "sharding"}
+MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
+ALLOWED = {
+    "errors": set(),
+    "audio": {"errors"},
+    "nn": {"errors"},
+    "checkpoint": {"errors", "nn", "sharding"},
+    "sharding": {"errors", "nn"},
+    **{model: GROUND for model in MODELS},
+    "dialogue": GROUND | MODELS,
+    "convert": GROUND | MODELS | {"dialogue"},
+    "tools": GROUND | MODELS | {"dialogue", "convert"},
+    "cli": GROUND | MODELS | {"dialogue", "convert", "tools"},
+}
+
+
+def imported_rooms(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module] if node.module != "moss_jax" else [f"moss_jax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for module in modules:
+            if module.startswith("moss_jax.") and not module.startswith("moss_jax.__"):
+                yield module.split(".")[1]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_the_rooms_below(room):
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else (PACKAGE / room).rglob("*.py")
+    imports = {(str(file.relative_to(PACKAGE)), other) for file in files for other in imported_rooms(file)}
+    assert {(file, other) for file, other in imports if other not in ALLOWED[room] | {room}} == set()
+
+
+def test_every_room_has_a_rule():
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert rooms <= set(ALLOWED)
+
+
+def test_import_is_light():
+    code = "import sys, moss_jax; print(sorted({'jax', 'flax', 'librosa', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
