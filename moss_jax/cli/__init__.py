@@ -7,6 +7,7 @@ import sys
 from moss_jax.errors import MossError
 
 VERBS = {
+    "bench": "time a part beside a PyTorch peer",
     "parity": "compare components with golden files",
 }
 
