@@ -1,1 +1,10 @@
-"""Our own layout on disk: whole-or-nothing writes, lazy reads, placement on a mesh."""
+"""Our own layout on disk: load, save, place on a mesh."""
+
+from moss_jax.checkpoint.atomic import atomic_file, atomic_folder, write_text
+from moss_jax.checkpoint.safetensors import TensorReader, TensorWriter, open_tensors
+from moss_jax.checkpoint.store import check_shapes, load_tree, save_tensors, save_tree
+
+__all__ = [
+    "TensorReader", "TensorWriter", "atomic_file", "atomic_folder", "check_shapes", "load_tree", "open_tensors",
+    "save_tensors", "save_tree", "write_text",
+]  # fmt: skip

@@ -1,0 +1,295 @@
+"""safetensors files: a reader that maps one tensor at a time, and a writer that never holds more than one.
+
+The format is eight bytes with the length of a JSON header, the header, then the bytes of the tensors. The header is
+checked against the size of the file before anything is read, so that a truncated or damaged file is an error that
+names it. A sharded checkpoint is a `*.safetensors.index.json` whose `weight_map` says which file holds each name.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, start + nbytes) of `file`."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorReader:
+    """The tensors of one safetensors file or of one sharded checkpoint; nothing is read until `read`.
+
+    Attributes:
+        path: the file, or the index of the shards.
+        tensors: {name: TensorInfo}.
+        metadata: the header's string metadata (of a sharded checkpoint: that of the index).
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, Any]):
+        self.path, self.tensors, self.metadata = path, tensors, metadata
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor in the mapped file; the mapping ends with the last reference to it."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return np.empty(info.shape, info.dtype)
+        mapped = np.memmap(info.file, np.uint8, "r", offset=info.start, shape=(info.nbytes,))
+        return mapped.view(np.ndarray).view(info.dtype).reshape(info.shape)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def open_tensors(path: str | Path) -> TensorReader:
+    """Opens a safetensors file, an index of shards, or a folder that holds one of the two.
+
+    In a folder `model.safetensors` or `model.safetensors.index.json` is looked for first, then any single other one.
+
+    Raises:
+        MossError: nothing there, a shard is missing, a file is cut short or damaged, the index and the shards disagree.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    metadata, tensors = read_header(path)
+    return TensorReader(path, tensors, metadata)
+
+
+def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata and the tensors that a safetensors file announces, checked against the size of the file."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+                raise MossError(f"{path}: not a safetensors file, or cut short inside its header ({size} bytes)")
+            text = file.read(length)
+    except FileNotFoundError:
+        raise MossError(f"{path}: no such file") from None
+    except OSError as error:
+        raise MossError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise MossError(f"{path}: its safetensors header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise MossError(f"{path}: its safetensors header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    spans = {name: _info(path, 8 + length, name, entry) for name, entry in header.items()}
+    end = 8 + length
+    for name, info in sorted(spans.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != end:
+            what = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            raise MossError(f"{path}: damaged header, tensor {name!r} {what}")
+        end = info.start + info.nbytes
+    if end != size:
+        what = "cut short" if size < end else "longer than its header says"
+        raise MossError(f"{path}: {what}, it has {size} bytes and its header describes {end}")
+    return metadata, spans
+
+
+class FileWriter:
+    """Writes one safetensors file whose tensors come one at a time, in any order.
+
+    The names, shapes and dtypes are known in advance, so every tensor's place is. The file is written in place: use
+    it inside `atomic_file` or `atomic_folder`. As a context manager it checks on leaving that every tensor came.
+
+    Args:
+        path: the file.
+        tensors: {name: something with .shape and .dtype}.
+        metadata: strings for the header.
+    """
+
+    def __init__(self, path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None):
+        path, specs = Path(path), _specs(tensors)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        # Widest dtype first keeps every tensor aligned, as the safetensors library does.
+        for name in sorted(specs, key=lambda key: (-specs[key][1].itemsize, key)):
+            shape, dtype = specs[name]
+            if dtype not in NAMES:
+                raise MossError(f"{path}: tensor {name!r} has dtype {dtype}, which safetensors does not know")
+            end = offset + _nbytes(specs[name])
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._tensors = {
+            name: TensorInfo(path, *spec, self._base + header[name]["data_offsets"][0]) for name, spec in specs.items()
+        }
+        self.missing = set(specs)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._base + offset)
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Writes one announced tensor; its shape and dtype are those announced."""
+        info, tensor = self._tensors[name], np.asarray(tensor)
+        if tensor.shape != info.shape or tensor.dtype != info.dtype:
+            announced = f"{list(info.shape)} {info.dtype}"
+            raise ValueError(f"tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, announced as {announced}")
+        self._file.seek(info.start)
+        if tensor.nbytes:
+            self._file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+        self.missing.discard(name)
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None and self.missing:
+            raise ValueError(f"tensors announced and never written: {', '.join(sorted(self.missing))}")
+
+
+class TensorWriter:
+    """A `FileWriter` for checkpoints of any size: above `shard_bytes` there are shards and an index.
+
+    `stem` `model` gives `model.safetensors`, or `model-00001-of-00004.safetensors` ... and
+    `model.safetensors.index.json` in the existing `folder`. One tensor is never split.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tensors: Mapping[str, Any],
+        stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        folder, specs = Path(folder), _specs(tensors)
+        shards = _shards(specs, shard_bytes)
+        files = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            weight_map = {key: name for name, shard in zip(files, shards, strict=True) for key in shard}
+            total = sum(map(_nbytes, specs.values()))
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self._writers = [
+            FileWriter(folder / name, {key: tensors[key] for key in shard}, metadata)
+            for name, shard in zip(files, shards, strict=True)
+        ]
+        self._home = {key: writer for writer, shard in zip(self._writers, shards, strict=True) for key in shard}
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Writes one announced tensor; its shape and dtype are those announced."""
+        self._home[name].write(name, tensor)
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for writer in self._writers:
+            writer.__exit__(kind, error, trace)
+
+
+def _specs(tensors: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (tuple(tensor.shape), np.dtype(tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def _nbytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
+    return math.prod(spec[0]) * spec[1].itemsize
+
+
+def _shards(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[list[str]]:
+    shards, size = [[]], 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _nbytes(spec) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _nbytes(spec)
+    return shards
+
+
+def _find(folder: Path) -> Path:
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        state = "no safetensors file" if not found else f"{len(found)} safetensors files without an index"
+        raise MossError(f"{folder}: {state}, expected model.safetensors or model.safetensors.index.json")
+    return found[0]
+
+
+def _open_index(path: Path) -> TensorReader:
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise MossError(f"{path}: no 'weight_map' from tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise MossError(f"{path}: names files outside its folder: {', '.join(outside)}")
+    if missing := [name for name in files if not (path.parent / name).is_file()]:
+        raise MossError(f"{path.parent}: {_count(missing, 'shard')} missing: {', '.join(missing)}")
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        for key, info in read_header(path.parent / name)[1].items():
+            if weight_map.get(key) != name:
+                where = f"in {weight_map[key]}" if key in weight_map else "nowhere"
+                raise MossError(f"{path.parent / name}: holds {key!r}, which the index {path.name} puts {where}")
+            tensors[key] = info
+    if lost := [f"{key} ({file})" for key, file in weight_map.items() if key not in tensors]:
+        raise MossError("\n  ".join([f"{path}: {_count(lost, 'tensor')} not in the shard that it names", *lost]))
+    return TensorReader(path, {key: tensors[key] for key in weight_map}, index.get("metadata") or {})
+
+
+def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = [*shape, start, end]
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise MossError(f"{path}: damaged header, {name!r} has no proper dtype, shape and data_offsets") from None
+    if dtype not in DTYPES:
+        raise MossError(f"{path}: tensor {name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
+    info = TensorInfo(path, shape, DTYPES[dtype], base + start)
+    if info.nbytes != end - start:
+        needs = f"{list(shape)} {dtype} needs {info.nbytes} bytes, has {end - start}"
+        raise MossError(f"{path}: damaged header, tensor {name!r} {needs}")
+    return info
+
+
+def _count(items: Iterable[Any], noun: str) -> str:
+    n = len(list(items))
+    return f"{n} {noun}{'s are' if n > 1 else ' is'}"
