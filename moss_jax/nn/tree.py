@@ -20,5 +20,5 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Flat {path: ShapeDtypeStruct} of a module's parameters for inputs of these shapes; nothing is allocated."""
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keywords))
+    variables = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **keywords), *inputs)
     return flatten(nn.unbox(variables)["params"])

@@ -1,1 +1,7 @@
-"""The layer-split Qwen3 language model."""
+"""The language model: Qwen3 layers, layer-split into a shared block and two branches, with an explicit KV cache."""
+
+from moss_jax.transformer.cache import KVCache, init_cache
+from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B, TINY, TransformerConfig
+from moss_jax.transformer.model import LayerSplitModel
+
+__all__ = ["MOSS_SPEECH_8B", "QWEN3_8B", "TINY", "KVCache", "LayerSplitModel", "TransformerConfig", "init_cache"]

@@ -17,6 +17,7 @@ __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
 
 MODULES = {
     "lm.qwen3": "transformer",
+    "lm.split": "transformer",
 }  # component -> module of this package
 
 

@@ -28,7 +28,8 @@ class Golden:
         final: {output name: (atol, rtol)} of what must be compared.
         contract: rules for the comparison.
         meta: every metadata value as the file has it (strings; JSON is not decoded).
-        weights, inputs, outputs: {name without its 'weight/', 'input/', 'output/' prefix: array}.
+        weights, inputs, outputs, new: {name without its 'weight/', 'input/', 'output/', 'new/' prefix: array}; `new` is
+            what a conversion creates at random, given.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Golden:
     weights: dict[str, np.ndarray]
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
+    new: dict[str, np.ndarray]
 
     def need(self, name: str) -> np.ndarray:
         """The input `name`; an input that is missing (noise above all) is an error, nothing is drawn in its place."""
@@ -89,13 +91,13 @@ def read_golden(path: str | Path) -> Golden:
         raise MossError(
             f"{path}: metadata 'config', 'final' or 'contract' is not the expected JSON ({error})"
         ) from error
-    kinds: dict[str, dict[str, np.ndarray]] = {"weight": {}, "input": {}, "output": {}}
+    kinds: dict[str, dict[str, np.ndarray]] = {"weight": {}, "input": {}, "output": {}, "new": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind not in kinds or not rest:
-            raise MossError(f"{path}: tensor {name!r} is neither weight/*, input/* nor output/*")
+            raise MossError(f"{path}: tensor {name!r} is neither weight/*, input/*, output/* nor new/*")
         kinds[kind][rest] = tensor
     return Golden(
         path, meta.get("component", ""), decoded["config"], final, decoded["contract"], meta,
-        kinds["weight"], kinds["input"], kinds["output"],
+        kinds["weight"], kinds["input"], kinds["output"], kinds["new"],
     )  # fmt: skip

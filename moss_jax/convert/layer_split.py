@@ -1,0 +1,70 @@
+"""A layer-split model from a plain Qwen3: which parameter becomes which."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from moss_jax.errors import MossError
+from moss_jax.transformer.config import TransformerConfig
+
+AUDIO_TABLES = ("audio/embed/embedding", "audio/head/kernel")
+
+
+def qwen3_config(config: TransformerConfig, text_vocab_size: int | None = None) -> TransformerConfig:
+    """The plain Qwen3 that the layer-split model `config` starts from: all layers on the text side, no audio.
+
+    `text_vocab_size` is that of the Qwen3 file, which may have more (padding) rows than the target.
+    """
+    depth = config.num_shared_layers + config.num_modality_layers
+    vocab = config.text_vocab_size if text_vocab_size is None else text_vocab_size
+    if vocab < config.text_vocab_size:
+        raise MossError(
+            f"Qwen3 config: vocabulary of {vocab}, expected at least the {config.text_vocab_size} of the target"
+        )
+    return replace(config, num_shared_layers=0, num_modality_layers=depth, audio_vocab_size=0, text_vocab_size=vocab)
+
+
+def default_modality_layers(depth: int) -> int:
+    """Layers of each branch for a Qwen3 of `depth` layers: a ninth, rounded (36 -> 4, 28 -> 3)."""
+    return max(1, round(depth / 9))
+
+
+def split_parameter(
+    path: str, value: np.ndarray, config: TransformerConfig, tied: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, value) of every layer-split parameter that one Qwen3 parameter becomes.
+
+    The lower layers become the shared block; the upper ones and the final norm become the text branch and, copied, the
+    audio branch; the text table and head keep their first `text_vocab_size` rows. After this the text logits of a
+    text-only grid are Qwen3's own. Values may be views of `value`.
+
+    Args:
+        path, value: of the plain Qwen3 in our layout, layers stacked on axis 0.
+        config: of the layer-split model.
+        tied: the Qwen3 has no head of its own: the text head becomes a copy of the text table.
+    """
+    if path == "text/embed/embedding":
+        value = value[: config.text_vocab_size]
+        yield path, value
+        if tied:
+            yield "text/head/kernel", value.T
+    elif path == "text/head/kernel":
+        yield path, value[:, : config.text_vocab_size]
+    elif path == "text/norm/scale":
+        yield path, value
+        yield "audio/norm/scale", value
+    else:
+        inner = path.removeprefix("text/layers/")
+        if config.num_shared_layers:
+            yield f"shared/layers/{inner}", value[: config.num_shared_layers]
+        for branch in ("text", "audio"):
+            yield f"{branch}/layers/{inner}", value[config.num_shared_layers :]
+
+
+def new_audio_tables(config: TransformerConfig, seed: int, std: float = 0.02) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the audio table and head, which Qwen3 lacks: float32, normal(0, `std`), Qwen3's `initializer_range`."""
+    rng = np.random.default_rng(seed)
+    for path in AUDIO_TABLES:
+        value = rng.standard_normal((config.audio_vocab_size, config.hidden_size), np.float32) * np.float32(std)
+        yield path, value if path == "audio/embed/embedding" else value.T

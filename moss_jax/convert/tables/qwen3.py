@@ -1,0 +1,18 @@
+"""Qwen/Qwen3-*: 11 tensors a layer and three more; files that tie the embeddings have no `lm_head.weight`.
+
+In our tree a plain Qwen3 is the text side of the layer-split model: `num_shared_layers=0`, `audio_vocab_size=0`.
+"""
+
+from moss_jax.convert.table import LINEAR, Row, Table, prefixed
+from moss_jax.convert.tables.transformer import layer_rows
+from moss_jax.transformer.config import TransformerConfig
+
+
+def table(config: TransformerConfig) -> Table:
+    """The name table of a plain Qwen3; where embeddings are tied, leave 'text/head/kernel' out of the tree."""
+    rows = (
+        Row("model.embed_tokens.weight", "text/embed/embedding"),
+        Row("model.norm.weight", "text/norm/scale"),
+        Row("lm_head.weight", "text/head/kernel", LINEAR),
+    )
+    return Table(rows + prefixed(layer_rows(config), "model.layers.{layer}.", "text/layers/"))

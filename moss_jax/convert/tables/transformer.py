@@ -1,0 +1,79 @@
+"""fnlp/MOSS-Speech: 446 tensors, 40 layers of 11 and six more. Source: the released checkpoint's documented layout."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moss_jax.convert.table import LINEAR, Row, Table, heads_in, heads_out, prefixed
+from moss_jax.errors import MossError
+from moss_jax.transformer.config import TransformerConfig
+
+SAME_KEY = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_shared_layers",
+    "num_modality_layers", "audio_vocab_size", "rope_theta", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
+CONFIG_KEYS = {key: key for key in SAME_KEY} | {"text_vocab_size": "vocab_size"}  # our field -> key of config.json
+ID_KEYS = {
+    "endoftext_id": "endoftext_token_id",
+    "im_start_id": "im_start_token_id",
+    "im_end_id": "im_end_token_id",
+    "sosp_id": "sosp_token_id",
+    "modality_pad_id": "modality_pad_token_id",
+    "eosp_id": "eosp_token_id",
+    "audio_pad_id": "audio_pad_token_id",
+}  # the released config.json lacks the first three: they are Qwen3's own, our defaults
+
+
+def config_from_released(released: Mapping[str, Any], where: str) -> TransformerConfig:
+    """Our config from the keys of a released `config.json`; keys that we do not know are left alone.
+
+    Raises:
+        MossError: a key is missing, or asks for something that the model does not have (biases, tied embeddings,
+            another activation, scaled RoPE).
+    """
+    missing = [key for key in CONFIG_KEYS.values() if key not in released]
+    if missing:
+        raise MossError(f"{where}: config lacks {', '.join(missing)}")
+    for key, expected in {"attention_bias": False, "hidden_act": "silu", "rope_scaling": None}.items():
+        if released.get(key, expected) != expected:
+            raise MossError(f"{where}: config has {key} = {released[key]!r}, expected {expected!r}")
+    depth = released["num_shared_layers"] + released["num_modality_layers"]
+    if released.get("num_hidden_layers", depth) != depth:
+        raise MossError(
+            f"{where}: config has num_hidden_layers = {released['num_hidden_layers']}, but {depth} shared and modality "
+            "layers; the first must be the sum of the others"
+        )
+    ids = {ours: released[theirs] for ours, theirs in ID_KEYS.items() if theirs in released}
+    return TransformerConfig(**{ours: released[theirs] for ours, theirs in CONFIG_KEYS.items()}, **ids)
+
+
+def layer_rows(config: TransformerConfig) -> tuple[Row, ...]:
+    """One Qwen3 layer, names and paths relative to the layer."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return (
+        Row("input_layernorm.weight", "attention_norm/scale"),
+        Row("self_attn.q_proj.weight", "attention/q/kernel", heads_out(heads)),
+        Row("self_attn.k_proj.weight", "attention/k/kernel", heads_out(kv_heads)),
+        Row("self_attn.v_proj.weight", "attention/v/kernel", heads_out(kv_heads)),
+        Row("self_attn.o_proj.weight", "attention/o/kernel", heads_in(heads)),
+        Row("self_attn.q_norm.weight", "attention/q_norm/scale"),
+        Row("self_attn.k_norm.weight", "attention/k_norm/scale"),
+        Row("post_attention_layernorm.weight", "mlp_norm/scale"),
+        Row("mlp.gate_proj.weight", "mlp/gate/kernel", LINEAR),
+        Row("mlp.up_proj.weight", "mlp/up/kernel", LINEAR),
+        Row("mlp.down_proj.weight", "mlp/down/kernel", LINEAR),
+    )
+
+
+def table(config: TransformerConfig) -> Table:
+    """The name table of the released layer-split checkpoint."""
+    rows = [
+        Row("model.embed_tokens.weight", "text/embed/embedding"),
+        Row("model.audio_embed.weight", "audio/embed/embedding"),
+        Row("model.text_norm.weight", "text/norm/scale"),
+        Row("model.audio_norm.weight", "audio/norm/scale"),
+        Row("text_lm_head.weight", "text/head/kernel", LINEAR),
+        Row("audio_lm_head.weight", "audio/head/kernel", LINEAR),
+    ]
+    for block in ("shared", "text", "audio"):
+        rows += prefixed(layer_rows(config), f"model.{block}_block.layers.{{layer}}.", f"{block}/layers/")
+    return Table(tuple(rows))
