@@ -16,6 +16,7 @@ from moss_jax.tools.parity.golden import Golden, Mismatch, read_golden
 __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
 
 MODULES = {
+    "codec.vocoder": "vocoder",
     "lm.qwen3": "transformer",
     "lm.split": "transformer",
 }  # component -> module of this package

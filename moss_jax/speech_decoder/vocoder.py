@@ -1,0 +1,318 @@
+"""HiFT vocoder: log-mel -> waveform, a harmonic source filtered by a convolutional generator that predicts an STFT.
+
+Source: HiFTNet (https://arxiv.org/abs/2309.09493) as in CosyVoice 2, `cosyvoice/hifigan/{generator,f0_predictor}.py`.
+
+Every function takes items shorter than the array: `lengths` holds the valid mel frames of each, and what comes out of
+the valid part is what the item gives alone. Layers see zeros after its end, as they see zero padding without it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moss_jax.errors import MossError
+from moss_jax.nn.conv import Conv1d, conv1d
+from moss_jax.nn.layers import Linear, named
+from moss_jax.speech_decoder.stft import istft, stft
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """Sizes of the vocoder; the defaults are the released ones."""
+
+    mel_bins: int = 80
+    channels: int = 512  # after the first convolution; each upsampling stage halves them
+    sample_rate: int = 24000  # Hz
+    upsample_rates: tuple[int, ...] = (8, 5, 3)
+    upsample_widths: tuple[int, ...] = (16, 11, 7)  # kernel sizes of the transposed convolutions
+    resblock_widths: tuple[int, ...] = (3, 7, 11)  # kernel sizes of the parallel residual blocks of a stage
+    resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    source_resblock_widths: tuple[int, ...] = (7, 7, 11)  # one block a stage
+    source_resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    fft_size: int = 16  # samples, of the predicted STFT and of the source's
+    fft_hop: int = 4  # samples
+    f0_channels: int = 512
+    f0_layers: int = 5
+    harmonics: int = 9  # with the fundamental
+    sine_amplitude: float = 0.1
+    noise_std: float = 0.003  # of the noise added to voiced frames
+    voiced_threshold: float = 10.0  # Hz; frames of a lower F0 are unvoiced
+    leaky_slope: float = 0.1
+    magnitude_limit: float = 100.0  # of the predicted STFT
+    audio_limit: float = 0.99  # largest absolute sample
+    weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
+
+    def __post_init__(self):
+        stages = len(self.upsample_rates)
+        if not len(self.upsample_widths) == len(self.source_resblock_widths) == stages:
+            raise MossError(
+                "vocoder config: upsample_rates, upsample_widths and source_resblock_widths differ in length"
+            )
+        if any((w - r) % 2 or w < r for r, w in zip(self.upsample_rates, self.upsample_widths, strict=True)):
+            raise MossError("vocoder config: each of upsample_widths must be its rate plus an even number")
+        if len(self.source_resblock_dilations) != stages or len(self.resblock_dilations) != len(self.resblock_widths):
+            raise MossError("vocoder config: a residual block width lacks its dilations")
+        if self.fft_size % self.fft_hop or self.fft_size % 2:
+            raise MossError("vocoder config: fft_size must be even and a multiple of fft_hop")
+        if self.channels % 2**stages:
+            raise MossError(f"vocoder config: channels must be a multiple of {2**stages}")
+
+    @property
+    def hop(self) -> int:
+        """Samples a mel frame."""
+        return prod(self.upsample_rates) * self.fft_hop
+
+    @property
+    def f0_reach(self) -> int:
+        """Mel frames on either side that the F0 of a frame depends on."""
+        return self.f0_layers
+
+
+RELEASED = VocoderConfig()
+TINY = VocoderConfig(channels=32, f0_channels=16)
+
+
+def weight_norm(v, g, axis: int):
+    """The kernel g * v / |v|: v [..., W, I, O], g [..., n] for the kept `axis` of v, -1 (outputs) or -2 (inputs)."""
+    others = tuple(a for a in (-3, -2, -1) if a != axis)
+    norm = (v * v).sum(others, keepdims=True) ** 0.5
+    return v * (g[..., None, None, :] if axis == -1 else g[..., None, :, None]) / norm
+
+
+def fold_weight_norm(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat parameters with every pair `.../g`, `.../v` replaced by `.../kernel`, for a model with weight_norm=False."""
+    folded = {path: value for path, value in params.items() if path.rpartition("/")[2] not in ("g", "v")}
+    for path in params:
+        layer, _, leaf = path.rpartition("/")
+        if leaf == "v":
+            axis = -2 if layer.startswith("ups_") else -1
+            folded[f"{layer}/kernel"] = weight_norm(params[path], params[f"{layer}/g"], axis)
+    return folded
+
+
+class NormConv(nn.Module):
+    """Parameters of a weight-normalised convolution, or of `layers` stacked ones; returns (kernel, bias).
+
+    kernel [(L,) W, I, O], bias [(L,) O]. The norm is taken for each output channel, or for each input channel of a
+    transposed convolution.
+    """
+
+    features: int
+    width: int
+    weight_norm: bool
+    layers: int | None = None
+    transposed: bool = False
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        stack, names = ((), ()) if self.layers is None else ((self.layers,), ("layers",))
+        shape = (*stack, self.width, channels, self.features)
+        axes = (*names, None, "conv_in", "conv_out")
+        bias = self.param(
+            "bias", named(nn.initializers.zeros, *names, "conv_out"), (*stack, self.features), jnp.float32
+        )
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", (-3, -2), -1)
+        if not self.weight_norm:
+            return self.param("kernel", named(init, *axes), shape, jnp.float32), bias
+        axis = -2 if self.transposed else -1
+        v = self.param("v", named(init, *axes), shape, jnp.float32)
+        others = tuple(a for a in (-3, -2, -1) if a != axis)
+        norms = named(lambda *_: jnp.sqrt(jnp.square(nn.unbox(v)).sum(others)), *names, axes[axis])
+        g = self.param("g", norms, (*stack, shape[axis]), jnp.float32)
+        return weight_norm(v, g, axis), bias
+
+
+def _same(x, kernel, bias, dilation: int = 1):
+    reach = dilation * (kernel.shape[0] - 1) // 2
+    return conv1d(x, kernel, bias, dilation=dilation, padding=(reach, reach))
+
+
+def _masked(x, mask):
+    return x if mask is None else x * mask
+
+
+def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int) -> jax.Array:
+    """Transposed convolution as torch's with padding (W - rate) / 2: x [B, T, I], kernel [W, I, O] -> [B, rate * T, O].
+
+    Output sample rate * m + r is a sum over x[m - q] @ kernel[rate * q + r + padding]: one ordinary convolution that
+    yields all `rate` phases at once.
+    """
+    width, channels, features = kernel.shape
+    padding = (width - rate) // 2
+    first, last = -((rate - 1 + padding) // rate), (width - 1 - padding) // rate  # of q
+    before = -(rate * first + padding)
+    after = rate * (last + 1) + padding - width
+    kernel = jnp.pad(kernel, ((before, after), (0, 0), (0, 0))).reshape(-1, rate, channels, features)  # [q, r, I, O]
+    kernel = kernel[::-1].transpose(0, 2, 1, 3).reshape(-1, channels, rate * features)
+    y = conv1d(x, kernel, padding=(last, -first))
+    return y.reshape(x.shape[0], -1, features) + bias
+
+
+class ResBlock(nn.Module):
+    """Residual pairs of convolutions with snake activations: x [B, T, C] -> [B, T, C].
+
+    Zeros after the end of an item stay zeros.
+    """
+
+    width: int
+    dilations: tuple[int, ...]
+    weight_norm: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        channels, layers = x.shape[-1], len(self.dilations)
+        conv1 = NormConv(channels, self.width, self.weight_norm, layers, name="conv1")(channels)
+        conv2 = NormConv(channels, self.width, self.weight_norm, layers, name="conv2")(channels)
+        ones = named(nn.initializers.ones, "layers", "conv_out")
+        alpha1 = self.param("alpha1", ones, (layers, channels), jnp.float32)
+        alpha2 = self.param("alpha2", ones, (layers, channels), jnp.float32)
+        for i, dilation in enumerate(self.dilations):
+            y = _same(snake(x, alpha1[i]), conv1[0][i], conv1[1][i], dilation)
+            y = _same(snake(_masked(y, mask), alpha2[i]), conv2[0][i], conv2[1][i])
+            x = x + _masked(y, mask)
+        return x
+
+
+def snake(x: jax.Array, alpha: jax.Array) -> jax.Array:
+    """x + sin(alpha x)^2 / alpha, alpha [C]."""
+    return x + jnp.square(jnp.sin(alpha * x)) / (alpha + 1e-9)
+
+
+class HiFT(nn.Module):
+    """The vocoder. Parameters need one `init` through `__call__`; `f0`, `source` and `decode` are its three steps."""
+
+    config: VocoderConfig
+
+    def setup(self):
+        c = self.config
+        norm = c.weight_norm
+        self.f0_conv = [NormConv(c.f0_channels, 3, norm) for _ in range(c.f0_layers)]
+        self.f0_classifier = Linear(1, ("conv_in", None))
+        self.merge = Linear(1, (None, None))
+        self.conv_pre = NormConv(c.channels, 7, norm)
+        self.conv_post = NormConv(c.fft_size + 2, 7, norm)
+        ups, downs, source_resblocks, resblocks = [], [], [], []
+        for i, width in enumerate(c.upsample_widths):
+            channels, down = c.channels >> (i + 1), prod(c.upsample_rates[i + 1 :])
+            ups.append(NormConv(channels, width, norm, transposed=True))
+            padding = (down // 2, down // 2) if down > 1 else (0, 0)
+            downs.append(Conv1d(channels, 2 * down if down > 1 else 1, stride=down, padding=padding))
+            source_resblocks.append(ResBlock(c.source_resblock_widths[i], c.source_resblock_dilations[i], norm))
+            for width, dilations in zip(c.resblock_widths, c.resblock_dilations, strict=True):
+                resblocks.append(ResBlock(width, dilations, norm))
+        self.ups, self.source_downs = ups, downs
+        self.source_resblocks, self.resblocks = source_resblocks, resblocks
+
+    def __call__(self, mel, noise, lengths=None, source_start=None) -> tuple[jax.Array, jax.Array]:
+        """Log-mel -> wave.
+
+        Args:
+            mel: float32 [B, T, M], natural log.
+            noise: float32 [B, hop * T, harmonics], standard normal.
+            lengths: int32 [B], valid frames of each item; all of them when None.
+            source_start: float32 [B, n], replaces the first samples of the source.
+
+        Returns:
+            wave float32 [B, hop * T] at `sample_rate`, undefined after `hop * lengths`; the source of the same shape.
+        """
+        source, _ = self.source(self.f0(mel, lengths), noise, lengths)
+        if source_start is not None:
+            source = source.at[:, : source_start.shape[1]].set(source_start)
+        return self.decode(mel, source, lengths), source
+
+    def f0(self, mel: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Log-mel [B, T, M] -> fundamental frequency in Hz [B, T]."""
+        mask = self._mask(lengths, 1, mel.shape[1])
+        x = _masked(mel, mask)
+        for conv in self.f0_conv:
+            x = _masked(nn.elu(_same(x, *conv(x.shape[-1]))), mask)
+        return jnp.abs(self.f0_classifier(x)[..., 0])
+
+    def source(self, f0, noise, lengths=None, phase: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """F0 [B, T] in Hz and noise [B, hop * T, harmonics] -> the excitation [B, hop * T] and phases.
+
+        Phases are counted in 2^-32 turns and wrap: adding them is exact, so that it does not matter how a stream was
+        cut. Between the centres of two frames a phase grows linearly by `hop` steps of the later frame.
+
+        Args:
+            phase: uint32 [B, harmonics], that at the centre of the frame before the first. When None the source
+                begins here and stands still up to the centre of the first frame, as after that of the last one.
+
+        Returns:
+            (source, phases uint32 [B, T, harmonics] at the centres of the frames).
+        """
+        c = self.config
+        steps = f0[..., None] * jnp.arange(1, c.harmonics + 1, dtype=f0.dtype) / c.sample_rate
+        steps = _masked(steps % 1 * c.hop, self._mask(lengths, 1, f0.shape[1]))
+        steps = jax.lax.stop_gradient(steps)  # turns a frame [B, T, H]
+        phases = jnp.cumsum(_to_fixed(steps), 1, dtype=jnp.uint32)
+        if phase is not None:
+            phases = phases + phase[:, None]
+        before = phases - _to_fixed(steps)
+        if phase is None:
+            before, steps = before.at[:, 0].set(phases[:, 0]), steps.at[:, 0].set(0)
+        between = (jnp.arange(c.hop, dtype=f0.dtype) + 0.5)[:, None] / c.hop
+        turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * between  # [B, T, hop, H]
+        batch, frames = f0.shape
+        turns = turns.reshape(batch, frames * c.hop, c.harmonics)
+        last = jnp.broadcast_to(_from_fixed(phases[:, -1:]), (batch, c.hop - c.hop // 2, c.harmonics))
+        turns = jnp.concatenate([turns[:, c.hop // 2 :], last], 1)[:, : frames * c.hop]
+        sines = c.sine_amplitude * jnp.sin(2 * jnp.pi * (turns - jnp.round(turns)))
+        voiced = jnp.repeat(f0 > c.voiced_threshold, c.hop, axis=1)[..., None]
+        x = jnp.where(voiced, sines + c.noise_std * noise, c.sine_amplitude / 3 * noise)
+        return jnp.tanh(self.merge(x)[..., 0]), phases
+
+    def decode(self, mel: jax.Array, source: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Log-mel [B, T, M] and source [B, hop * T] -> wave [B, hop * T]."""
+        c = self.config
+        frames = mel.shape[1]
+        rate = c.hop // c.fft_hop
+        last_mask = self._mask(lengths, rate, rate * frames + 1, 1)
+        excitation = stft(source, c.fft_size, c.fft_hop, None if lengths is None else lengths * c.hop)
+        excitation = _masked(excitation, last_mask)  # [B, rate * T + 1, fft_size + 2]
+        mask = self._mask(lengths, 1, frames)
+        x = _masked(_same(_masked(mel, mask), *self.conv_pre(c.mel_bins)), mask)
+        rate = 1
+        for i, up in enumerate(c.upsample_rates):
+            rate *= up
+            x = conv_transpose1d(nn.leaky_relu(x, c.leaky_slope), *self.ups[i](x.shape[-1]), up)
+            mask = self._mask(lengths, rate, rate * frames)
+            if i == len(c.upsample_rates) - 1:
+                x, mask = jnp.concatenate([x[:, 1:2], x], 1), last_mask
+            y = _masked(self.source_downs[i](excitation), mask)
+            x = _masked(x, mask) + self.source_resblocks[i](y, mask)
+            count = len(c.resblock_widths)
+            x = sum(block(x, mask) for block in self.resblocks[i * count : (i + 1) * count]) / count
+        x = _same(nn.leaky_relu(x, 0.01), *self.conv_post(x.shape[-1]))
+        magnitude, phase = jnp.split(x, 2, -1)
+        wave = self.inverse(jnp.exp(magnitude), jnp.sin(phase), lengths)
+        return jnp.clip(wave, -c.audio_limit, c.audio_limit)
+
+    def inverse(self, magnitude: jax.Array, phase: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """The predicted STFT [B, frames + 1, bins], magnitude and phase in radians -> wave [B, frames * fft_hop]."""
+        c = self.config
+        magnitude = jnp.minimum(magnitude, c.magnitude_limit)
+        spectrum = jnp.concatenate([magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)], -1)
+        mask = self._mask(lengths, c.hop // c.fft_hop, magnitude.shape[1], 1)
+        return istft(spectrum, c.fft_size, c.fft_hop, None if mask is None else mask[..., 0] > 0)
+
+    def _mask(self, lengths, rate: int, size: int, extra: int = 0):
+        """1 where a step of the stage that runs at `rate` steps a mel frame is valid: float32 [B, size, 1] or None."""
+        if lengths is None:
+            return None
+        return (jnp.arange(size) < rate * lengths[:, None] + extra).astype(jnp.float32)[..., None]
+
+
+def _to_fixed(turns: jax.Array) -> jax.Array:
+    """Turns -> the fraction of a turn in 2^-32 turns, uint32; exact, as a float32 fraction has at most 24 bits."""
+    return ((turns - jnp.floor(turns)) * 2.0**32).astype(jnp.uint32)
+
+
+def _from_fixed(phases: jax.Array) -> jax.Array:
+    """uint32 in 2^-32 turns -> float32 in turns, rounded down to 2^-24."""
+    return (phases >> 8).astype(jnp.float32) * 2.0**-24
