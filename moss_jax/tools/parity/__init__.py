@@ -17,6 +17,10 @@ __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
 
 MODULES = {
     "codec.vocoder": "vocoder",
+    "codec.estimator": "flow",
+    "codec.flow": "flow",
+    "codec.flow_encoder": "flow",
+    "codec.flow_noise": "flow",
     "lm.qwen3": "transformer",
     "lm.split": "transformer",
 }  # component -> module of this package

@@ -1,0 +1,85 @@
+"""Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin mel at 50 Hz out."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The upsampling conformer (self-attention and feed-forward only, no convolution module)."""
+
+    hidden_size: int = 512
+    num_heads: int = 8
+    intermediate_size: int = 2048
+    num_layers: int = 6  # at the rate of the codes
+    num_up_layers: int = 4  # at the rate of the mel; fixed in the reference
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """The velocity field: one down stage, `num_mid_stages` middle stages, one up stage, all at the mel's rate."""
+
+    channels: int = 256
+    num_heads: int = 8
+    head_dim: int = 64
+    num_blocks: int = 4  # transformer blocks in a stage
+    num_mid_stages: int = 12
+    intermediate_size: int = 1024  # of a transformer block
+    time_size: int = 1024  # width of the time embedding
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_mid_stages + 2
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers in all stages together."""
+        return self.num_stages * self.num_blocks
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    vocab_size: int = 20480  # rows of the embedding table
+    codebook_size: int = 16384  # codes 0..codebook_size-1 are speech; the other rows are never trained
+    mel_bins: int = 80
+    speaker_size: int = 192  # of the speaker embedding
+    frames_per_code: int = 4  # mel frames
+    lookahead: int = 3  # codes that the encoder sees beyond the ones it encodes
+    chunk: int = 25  # codes; the static chunk of the attention masks in streaming
+    euler_steps: int = 10
+    guidance: float = 0.7  # classifier-free guidance rate: v = (1 + g) v_conditional - g v_unconditional
+    noise_frames: int = 15000  # mel frames of the fixed noise buffer: the longest prompt and speech together
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+
+    @property
+    def max_codes(self) -> int:
+        """The most codes that prompt and speech may have together."""
+        return self.noise_frames // self.frames_per_code
+
+    @property
+    def chunk_frames(self) -> int:
+        """Mel frames in a chunk."""
+        return self.chunk * self.frames_per_code
+
+    @property
+    def estimator_inputs(self) -> int:
+        """Channels that enter the estimator: state, mu, speaker and prompt mel; also the size of the time sinusoids."""
+        return 4 * self.mel_bins
+
+
+RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes
+RELEASED_CHUNK_5 = FlowConfig(chunk=5)  # flow-chunk-5.pt
+RELEASED_CHUNK_25 = FlowConfig(chunk=25)  # flow-chunk-25.pt
+
+TINY = FlowConfig(
+    vocab_size=96,
+    codebook_size=90,
+    mel_bins=8,
+    speaker_size=12,
+    chunk=5,
+    noise_frames=1200,
+    encoder=EncoderConfig(hidden_size=32, num_heads=4, intermediate_size=64, num_layers=2, num_up_layers=2),
+    estimator=EstimatorConfig(
+        channels=16, num_heads=2, head_dim=8, num_blocks=2, num_mid_stages=2, intermediate_size=32, time_size=64
+    ),
+)

@@ -1,0 +1,202 @@
+"""Codes and a voice -> mel, the whole utterance at once: guided Euler steps from fixed noise.
+
+Source: `CausalMaskedDiffWithXvec.inference` and `CausalConditionalCFM` of the released code.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.flow.config import FlowConfig
+from moss_jax.speech_decoder.flow.model import FlowModel
+from moss_jax.speech_decoder.flow.noise import noise
+
+
+def times(config: FlowConfig) -> np.ndarray:
+    """The times of the Euler steps and the end, float32 [steps + 1], denser towards 0 (cosine schedule)."""
+    return (1 - np.cos(np.pi / 2 * np.arange(config.euler_steps + 1) / config.euler_steps)).astype(np.float32)
+
+
+def guided(x: jax.Array) -> jax.Array:
+    """A conditional input [B, ...] with the unconditional rows, which are zero, after it [2B, ...]."""
+    return jnp.concatenate([x, jnp.zeros_like(x)])
+
+
+def euler(
+    config: FlowConfig,
+    model: Callable,
+    x: jax.Array,
+    mu: jax.Array,
+    speaker: jax.Array,
+    prompt: jax.Array,
+    velocity: Callable[..., tuple[jax.Array, Any]],
+    inputs: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Integrates from noise x to mel under classifier-free guidance.
+
+    Args:
+        model: bound `FlowModel.apply`, called with `method=`.
+        x, mu, prompt: float32 [B, T, M]; speaker: float32 [B, M].
+        velocity: (x, mu, speaker, prompt, time, step, inputs of the step) -> (velocity of 2B rows, anything to keep).
+        inputs: a pytree with the steps on axis 0, or None.
+
+    Returns:
+        the states before each step and the last one, float32 [steps + 1, B, T, M], and what was kept, stacked.
+    """
+    schedule = times(config)
+    embedded = model(jnp.asarray(schedule[:-1]), method="time_embedding")
+    biases = {"down": embedded["down"], "mid": embedded["mid"].transpose(1, 0, 2), "up": embedded["up"]}
+    mu, speaker, prompt = guided(mu), guided(speaker), guided(prompt)
+
+    def step(x, now):
+        index, delta, bias, inputs = now
+        time = {"down": bias["down"][None], "mid": bias["mid"][:, None], "up": bias["up"][None]}
+        v, kept = velocity(jnp.concatenate([x, x]), mu, speaker, prompt, time, index, inputs)
+        v, free = jnp.split(v, 2)
+        return x + delta * ((1 + config.guidance) * v - config.guidance * free), (x, kept)
+
+    steps = (jnp.arange(config.euler_steps), jnp.asarray(np.diff(schedule)), biases, inputs)
+    last, (states, kept) = jax.lax.scan(step, x, steps)
+    return jnp.concatenate([states, last[None]]), kept
+
+
+def flow(
+    params: Any,
+    config: FlowConfig,
+    noise: jax.Array,
+    codes: jax.Array,
+    count: jax.Array,
+    prompt: jax.Array,
+    embedding: jax.Array,
+    streaming: bool = False,
+    finalize: bool = True,
+) -> jax.Array:
+    """The functional core: every state from noise to mel, for a padded batch whose items get what each gets alone.
+
+    Args:
+        noise: float32 [1, >= 4T, M].
+        codes: prompt and speech, int32 [B, T]; count: of them that are valid, int32 [B].
+        prompt: the prompt's mel, zero elsewhere, float32 [B, 4T, M].
+        embedding: float32 [B, E].
+        streaming: attention under the static chunk mask.
+        finalize: False: the last `lookahead` codes are only looked at.
+
+    Returns:
+        float32 [steps + 1, B, 4T, M]; the mel is the last, and its first 4 * count frames are valid
+        (4 * (count - lookahead) when not finalize).
+    """
+    model = partial(FlowModel(config).apply, {"params": params})
+    rows, frames = codes.shape[1], codes.shape[1] * config.frames_per_code
+    valid = jnp.arange(rows) < (count if finalize else count - config.lookahead)[:, None]
+    chunk = config.chunk if streaming else None
+    ahead = jnp.zeros((codes.shape[0], config.lookahead), codes.dtype)
+    x = model(jnp.concatenate([codes, ahead], 1), count, method="embed")
+    mu, _ = model(x, valid, chunk, method="encode")
+    frame_valid = jnp.repeat(valid, config.frames_per_code, 1)
+    both = jnp.concatenate([frame_valid, frame_valid])
+
+    def velocity(x, mu, speaker, prompt, time, step, inputs):
+        chunk_frames = chunk and config.chunk_frames
+        return model(x, mu, speaker, prompt, time, both, chunk_frames, method="velocity")[0], None
+
+    x = jnp.broadcast_to(noise[:, :frames], (codes.shape[0], frames, config.mel_bins))
+    speaker = model(embedding, method="speaker_projection")
+    return euler(config, model, x, mu, speaker, prompt, velocity)[0]
+
+
+def bucket(codes: int, most: int) -> int:
+    """The static length for so many codes: steps of an eighth of the power of two below (at least 8), up to `most`."""
+    step = max(8, 2 ** ((max(codes, 2) - 1).bit_length() - 4))
+    return min(-(-codes // step) * step, most)
+
+
+def check_codes(config: FlowConfig, codes: np.ndarray, prompt_codes: int) -> np.ndarray:
+    """The codes of one utterance as int32 [N].
+
+    Raises:
+        MossError: no codes, codes out of range, or more of them than the noise buffer reaches.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+        raise MossError(f"speech codes: {codes.dtype} {list(codes.shape)}, expected at least one integer in a row")
+    check_range(config, codes)
+    check_length(config, prompt_codes, codes.size)
+    return codes.astype(np.int32)
+
+
+def check_range(config: FlowConfig, codes: np.ndarray) -> None:
+    """Raises MossError when a code is not one of the speech tokenizer's."""
+    wrong = np.flatnonzero((codes < 0) | (codes >= config.codebook_size))
+    if wrong.size:
+        raise MossError(
+            f"speech codes: code {int(codes[wrong[0]])} at position {int(wrong[0])} "
+            f"is out of range, expected 0..{config.codebook_size - 1}"
+        )
+
+
+def check_length(config: FlowConfig, prompt_codes: int, codes: int) -> None:
+    """Raises MossError when prompt and speech together are longer than the noise buffer."""
+    if prompt_codes + codes > config.max_codes:
+        raise MossError(
+            f"speech codes: {codes} codes after a prompt of {prompt_codes} are too long, expected at most "
+            f"{config.max_codes} together ({config.noise_frames} mel frames of noise)"
+        )
+
+
+@lru_cache(maxsize=16)
+def _compiled(config: FlowConfig, streaming: bool, finalize: bool):
+    def run(params, noise, codes, count, prompt, embedding):
+        with jax.default_matmul_precision("highest"):
+            return flow(params, config, noise, codes, count, prompt, embedding, streaming, finalize)
+
+    return jax.jit(run)
+
+
+def decode(
+    params: Any,
+    config: FlowConfig,
+    codes: np.ndarray,
+    voice: Any,
+    *,
+    streaming: bool = False,
+    finalize: bool = True,
+    buffer: np.ndarray | None = None,
+    states: bool = False,
+) -> jax.Array:
+    """Codes int [N] in a voice -> mel float32 [1, 4N, M] (natural log, 50 frames a second), without the prompt.
+
+    Lengths are padded to a few static ones (`bucket`), so other lengths of the same bucket compile nothing, and the
+    padding changes nothing.
+
+    Args:
+        params: the parameters of `FlowModel`, nested.
+        voice: has `codes` int [P], `mel` float [4P, M], `embedding` float [E]; P may be 0 and `embedding` zero.
+        streaming: attention under the static chunk mask, as the `reference` stream runs it.
+        finalize: False: the last `lookahead` codes are only looked at, and 4 * (N - lookahead) frames come back.
+        buffer: noise float32 [1, F, M] in place of the fixed one.
+        states: return the states from noise to mel with the prompt, float32 [steps + 1, 1, 4(P + N), M].
+
+    Raises:
+        MossError: codes out of range, none, fewer than the look-ahead, or longer than the noise with the prompt.
+    """
+    prompt_codes = np.asarray(voice.codes, np.int32)
+    codes = check_codes(config, codes, prompt_codes.size)
+    if not finalize and codes.size < config.lookahead:
+        raise MossError(f"speech codes: {codes.size} codes, expected at least the look-ahead of {config.lookahead}")
+    buffer = noise(config.noise_frames, config.mel_bins) if buffer is None else buffer
+    frames, count = config.frames_per_code, prompt_codes.size + codes.size
+    padded = bucket(count, buffer.shape[1] // frames)
+    ids = np.zeros((1, padded), np.int32)
+    ids[0, :count] = np.concatenate([prompt_codes, codes])
+    prompt = np.zeros((1, padded * frames, config.mel_bins), np.float32)
+    prompt[0, : prompt_codes.size * frames] = voice.mel
+    embedding = np.asarray(voice.embedding, np.float32)[None]
+    buffer = buffer[:, : padded * frames]
+    result = _compiled(config, streaming, finalize)(params, buffer, ids, np.array([count], np.int32), prompt, embedding)
+    end = (count if finalize else count - config.lookahead) * frames
+    return result[:, :, :end] if states else result[-1, :, prompt_codes.size * frames : end]
