@@ -17,6 +17,13 @@ __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
 
 MODULES = {
     "codec.vocoder": "vocoder",
+    "codec.encode": "speech_tokenizer",
+    "codec.fbank": "audio",
+    "codec.logmel": "audio",
+    "codec.prompt_mel": "audio",
+    "codec.resample": "audio",
+    "codec.speaker": "speaker",
+    "codec.vq_encoder": "speech_tokenizer",
     "lm.qwen3": "transformer",
     "lm.split": "transformer",
 }  # component -> module of this package
