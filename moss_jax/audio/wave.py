@@ -1,7 +1,11 @@
-"""Waves on their way in and out: load, save, resample, cut into segments. A wave is float32 [samples], mono, in [-1, 1]."""
+"""Waves on their way in and out: load, save, resample, cut into segments.
+
+A wave is float32 [samples], mono, in [-1, 1].
+"""
 
 import math
 import os
+import struct
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -53,16 +57,41 @@ def _read_sndfile(path: Path) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
-            promised, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
+        file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        reason = str(error.error_string).strip().rstrip(".")
-        raise MossError(f"{path}: not an audio file that can be read ({reason}), expected {READABLE}") from error
-    # MP3 headers only estimate the length, so a small difference there is no damage.
-    if len(samples) < promised - (4 * 1152 if path.suffix.lower() == ".mp3" else 0):
-        raise MossError(f"{path}: cut short, {len(samples)} of {promised} samples can be read; copy the file again")
-    return samples, rate
+        raise MossError(f"{path}: not an audio file ({_reason(error)}), expected {READABLE}") from error
+    with file:
+        promised, estimated = file.frames, "MPEG" in file.format_info
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise MossError(f"{path}: damaged or cut short ({_reason(error)}), expected a whole file") from error
+        missing = promised - len(samples)
+        if missing > (4 * 1152 if estimated else 0):  # some MP3 headers only estimate the length
+            raise MossError(f"{path}: cut short, {missing} of {promised} samples are missing, expected a whole file")
+        if file.format == "WAV" and (absent := _absent_bytes(path)) > 0:
+            raise MossError(f"{path}: cut short, {absent} bytes of its samples are missing, expected a whole file")
+        return samples, file.samplerate
+
+
+def _reason(error) -> str:
+    return str(error.error_string).removeprefix("Error :").strip().rstrip(".").lower()
+
+
+def _absent_bytes(path: Path) -> int:
+    """How many bytes of a wav file's samples lie behind its end; libsndfile reads a cut file without a word.
+
+    Programs that write to a pipe cannot know the size and put one near 2**31 or 2**32 there: nothing is absent then.
+    """
+    size, place = path.stat().st_size, 12
+    with path.open("rb") as file:
+        while place + 8 <= size:
+            file.seek(place)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name == b"data":
+                return place + 8 + length - size if length < 0x7FFF0000 else 0
+            place += 8 + length + length % 2
+    return 0
 
 
 def _read_mp4(path: Path) -> tuple[np.ndarray, int]:
@@ -81,7 +110,7 @@ def _read_mp4(path: Path) -> tuple[np.ndarray, int]:
             rate = stream.codec_context.sample_rate
             parts = [frame.to_ndarray() for frame in frames if frame is not None and frame.samples]
     except av.FFmpegError as error:
-        raise MossError(f"{path}: not an m4a file that can be read ({error.strerror}), expected {READABLE}") from error
+        raise MossError(f"{path}: damaged or cut short ({error.strerror.lower()}), expected a whole file") from error
     return (np.concatenate(parts, 1).T if parts else np.zeros((0, 1), np.float32)), rate
 
 
@@ -163,7 +192,7 @@ def resample(wave, from_rate: int, to_rate: int, *, lowpass_filter_width: int = 
 
     kernel, width, block = _resample_kernel(old, new, lowpass_filter_width, rolloff)
     length, taps = wave.shape[-1], len(kernel)
-    out_length = int(math.ceil(np.float32(new * length / old)))
+    out_length = math.ceil(np.float32(new * length / old))
     blocks, neighbours = -(-(length + 1) // block), -(-taps // block)  # a block of input gives kernel.shape[1] outputs
     right = (blocks + neighbours) * block - width - length
     wave = xp.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(width, right)]).reshape(*wave.shape[:-1], -1, block)

@@ -15,7 +15,7 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import Encoder
 
 MAX_SEGMENTS = 128  # in one call, as in the reference
-LENGTHS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # compiled lengths, as shares of a segment
+LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
 
 
 @partial(jax.jit, static_argnums=0)
@@ -77,7 +77,9 @@ class SpeechTokenizer:
                 group = slice(start, start + MAX_SEGMENTS)
                 padded[group] = [max(counts[group])] * len(counts[group])
         codes: list = [None] * len(parts)
-        calls = [(members, self._call(parts, padded, members, size, rows)) for members, size, rows in self._plan(padded)]
+        calls = [
+            (members, self._call(parts, padded, members, size, rows)) for members, size, rows in self._plan(padded)
+        ]
         for members, result in calls:  # all calls are under way before the first one is waited for
             result = np.asarray(result)
             for row, member in enumerate(members):
@@ -90,7 +92,7 @@ class SpeechTokenizer:
     def _plan(self, counts: Sequence[int]) -> list[tuple[list[int], int, int]]:
         """[(members, compiled length in codes, compiled rows)] for segments of these lengths in codes."""
         per_segment = self.config.codes_per_segment
-        sizes = sorted({-(-round(share * 48) * per_segment // 48) for share in LENGTHS})
+        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in LENGTHS})
         groups: dict[int, list[int]] = {}
         for member, count in enumerate(counts):
             groups.setdefault(next(size for size in sizes if size >= count), []).append(member)
