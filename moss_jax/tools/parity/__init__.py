@@ -21,6 +21,13 @@ MODULES = {
     "codec.flow": "flow",
     "codec.flow_encoder": "flow",
     "codec.flow_noise": "flow",
+    "codec.encode": "speech_tokenizer",
+    "codec.fbank": "audio",
+    "codec.logmel": "audio",
+    "codec.prompt_mel": "audio",
+    "codec.resample": "audio",
+    "codec.speaker": "speaker",
+    "codec.vq_encoder": "speech_tokenizer",
     "lm.qwen3": "transformer",
     "lm.split": "transformer",
 }  # component -> module of this package

@@ -1,0 +1,53 @@
+"""Tensor names of the released codec's `model.safetensors`: the Whisper-VQ encoder."""
+
+from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+
+def table(config: SpeechTokenizerConfig) -> Table:
+    """Layers after the quantiser, the moving averages of codebook training and all that is not of the encoder are
+    carried along unused."""
+    heads = config.encoder_attention_heads
+    q, bias, out = heads_out(heads), heads_bias(heads), heads_in(heads)
+    layer = prefixed(
+        (
+            Row("self_attn.q_proj.weight", "query/kernel", q),
+            Row("self_attn.q_proj.bias", "query/bias", bias),
+            Row("self_attn.k_proj.weight", "key/kernel", q),
+            Row("self_attn.v_proj.weight", "value/kernel", q),
+            Row("self_attn.v_proj.bias", "value/bias", bias),
+            Row("self_attn.out_proj.weight", "out/kernel", out),
+            Row("self_attn.out_proj.bias", "out/bias"),
+            Row("self_attn_layer_norm.weight", "attention_norm/scale"),
+            Row("self_attn_layer_norm.bias", "attention_norm/bias"),
+            Row("fc1.weight", "up/kernel", LINEAR),
+            Row("fc1.bias", "up/bias"),
+            Row("fc2.weight", "down/kernel", LINEAR),
+            Row("fc2.bias", "down/bias"),
+            Row("final_layer_norm.weight", "mlp_norm/scale"),
+            Row("final_layer_norm.bias", "mlp_norm/bias"),
+        ),
+        "layers.{layer}.",
+        "layers/",
+    )
+    rows = (
+        Row("conv1.weight", "conv1/kernel", CONV1D),
+        Row("conv1.bias", "conv1/bias"),
+        Row("conv2.weight", "conv2/kernel", CONV1D),
+        Row("conv2.bias", "conv2/bias"),
+        Row("embed_positions.weight", "positions"),
+        *layer,
+        Row("codebook.weight", "codebook"),
+        Row("embed_positions2.weight", "code_positions"),
+        # Small models only: the projection to a low-dimensional codebook.
+        Row("project.weight", "project/kernel", LINEAR),
+        Row("project.bias", "project/bias"),
+    )
+    used = "|".join(str(layer) for layer in range(config.num_layers))
+    carried = (
+        r"(?!encoder\.).*",
+        r"encoder\.ema_(count|weight)",
+        r"encoder\.layer_norm\.(weight|bias)",
+        rf"encoder\.layers\.(?!({used})\.)\d+\..*",
+    )
+    return Table(prefixed(rows, "encoder."), carried)

@@ -1,0 +1,148 @@
+"""Sizes of the speech tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moss_jax.audio.features import MelConfig
+from moss_jax.errors import MossError
+
+
+@dataclass(frozen=True)
+class SpeechTokenizerConfig:
+    """The causal Whisper-VQ encoder and its quantiser. Fields keep the names of the released config.json where it has
+    them."""
+
+    sample_rate: int  # Hz, of the waves that are encoded
+    n_fft: int  # samples of a log-mel frame
+    hop_length: int  # samples from frame to frame
+    num_mel_bins: int  # M
+    d_model: int  # D, width of the encoder
+    num_layers: int  # L, layers before the quantiser
+    encoder_attention_heads: int  # N; the head dimension is D / N
+    encoder_ffn_dim: int  # F
+    max_source_positions: int  # encoder frames (two log-mel frames each) in a segment; positions restart after it
+    pooling_kernel_size: int  # encoder frames averaged into one code
+    quantize_vocab_size: int  # codes
+    code_dim: int  # width of a code's vector; a projection stands before the quantiser when it is not D
+    normalize_codes: bool  # compare directions (unit vectors) instead of vectors
+    layer_norm_epsilon: float
+
+    def __post_init__(self):
+        for name in (
+            "sample_rate", "n_fft", "hop_length", "num_mel_bins", "d_model", "num_layers", "encoder_attention_heads",
+            "encoder_ffn_dim", "max_source_positions", "pooling_kernel_size", "quantize_vocab_size", "code_dim",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise MossError(f"speech tokenizer config: {name} is {getattr(self, name)}, expected at least 1")
+        if self.d_model % self.encoder_attention_heads:
+            raise MossError(
+                f"speech tokenizer config: d_model {self.d_model} is not a multiple of encoder_attention_heads "
+                f"{self.encoder_attention_heads}"
+            )
+        if self.max_source_positions % self.pooling_kernel_size:
+            raise MossError(
+                f"speech tokenizer config: max_source_positions {self.max_source_positions} is not a multiple of "
+                f"pooling_kernel_size {self.pooling_kernel_size}"
+            )
+
+    @property
+    def mel(self) -> MelConfig:
+        return MelConfig(self.sample_rate, self.n_fft, self.hop_length, self.num_mel_bins, 0.0, self.sample_rate / 2)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.encoder_attention_heads
+
+    @property
+    def frames_per_code(self) -> int:
+        """Log-mel frames a code (8: the second convolution halves the rate, pooling divides it by 4)."""
+        return 2 * self.pooling_kernel_size
+
+    @property
+    def samples_per_code(self) -> int:
+        return self.frames_per_code * self.hop_length
+
+    @property
+    def codes_per_segment(self) -> int:
+        return self.max_source_positions // self.pooling_kernel_size
+
+    @property
+    def samples_per_segment(self) -> int:
+        return self.codes_per_segment * self.samples_per_code
+
+    @property
+    def code_rate(self) -> float:
+        """Codes a second."""
+        return self.sample_rate / self.samples_per_code
+
+    @classmethod
+    def from_released(cls, config: Mapping[str, Any], where: str) -> "SpeechTokenizerConfig":
+        """The sizes in the config.json of the released codec, or in one with the same keys.
+
+        Raises:
+            MossError: a key is missing, or describes an encoder that this one is not. `where` opens the message.
+        """
+        fixed = {
+            "encoder_causal_attention": True, "encoder_causal_convolution": True, "pooling_type": "avg",
+            "activation_function": "gelu",
+        }  # fmt: skip
+        for key, value in fixed.items():
+            if config.get(key, value) != value:
+                raise MossError(f"{where}: {key} is {config[key]!r}, this encoder has {value!r}")
+        names = (
+            "d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
+            "pooling_kernel_size", "quantize_vocab_size", "quantize_position",
+        )  # fmt: skip
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise MossError(f"{where}: {', '.join(missing)} missing, expected the config of the speech tokenizer")
+        sizes = {name: config[name] for name in names}
+        layers = sizes.pop("quantize_position")
+        if config.get("pooling_position", layers) != layers:
+            raise MossError(
+                f"{where}: pooling_position is {config['pooling_position']}, expected quantize_position, {layers}"
+            )
+        if config.get("encoder_layers", layers) < layers:
+            raise MossError(
+                f"{where}: encoder_layers is {config['encoder_layers']}, expected at least quantize_position, {layers}"
+            )
+        return cls(
+            sample_rate=16000, n_fft=400, hop_length=160, num_layers=layers, code_dim=sizes["d_model"],
+            normalize_codes=False, layer_norm_epsilon=1e-5, **sizes,
+        )  # fmt: skip
+
+
+MOSS_SPEECH_CODEC = SpeechTokenizerConfig(
+    sample_rate=16000,
+    n_fft=400,
+    hop_length=160,
+    num_mel_bins=128,
+    d_model=1280,
+    num_layers=16,
+    encoder_attention_heads=20,
+    encoder_ffn_dim=5120,
+    max_source_positions=1500,
+    pooling_kernel_size=4,
+    quantize_vocab_size=16384,
+    code_dim=1280,
+    normalize_codes=False,
+    layer_norm_epsilon=1e-5,
+)
+
+TINY = SpeechTokenizerConfig(
+    sample_rate=16000,
+    n_fft=400,
+    hop_length=160,
+    num_mel_bins=128,
+    d_model=32,
+    num_layers=3,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=64,
+    max_source_positions=60,  # segments of 1.2 s, so that tests meet their boundaries
+    pooling_kernel_size=4,
+    quantize_vocab_size=96,
+    code_dim=32,
+    normalize_codes=False,
+    layer_norm_epsilon=1e-5,
+)

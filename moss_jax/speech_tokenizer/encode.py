@@ -1,0 +1,127 @@
+"""Waves -> codes: clips of any length and number through few compiled shapes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.audio.features import log_mel_16k
+from moss_jax.audio.wave import segments
+from moss_jax.errors import MossError
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.encoder import Encoder
+
+MAX_SEGMENTS = 128  # in one call, as in the reference
+LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_padded(config: SpeechTokenizerConfig, params: Any, waves: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Codes of a batch of segments.
+
+    Args:
+        waves: float32 [B, L], zero-padded on the right to L, a multiple of `config.samples_per_code`.
+        lengths: int32 [B], multiples of the same: where each wave's zero padding is taken to end (`log_mel_16k`).
+
+    Returns:
+        int32 [B, L / samples_per_code]; those after a segment's own samples are meaningless.
+    """
+    with jax.default_matmul_precision("highest"):
+        return Encoder(config).apply({"params": params}, log_mel_16k(waves, lengths, config.mel))
+
+
+class SpeechTokenizer:
+    """Speech -> codes.
+
+    Args:
+        config: sizes.
+        params: nested dictionary of the encoder's parameters.
+        max_seconds: audio in one compiled call, padding included; bounds the memory of a batch of long clips.
+    """
+
+    def __init__(self, config: SpeechTokenizerConfig, params: Any, *, max_seconds: float = 240.0):
+        self.config = config
+        self.params = params
+        self.max_seconds = max_seconds
+
+    def encode(self, waves: Sequence[np.ndarray], *, reference_padding: bool = False) -> list[np.ndarray]:
+        """Codes of clips of any length, each the same as if it were encoded alone.
+
+        A clip is cut into segments of 30 s that know nothing of each other; segments of similar length share a call.
+
+        Args:
+            waves: float32 [samples] each, mono, at `config.sample_rate`.
+            reference_padding: pad as the reference does, each 128 consecutive segments to the longest of them. The
+                last code of a shorter segment then depends on its neighbours. For comparisons only.
+
+        Returns:
+            For each clip int32 [ceil(samples / samples_per_code)], counted segment by segment; none for no samples.
+
+        Raises:
+            MossError: a wave is not one-dimensional, or holds NaN or infinite samples.
+        """
+        config, unit = self.config, self.config.samples_per_code
+        parts: list[np.ndarray] = []
+        owners: list[int] = []
+        for owner, wave in enumerate(waves):
+            pieces = segments(checked(wave, f"wave {owner}"), config.samples_per_segment)
+            parts += pieces
+            owners += [owner] * len(pieces)
+        counts = [-(-len(part) // unit) for part in parts]
+        padded = list(counts)
+        if reference_padding:
+            for start in range(0, len(counts), MAX_SEGMENTS):
+                group = slice(start, start + MAX_SEGMENTS)
+                padded[group] = [max(counts[group])] * len(counts[group])
+        codes: list = [None] * len(parts)
+        calls = [
+            (members, self._call(parts, padded, members, size, rows)) for members, size, rows in self._plan(padded)
+        ]
+        for members, result in calls:  # all calls are under way before the first one is waited for
+            result = np.asarray(result)
+            for row, member in enumerate(members):
+                codes[member] = result[row, : counts[member]]
+        joined: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in waves]
+        for owner, part in zip(owners, codes, strict=True):
+            joined[owner].append(part)
+        return [np.concatenate(pieces) for pieces in joined]
+
+    def _plan(self, counts: Sequence[int]) -> list[tuple[list[int], int, int]]:
+        """[(members, compiled length in codes, compiled rows)] for segments of these lengths in codes."""
+        per_segment = self.config.codes_per_segment
+        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in LENGTHS})
+        groups: dict[int, list[int]] = {}
+        for member, count in enumerate(counts):
+            groups.setdefault(next(size for size in sizes if size >= count), []).append(member)
+        plan = []
+        for size, members in groups.items():
+            seconds = size / self.config.code_rate
+            most = 1 << int(np.log2(max(1, min(MAX_SEGMENTS, self.max_seconds // seconds))))
+            while members:
+                rows = 1 << (min(len(members), most) - 1).bit_length()
+                if len(members) < 0.75 * rows:  # rather a smaller call more than that much padding
+                    rows //= 2
+                plan.append((members[:rows], size, rows))
+                members = members[rows:]
+        return plan
+
+    def _call(self, parts, padded, members, size: int, rows: int) -> jax.Array:
+        unit = self.config.samples_per_code
+        batch, lengths = np.zeros((rows, size * unit), np.float32), np.full(rows, size * unit, np.int32)
+        for row, member in enumerate(members):
+            batch[row, : len(parts[member])] = parts[member]
+            lengths[row] = padded[member] * unit
+        return encode_padded(self.config, self.params, jnp.asarray(batch), jnp.asarray(lengths))
+
+
+def checked(wave: np.ndarray, name: str) -> np.ndarray:
+    """The wave as float32 [samples]; MossError when it cannot be encoded."""
+    wave = np.asarray(wave)
+    if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
+        raise MossError(f"{name} is {wave.dtype} {list(wave.shape)}, expected floats [samples], mono, in [-1, 1]")
+    if not np.isfinite(wave).all():
+        raise MossError(f"{name} holds NaN or infinite samples, expected finite numbers")
+    return wave.astype(np.float32, copy=False)

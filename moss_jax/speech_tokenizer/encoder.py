@@ -1,0 +1,216 @@
+"""The causal Whisper-VQ encoder: log-mel frames at 100 Hz -> codes at 12.5 Hz (codec specification, section 3).
+
+Dimension letters: B batch, T log-mel frames or encoder frames, S cached encoder frames, M mel bins, D width, N heads,
+H head dimension, F feed-forward width, L layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moss_jax.nn.conv import CausalConv1d
+from moss_jax.nn.layers import LayerNorm, Linear, named
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+QUERY_BLOCK = 256  # queries that attend together in one pass; halves the work of causal attention over a segment
+
+
+@flax.struct.dataclass
+class EncoderState:
+    """All that a stream remembers: the last inputs of the two convolutions, keys and values, and its place.
+
+    Attributes:
+        conv1: float32 [B, 2, M]. conv2: float32 [B, 2, D].
+        key, value: float32 [L, B, S, N, H], S = max_source_positions.
+        position: int32 [B], encoder frames done in the current segment.
+    """
+
+    conv1: jax.Array
+    conv2: jax.Array
+    key: jax.Array
+    value: jax.Array
+    position: jax.Array
+
+
+def init_state(config: SpeechTokenizerConfig, batch: int) -> EncoderState:
+    """The state of `batch` streams that have not begun."""
+    heads = (config.max_source_positions, config.encoder_attention_heads, config.head_dim)
+    return EncoderState(
+        conv1=jnp.zeros((batch, 2, config.num_mel_bins)),
+        conv2=jnp.zeros((batch, 2, config.d_model)),
+        key=jnp.zeros((config.num_layers, batch, *heads)),
+        value=jnp.zeros((config.num_layers, batch, *heads)),
+        position=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, past) -> (x, new keys and values)."""
+
+    config: SpeechTokenizerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, seen: jax.Array | None):
+        """x [B, T, D]; past (keys, values) [B, S, N, H], of which `seen` [B, S] may be attended to."""
+        config = self.config
+        heads, axes = (config.encoder_attention_heads, config.head_dim), ("embed", "heads", "head_dim")
+        y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
+        query = Linear(heads, axes, name="query")(y)
+        key = Linear(heads, axes, use_bias=False, name="key")(y)
+        value = Linear(heads, axes, name="value")(y)
+        attended = causal_attention(query, key, value, past, seen)
+        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="out")(attended)
+        y = LayerNorm(config.layer_norm_epsilon, name="mlp_norm")(x)
+        y = jax.nn.gelu(Linear(config.encoder_ffn_dim, ("embed", "mlp"), name="up")(y), approximate=False)
+        x = x + Linear(config.d_model, ("mlp", "embed"), name="down")(y)
+        return x, None if past is None else (key, value)
+
+
+def causal_attention(query, key, value, past=None, seen=None) -> jax.Array:
+    """Softmax attention in which row t sees rows up to t, and before them what is `seen` of `past`.
+
+    Args:
+        query, key, value: [B, T, N, H]. past: (keys, values), [B, S, N, H] each. seen: bool [B, S].
+
+    Returns:
+        [B, T, N, H].
+    """
+    frames, head_dim = query.shape[1], query.shape[3]
+    query = query * head_dim**-0.5
+    blocks = []
+    for start in range(0, frames, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, frames)
+        score = jnp.einsum("btnh,bsnh->bnts", query[:, start:end], key[:, :end])
+        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        score = jnp.where(visible, score, -jnp.inf)
+        values = value[:, :end]
+        if past is not None:
+            older = jnp.einsum("btnh,bsnh->bnts", query[:, start:end], past[0])
+            score = jnp.concatenate([jnp.where(seen[:, None, None], older, -jnp.inf), score], -1)
+            values = jnp.concatenate([past[1], values], 1)
+        blocks.append(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(score), values))
+    return jnp.concatenate(blocks, 1)
+
+
+class Encoder(nn.Module):
+    """Convolutions, scanned layers, average pooling, nearest code."""
+
+    config: SpeechTokenizerConfig
+
+    def setup(self):
+        config = self.config
+        self.conv1 = CausalConv1d(config.d_model, 3, axes=("mel", "embed"))
+        self.conv2 = CausalConv1d(config.d_model, 3, stride=2, axes=("conv_in", "embed"))
+        self.layers = nn.scan(
+            EncoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config)
+        if config.code_dim != config.d_model:
+            self.project = Linear(config.code_dim, ("embed", "code"))
+        normal = nn.initializers.normal(0.02)
+        positions, codes = config.max_source_positions, config.quantize_vocab_size
+        self.positions = self.param("positions", named(normal, None, "embed"), (positions, config.d_model))
+        self.code_positions = self.param(
+            "code_positions", named(normal, None, "code"), (config.codes_per_segment, config.code_dim)
+        )
+        self.codebook = self.param(
+            "codebook", named(nn.initializers.normal(1.0), "vocab", "code"), (codes, config.code_dim)
+        )
+
+    def __call__(self, frames: jax.Array) -> jax.Array:
+        """Log-mel frames [B, T, M] of one segment -> codes int32 [B, ceil(T / frames_per_code)]."""
+        return self.quantize(self.pooled(frames))
+
+    def pooled(self, frames: jax.Array) -> jax.Array:
+        """Log-mel frames [B, T, M] of one segment -> the vectors to be quantised, [B, T', D]."""
+        if frames.shape[1] % 2:
+            frames = jnp.pad(frames, ((0, 0), (0, 1), (0, 0)))
+        with jax.named_scope("convolutions"):
+            x = jax.nn.gelu(self.conv1(frames), approximate=False)
+            x = jax.nn.gelu(self.conv2(x), approximate=False)
+        x = x + self.positions[: x.shape[1]]
+        with jax.named_scope("layers"):
+            x, _ = self.layers(x, None, None)
+        return self._pool(x)
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        size = self.config.pooling_kernel_size
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0)))
+        return x.reshape(x.shape[0], -1, size, x.shape[2]).mean(2)
+
+    @jax.named_scope("quantize")
+    def quantize(self, pooled: jax.Array) -> jax.Array:
+        """The nearest code of each vector [B, T, D]: int32 [B, T], the first one of equals."""
+        config, codebook = self.config, self.codebook
+        if config.code_dim != config.d_model:
+            pooled = self.project(pooled)
+        if config.normalize_codes:
+            pooled, codebook = _unit(pooled), _unit(codebook)
+        half_norms = jnp.square(codebook).sum(-1) / 2
+
+        def nearest(rows):  # [T, C]; |row|^2 is the same for all codes and so left out
+            product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
+            return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
+
+        return jax.lax.map(nearest, pooled)  # one clip at a time: all distances of a batch would take gigabytes
+
+    def embed_codes(self, codes: jax.Array) -> jax.Array:
+        """Vectors of the codes [B, T] of one segment with their positions added, [B, T, code_dim] (the reference's
+        last_hidden_state)."""
+        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
+        return codebook[codes] + self.code_positions[: codes.shape[1]]
+
+    def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
+        """The next frames of a stream.
+
+        Args:
+            frames: float32 [B, T, M], T a multiple of frames_per_code that divides the frames of a segment, and the
+                same in every call, so that a call never crosses the end of a segment.
+            valid: int32 [B], how many frames there are; less than T only in the last call of a stream.
+            state: where the stream is; it starts a new segment by itself when one is full.
+
+        Returns:
+            (codes int32 [B, T / frames_per_code], of which the first ceil(valid / frames_per_code) count; the state)
+        """
+        config = self.config
+        again = state.position >= config.max_source_positions
+        position = jnp.where(again, 0, state.position)
+        tails = [jnp.where(again[:, None, None], 0.0, tail) for tail in (state.conv1, state.conv2)]
+        x, conv1 = self.conv1(frames, tails[0])
+        x, conv2 = self.conv2(jax.nn.gelu(x, approximate=False), tails[1])
+        x = jax.nn.gelu(x, approximate=False)
+        x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
+        seen = jnp.arange(config.max_source_positions) < position[:, None]
+        x, (key, value) = self.layers(x, (state.key, state.value), seen)
+        last = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
+        codes = self.quantize(self._pool(jnp.where(last, x, 0.0)))
+        state = EncoderState(
+            conv1, conv2, _write(state.key, key, position), _write(state.value, value, position), position + x.shape[1]
+        )
+        return codes, state
+
+
+def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
+    """Puts new [L, B, T, N, H] into cache [L, B, S, N, H] at position [B]."""
+
+    def write(row, part, start):
+        return jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=1)
+
+    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache, new, position)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def init_params(config: SpeechTokenizerConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters of an encoder, as a nested dictionary."""
+    frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
+    return nn.unbox(Encoder(config).init(key, frames))["params"]

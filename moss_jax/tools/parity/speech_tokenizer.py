@@ -1,0 +1,59 @@
+"""Parity of the speech tokenizer: the encoder with its quantiser, and waves to codes."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.convert.tables.speech_tokenizer import table
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import param_shapes, unflatten
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+from moss_jax.speech_tokenizer.encoder import Encoder
+from moss_jax.tools.parity.golden import Golden, Mismatch
+
+
+def _build(golden: Golden, given: Mapping[str, Any]) -> tuple[SpeechTokenizerConfig, dict]:
+    try:
+        config = SpeechTokenizerConfig.from_released(given, "config")
+    except MossError as error:
+        raise Mismatch(str(error)) from error
+    frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
+    tree = param_shapes(Encoder(config), frames)
+    return config, unflatten(golden.params(table(config), tree, golden.meta.get("weight_prefix", "")))
+
+
+def _encoder(golden: Golden) -> dict:
+    config, params = _build(golden, golden.config)
+    frames = golden.need("input_features").swapaxes(1, 2)
+    apply = partial(Encoder(config).apply, {"params": params})
+    mask = np.asarray(golden.inputs.get("attention_mask", np.ones(frames.shape[:2], np.int32)))
+    token_mask = mask[:, ::2][:, :: config.pooling_kernel_size]
+    keep = token_mask.astype(bool)
+    pooled = apply(frames, method="pooled")
+    codes = np.asarray(apply(pooled, method="quantize"))
+    hidden = apply(codes, method="embed_codes")
+    items = {f"tokens_{row}": codes[row][keep[row]] for row in range(len(codes))}
+    return {
+        "pooled": (pooled, keep[..., None]),
+        "token_ids": (codes, keep),
+        "token_mask": token_mask,
+        "last_hidden_state": (hidden, keep[..., None]),
+        **items,
+    }
+
+
+def _encode(golden: Golden) -> dict:
+    config, params = _build(golden, golden.config["encoder"])
+    tiled = np.tile(golden.need("wav_base"), golden.config["tile"])
+    if len(tiled) < golden.config["long_samples"]:
+        raise Mismatch(f"input/wav_base tiled has {len(tiled)} samples, long_samples is larger")
+    waves = [tiled[: golden.config["long_samples"]], golden.need("wav_short")]
+    codes = SpeechTokenizer(config, params).encode(waves, reference_padding=True)
+    return {f"tokens_{row}": one for row, one in enumerate(codes)}
+
+
+COMPONENTS = {"codec.vq_encoder": _encoder, "codec.encode": _encode}
