@@ -28,7 +28,11 @@ MODULES = {
     "codec.resample": "audio",
     "codec.speaker": "speaker",
     "codec.vq_encoder": "speech_tokenizer",
+    "lm.fsm": "dialogue",
+    "lm.generate": "dialogue",
+    "lm.grid": "dialogue",
     "lm.qwen3": "transformer",
+    "lm.sampler": "dialogue",
     "lm.split": "transformer",
 }  # component -> module of this package
 

@@ -1,0 +1,274 @@
+"""Generation as one compiled loop over the two-channel grid, which comes up for air every k rows.
+
+A batch shares its physical columns: row b of column t is real where `valid[b, t]`, so prompts are padded on the left,
+and a row that has ended is padded on the right while the others go on. Every column passes the shared block once; what
+comes out (`hidden`) is kept, because a branch reads nothing else. So the branch that no row speaks with stands still:
+`done` says how many columns it has seen, and when a row turns to it the missing columns go through it in chunks. A text
+reply never touches the audio branch, and a spoken reply the text branch only once its speech has ended.
+
+Everything here is compiled once for a batch size and a capacity; prompt lengths, k and most settings are data. `compat`
+follows the reference step by step, both branches at every row.
+
+Dimension letters: B batch, S columns of capacity, W columns of a call, D embed, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moss_jax.dialogue import sampling
+from moss_jax.dialogue.grid import positions_of
+from moss_jax.dialogue.sampling import ChannelSettings
+from moss_jax.dialogue.state_machine import AUDIO, RUNNING, TEXT, initial_mode, next_mode, stop_reason
+from moss_jax.transformer import KVCache, LayerSplitModel, TransformerConfig, init_cache
+
+BRANCHES = {"text": TEXT, "audio": AUDIO}
+CHUNK = 256  # columns a call when many are pending: wide enough that arithmetic, not reading weights, takes the time
+
+
+@struct.dataclass
+class GenerationSettings:
+    """How a reply is made; the defaults are the released driver's. Only `compat` is compiled in, and of the channels
+    `top_k` and `greedy`."""
+
+    text: ChannelSettings = ChannelSettings()
+    audio: ChannelSettings = ChannelSettings()
+    max_new_tokens: int = 500  # rows of a reply, its closing row included
+    min_new_tokens: int = 0  # speech may not end before this row of the reply
+    text_size: int = 2**31 - 1  # text ids from here on have no token and are never drawn (not in `compat`)
+    compat: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class GenerationState:
+    """Everything that a batch of conversations is, between two calls. Columns from `filled` on hold nothing."""
+
+    grid: jax.Array  # int32 [B, S, 2]
+    valid: jax.Array  # bool [B, S]
+    modes: jax.Array  # int8 [B, S], the mode in which a generated row was sampled
+    filled: jax.Array  # int32 [], columns of the grid; the last one has not passed any block yet
+    hidden: jax.Array  # [B, S, D], output of the shared block
+    caches: dict[str, KVCache]  # of "shared", "text", "audio"
+    done: dict[str, jax.Array]  # int32 [] each, columns that passed the block
+    seen: dict[str, jax.Array]  # bool [B, V] each, ids of a channel that the repetition penalty counts
+    keys: jax.Array  # PRNG keys [B], one a request
+    mode: jax.Array  # int32 [B], in which the last row was sampled
+    step: jax.Array  # int32 [], rows of the current reply
+    running: jax.Array  # bool [B], rows whose reply goes on
+    stop: jax.Array  # int32 [B], stop reason of each row; RUNNING also when a reply was cut
+    lengths: jax.Array  # int32 [B], rows of each current reply
+    logits: dict[str, jax.Array]  # float32 [B, V] each, of the latest step; zero where a branch did not run
+
+    @property
+    def capacity(self) -> int:
+        return self.grid.shape[1]
+
+
+def new_state(config: TransformerConfig, batch: int, capacity: int) -> GenerationState:
+    """The state of `batch` conversations in which nobody has said anything, with room for `capacity` columns."""
+    vocab = {"text": config.text_vocab_size, "audio": config.audio_vocab_size}
+
+    def zeros(*shape, dtype=jnp.int32):
+        return jnp.zeros(shape, dtype)
+
+    return GenerationState(
+        grid=zeros(batch, capacity, 2),
+        valid=zeros(batch, capacity, dtype=bool),
+        modes=zeros(batch, capacity, dtype=jnp.int8),
+        filled=zeros(),
+        hidden=zeros(batch, capacity, config.hidden_size, dtype=config.dtype),
+        caches=init_cache(config, batch, capacity),
+        done={name: zeros() for name in ("shared", *BRANCHES)},
+        seen={name: zeros(batch, size, dtype=bool) for name, size in vocab.items()},
+        keys=sampling.request_keys(0, batch),
+        mode=zeros(batch),
+        step=zeros(),
+        running=zeros(batch, dtype=bool),
+        stop=zeros(batch),
+        lengths=zeros(batch),
+        logits={name: zeros(batch, size, dtype=jnp.float32) for name, size in vocab.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compat", "chunk"), donate_argnames="state")
+def prefill(
+    params,
+    state: GenerationState,
+    rows: jax.Array,
+    valid: jax.Array,
+    count: jax.Array | int,
+    keys: jax.Array,
+    *,
+    config: TransformerConfig,
+    compat: bool = False,
+    chunk: int = CHUNK,
+) -> GenerationState:
+    """Appends columns to the conversations and begins a reply; all columns but the last pass the shared block.
+
+    Args:
+        params: of LayerSplitModel.
+        state: donated. `filled + count` must not exceed its capacity.
+        rows, valid: int32 [B, W, 2] and bool [B, W], padded on the left; only the first `count` columns are taken.
+        keys: PRNG keys [B] for the draws of this reply.
+    """
+    capacity, width = state.capacity, rows.shape[1]
+    columns = state.filled + jnp.arange(width)
+    columns = jnp.where(jnp.arange(width) < count, columns, capacity)  # the others fall off the end
+    valid = valid & (jnp.arange(width) < count)
+    text, audio = rows[..., 0], rows[..., 1]
+    spoken = text == config.modality_pad_id
+    counts = (valid, valid) if compat else (valid & ~spoken, valid & spoken)
+    seen = {
+        name: state.seen[name] | sampling.seen_ids(ids, count, state.seen[name].shape[1])
+        for name, ids, count in zip(BRANCHES, (text, audio), counts, strict=True)
+    }
+    last = jax.lax.dynamic_index_in_dim(rows, count - 1, 1, keepdims=False)
+    batch = rows.shape[0]
+    state = state.replace(
+        grid=state.grid.at[:, columns].set(rows, mode="drop"),
+        valid=state.valid.at[:, columns].set(valid, mode="drop"),
+        filled=state.filled + count,
+        seen=seen,
+        keys=keys,
+        mode=initial_mode(last[:, 0], last[:, 1], config, compat).astype(jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        running=jnp.ones(batch, bool),
+        stop=jnp.full(batch, RUNNING, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+    )
+    return _pass_shared(LayerSplitModel(config), params, state, state.filled - 1, min(chunk, capacity))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
+def decode_chunk(
+    params,
+    state: GenerationState,
+    settings: GenerationSettings,
+    k: jax.Array | int,
+    *,
+    config: TransformerConfig,
+    chunk: int = CHUNK,
+) -> GenerationState:
+    """Generates up to `k` rows; fewer when every reply has ended, is `max_new_tokens` long, or the columns run out.
+
+    `state` is donated. `params` and `config` are those of the prefill.
+    """
+    model = LayerSplitModel(config)
+    first = state.step
+
+    def goes_on(state):
+        room = (state.step < settings.max_new_tokens) & (state.filled < state.capacity)
+        return (state.step - first < k) & room & state.running.any()
+
+    return jax.lax.while_loop(
+        goes_on, lambda state: _step(model, params, state, settings, min(chunk, state.capacity)), state
+    )
+
+
+def _step(model, params, state: GenerationState, settings: GenerationSettings, chunk: int) -> GenerationState:
+    """One more row: the last column goes through the blocks that are asked, and a new column is appended."""
+    config, compat = model.config, settings.compat
+    last = jax.lax.dynamic_index_in_dim(state.grid, state.filled - 1, 1, keepdims=False)
+    mode = next_mode(state.mode, last[:, 0], last[:, 1], config, compat)
+    state = _pass_shared(model, params, state, state.filled, 1)
+    step = state.step + 1
+    forbidden = {
+        "text": False if compat else sampling.forbid_text(settings.text_size, config),
+        "audio": sampling.forbid_audio(step, settings.min_new_tokens, config),
+    }
+    drawn, logits, done, caches = {}, {}, dict(state.done), dict(state.caches)
+    for branch, channel in BRANCHES.items():
+        channel_settings = getattr(settings, branch)
+        asked = jnp.array(True) if compat else (state.running & (mode == channel)).any()
+        y, done[branch], caches[branch] = _pass_branch(model, params, state, branch, asked, chunk)
+
+        def draw(y=y, branch=branch, channel=channel, settings=channel_settings):
+            logits = model.apply({"params": params}, branch, y, method="logits")[:, 0]
+            scores = sampling.penalise(logits, state.seen[branch], forbidden[branch], settings.repetition_penalty)
+            return logits, sampling.draw(scores, sampling.draw_keys(state.keys, step, channel), settings)
+
+        def skip(branch=branch):
+            return jnp.zeros_like(state.logits[branch]), jnp.zeros_like(mode)
+
+        logits[branch], drawn[branch] = draw() if compat else jax.lax.cond(asked, draw, skip)
+
+    speaking, running = mode == AUDIO, state.running
+    text = jnp.where(speaking, config.modality_pad_id, drawn["text"])
+    audio = drawn["audio"] if compat else jnp.where(speaking, drawn["audio"], config.audio_pad_id)
+    counted = {
+        "text": running if compat else running & ~speaking,
+        "audio": running if compat else running & speaking,
+    }
+    row = jnp.stack([jnp.where(running, text, config.endoftext_id), jnp.where(running, audio, config.audio_pad_id)], -1)
+    stop = jnp.where(running, stop_reason(text, config), state.stop)
+    at = (0, state.filled)
+    return state.replace(
+        grid=jax.lax.dynamic_update_slice(state.grid, row[:, None].astype(jnp.int32), (*at, 0)),
+        valid=jax.lax.dynamic_update_slice(state.valid, running[:, None], at),
+        modes=jax.lax.dynamic_update_slice(state.modes, mode[:, None].astype(jnp.int8), at),
+        filled=state.filled + 1,
+        caches=caches,
+        done=done,
+        seen={
+            "text": sampling.mark_seen(state.seen["text"], text, counted["text"]),
+            "audio": sampling.mark_seen(state.seen["audio"], audio, counted["audio"]),
+        },
+        mode=mode.astype(jnp.int32),
+        step=step,
+        running=running & (stop == RUNNING),
+        stop=stop.astype(jnp.int32),
+        lengths=state.lengths + running,
+        logits=logits,
+    )
+
+
+def _pass_shared(model, params, state: GenerationState, to: jax.Array, width: int) -> GenerationState:
+    """Runs the columns up to `to` (exclusive) that the shared block has not seen, `width` at a time."""
+    positions = positions_of(state.valid)
+
+    def body(carry):
+        done, cache, hidden = carry
+        # A slice must not run over the end. Starting earlier repeats columns, which changes nothing.
+        start = jnp.minimum(done, state.capacity - width)
+        x = model.apply({"params": params}, _columns(state.grid, start, width), method="embed")
+        y, cache = _block(model, params, "shared", x, _columns(positions, start, width), cache, start, state.valid)
+        return jnp.minimum(start + width, to), cache, jax.lax.dynamic_update_slice_in_dim(hidden, y, start, 1)
+
+    carry = state.done["shared"], state.caches["shared"], state.hidden
+    done, cache, hidden = jax.lax.while_loop(lambda carry: carry[0] < to, body, carry)
+    return state.replace(
+        hidden=hidden, caches=state.caches | {"shared": cache}, done=state.done | {"shared": done.astype(jnp.int32)}
+    )
+
+
+def _pass_branch(model, params, state: GenerationState, branch: str, asked: jax.Array, chunk: int):
+    """If `asked`, runs all columns that the branch has not seen: in chunks those before the last one, then that one.
+
+    Loops rather than conditionals, because their buffers stay in place. Returns (y [B, 1, D] of the last column, done,
+    cache).
+    """
+    positions, last = positions_of(state.valid), state.filled - 1
+
+    def body(width, carry):
+        done, cache, _ = carry
+        start = jnp.minimum(done, state.capacity - width)
+        x = _columns(state.hidden, start, width)
+        y, cache = _block(model, params, branch, x, _columns(positions, start, width), cache, start, state.valid)
+        return jnp.minimum(start + width, last if width > 1 else last + 1), cache, y[:, -1:]
+
+    carry = state.done[branch], state.caches[branch], jnp.zeros_like(state.hidden[:, :1])
+    carry = jax.lax.while_loop(lambda carry: asked & (carry[0] < last), functools.partial(body, chunk), carry)
+    done, cache, y = jax.lax.while_loop(lambda carry: asked & (carry[0] <= last), functools.partial(body, 1), carry)
+    return y, done, cache
+
+
+def _block(model, params, name, x, positions, cache, start, valid):
+    return model.apply(
+        {"params": params}, name, x, positions, cache=cache, index=start, valid=valid, method="block"
+    )  # fmt: skip
+
+
+def _columns(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, width, 1)

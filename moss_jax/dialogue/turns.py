@@ -1,0 +1,64 @@
+"""What one side says: a turn of a conversation, wholly text or wholly speech."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moss_jax.errors import MossError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One turn: exactly one of `text`, `audio` and `codes`.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: what was written; every string in it is plain text.
+        audio: a recording: path of a file, or samples [T] or [T, channels] with `sample_rate` in Hz.
+        codes: speech codes [N], 12.5 a second, as the speech tokenizer makes them.
+    """
+
+    role: str
+    text: str | None = None
+    audio: str | Path | np.ndarray | None = None
+    codes: Sequence[int] | np.ndarray | None = None
+    sample_rate: int | None = None
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise MossError(f"turn: role is {self.role!r}, expected one of {', '.join(ROLES)}")
+        given = [name for name in ("text", "audio", "codes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "nothing"
+            raise MossError(f"turn of {self.role}: it has {what}, expected exactly one of text, audio and codes")
+        if self.text is not None and not isinstance(self.text, str):
+            raise MossError(f"turn of {self.role}: text is {type(self.text).__name__}, expected a string")
+        if isinstance(self.audio, np.ndarray) and not self.sample_rate:
+            raise MossError(f"turn of {self.role}: audio is an array without a sample_rate in Hz")
+        if self.audio is not None and not isinstance(self.audio, (str, Path, np.ndarray)):
+            found = type(self.audio).__name__
+            raise MossError(f"turn of {self.role}: audio is {found}, expected a path or a numpy array of samples")
+        if self.codes is not None:
+            codes = np.asarray(self.codes)
+            if codes.ndim != 1 or (codes.size and not np.issubdtype(codes.dtype, np.integer)):
+                raise MossError(f"turn of {self.role}: codes have shape {list(codes.shape)} and dtype {codes.dtype}, "
+                                "expected a list of integers")  # fmt: skip
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raises MossError unless somebody could answer: at least one turn, none empty, the last one the user's."""
+    if not turns:
+        raise MossError("turns: the list is empty, expected at least one user turn")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Turn):
+            raise MossError(f"turns: entry {index} is {type(turn).__name__}, expected a Turn")
+        if turn.text is not None and not turn.text.strip():
+            raise MossError(f"turns: the {turn.role} turn at {index} has empty text, expected some words")
+        if turn.codes is not None and not len(turn.codes):
+            raise MossError(f"turns: the {turn.role} turn at {index} has no codes, expected at least one")
+    if turns[-1].role != "user":
+        raise MossError(f"turns: the last turn is of {turns[-1].role}, expected the user's question")
