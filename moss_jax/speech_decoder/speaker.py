@@ -1,0 +1,266 @@
+"""CAM++: Kaldi filter banks of a voice -> its speaker embedding (codec specification, section 4.2; 3D-Speaker's
+CAMPPlus).
+
+Runs once a voice. Lengths are padded to a few buckets and masked, so that a clip gets exactly what it gets unpadded and
+other lengths in the same bucket compile nothing. Batch normalisation is in evaluation mode: its statistics are plain
+parameters.
+
+Dimension letters: B batch, T frames, Q mel bins or what strides leave of them, C channels.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
+from moss_jax.errors import MossError
+from moss_jax.nn.conv import Conv1d
+from moss_jax.nn.layers import Linear, named
+
+EPSILON = 1e-5
+SHORTEST = 3  # frames: two after the stride, without which there is no standard deviation
+
+
+@dataclass(frozen=True)
+class SpeakerConfig:
+    """Sizes of CAM++. A dense layer has `bottleneck` channels inside and adds `growth_rate` channels."""
+
+    num_mel_bins: int  # of the filter banks; a multiple of 8
+    embedding_size: int
+    head_channels: int  # of the two-dimensional convolutions
+    head_blocks: tuple[int, int]  # residual blocks in the two groups of the head
+    init_channels: int  # after the first one-dimensional convolution
+    growth_rate: int
+    bottleneck: int
+    context_reduction: int  # the context gate has bottleneck / context_reduction channels inside
+    dense_layers: tuple[int, ...]  # layers in each dense block
+    dense_dilations: tuple[int, ...]
+    segment_frames: int  # frames that a segment mean of the context covers
+
+    def __post_init__(self):
+        if self.num_mel_bins % 8:
+            raise MossError(f"speaker config: num_mel_bins is {self.num_mel_bins}, expected a multiple of 8")
+        if len(self.dense_layers) != len(self.dense_dilations):
+            raise MossError(
+                f"speaker config: {len(self.dense_layers)} dense_layers and {len(self.dense_dilations)} "
+                "dense_dilations, expected as many of both"
+            )
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels that enter each dense block, and those that leave the last transit layer."""
+        channels = [self.init_channels]
+        for layers in self.dense_layers:
+            channels.append((channels[-1] + layers * self.growth_rate) // 2)
+        return tuple(channels)
+
+
+CAMPPLUS = SpeakerConfig(
+    num_mel_bins=80,
+    embedding_size=192,
+    head_channels=32,
+    head_blocks=(2, 2),
+    init_channels=128,
+    growth_rate=32,
+    bottleneck=128,
+    context_reduction=2,
+    dense_layers=(12, 24, 16),
+    dense_dilations=(1, 2, 2),
+    segment_frames=100,
+)
+
+TINY = SpeakerConfig(
+    num_mel_bins=16,
+    embedding_size=12,
+    head_channels=4,
+    head_blocks=(2, 1),
+    init_channels=8,
+    growth_rate=4,
+    bottleneck=8,
+    context_reduction=2,
+    dense_layers=(2, 1),
+    dense_dilations=(1, 2),
+    segment_frames=10,
+)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with stored statistics over the last axis; scale and bias only if `affine`."""
+
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def leaf(name, init):
+            return self.param(name, named(init, "conv_out"), x.shape[-1:], jnp.float32)
+
+        x = (x - leaf("mean", nn.initializers.zeros)) * jax.lax.rsqrt(leaf("var", nn.initializers.ones) + EPSILON)
+        if self.affine:
+            x = x * leaf("scale", nn.initializers.ones) + leaf("bias", nn.initializers.zeros)
+        return x
+
+
+class Conv2d(nn.Module):
+    """Convolution over [B, Q, T, C] with zero padding that keeps T; `stride` is along Q. Parameter: kernel."""
+
+    features: int
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", (0, 1, 2), 3)
+        shape = (self.width, self.width, x.shape[-1], self.features)
+        kernel = self.param("kernel", named(init, None, None, "conv_in", "conv_out"), shape, jnp.float32)
+        padding = [(self.width // 2, self.width // 2)] * 2
+        return jax.lax.conv_general_dilated(
+            x, kernel, (self.stride, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut; the shortcut of the first block of a group is a convolution."""
+
+    channels: int
+    first: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keep: jax.Array) -> jax.Array:
+        stride = 2 if self.first else 1
+        y = jax.nn.relu(BatchNorm(name="norm1")(Conv2d(self.channels, 3, stride, name="conv1")(x))) * keep
+        y = BatchNorm(name="norm2")(Conv2d(self.channels, 3, name="conv2")(y))
+        if self.first:
+            x = BatchNorm(name="shortcut_norm")(Conv2d(self.channels, 1, stride, name="shortcut")(x))
+        return jax.nn.relu(y + x) * keep
+
+
+class Head(nn.Module):
+    """Two-dimensional convolutions that divide the mel bins by 8: [B, T, Q] -> [B, T, C * Q / 8]."""
+
+    config: SpeakerConfig
+
+    @nn.compact
+    def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
+        channels, keep = self.config.head_channels, keep[:, None]  # [B, 1, T, 1]
+        x = features.swapaxes(1, 2)[..., None]  # [B, Q, T, 1]
+        x = jax.nn.relu(BatchNorm(name="norm1")(Conv2d(channels, 3, name="conv1")(x))) * keep
+        for group, blocks in enumerate(self.config.head_blocks, 1):
+            for block in range(blocks):
+                x = ResidualBlock(channels, block == 0, name=f"layer{group}_{block}")(x, keep)
+        x = jax.nn.relu(BatchNorm(name="norm2")(Conv2d(channels, 3, 2, name="conv2")(x))) * keep
+        x = x.transpose(0, 2, 3, 1)  # [B, T, C, Q]: channels are the slow index of what follows
+        return x.reshape(*x.shape[:2], -1)
+
+
+class DenseLayer(nn.Module):
+    """New channels from all earlier ones, gated by their context: [B, T, C] -> [B, T, growth_rate]."""
+
+    config: SpeakerConfig
+    dilation: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keep: jax.Array) -> jax.Array:
+        config = self.config
+        x = jax.nn.relu(BatchNorm(name="norm1")(x))
+        x = Linear(config.bottleneck, ("conv_in", "conv_out"), use_bias=False, name="inner")(x)
+        x = jax.nn.relu(BatchNorm(name="norm2")(x)) * keep
+        padding = (self.dilation, self.dilation)
+        y = Conv1d(config.growth_rate, 3, dilation=self.dilation, padding=padding, use_bias=False, name="local")(x)
+        context = x.sum(1, keepdims=True) / keep.sum(1, keepdims=True) + self._segment_mean(x, keep)
+        reduced = config.bottleneck // config.context_reduction
+        context = jax.nn.relu(Linear(reduced, ("conv_in", "conv_out"), name="context1")(context))
+        return y * jax.nn.sigmoid(Linear(config.growth_rate, ("conv_in", "conv_out"), name="context2")(context))
+
+    def _segment_mean(self, x: jax.Array, keep: jax.Array) -> jax.Array:
+        """The mean of each segment, repeated; the last one is divided by the frames that it really has."""
+        size = self.config.segment_frames
+        frames = x.shape[1]
+        pad = ((0, 0), (0, -frames % size), (0, 0))
+        total, count = (jnp.pad(z, pad).reshape(len(z), -1, size, z.shape[2]).sum(2) for z in (x, keep))
+        return jnp.repeat(total / jnp.maximum(count, 1), size, axis=1)[:, :frames]
+
+
+class CAMPPlus(nn.Module):
+    """Mean-normalised filter banks -> speaker embedding."""
+
+    config: SpeakerConfig
+
+    @nn.compact
+    def __call__(self, features: jax.Array, frames: jax.Array | None = None) -> jax.Array:
+        """features float32 [B, T, Q], of which `frames` int [B] count (None: all) -> float32 [B, embedding_size]."""
+        config = self.config
+        if frames is None:
+            frames = jnp.full(features.shape[:1], features.shape[1])
+        keep = _mask(frames, features.shape[1])
+        x = Head(config, name="head")(features * keep, keep)
+        x = Conv1d(config.init_channels, 5, stride=2, padding=(2, 2), use_bias=False, name="tdnn")(x)
+        frames = (frames + 1) // 2
+        keep = _mask(frames, x.shape[1])
+        x = jax.nn.relu(BatchNorm(name="tdnn_norm")(x))
+        stages = zip(config.dense_layers, config.dense_dilations, config.stage_channels[1:], strict=True)
+        for block, (layers, dilation, channels) in enumerate(stages, 1):
+            for layer in range(1, layers + 1):
+                new = DenseLayer(config, dilation, name=f"block{block}_{layer}")(x, keep)
+                x = jnp.concatenate([x, new], -1)
+            x = jax.nn.relu(BatchNorm(name=f"transit{block}_norm")(x))
+            x = Linear(channels, ("conv_in", "conv_out"), use_bias=False, name=f"transit{block}")(x)
+        x = jax.nn.relu(BatchNorm(name="out_norm")(x))
+        count = frames[:, None]
+        mean = (x * keep).sum(1) / count
+        deviation = jnp.sqrt((jnp.square(x - mean[:, None]) * keep).sum(1) / (count - 1))
+        statistics = jnp.concatenate([mean, deviation], -1)
+        embedding = Linear(config.embedding_size, ("conv_in", "conv_out"), use_bias=False, name="dense")(statistics)
+        return BatchNorm(affine=False, name="dense_norm")(embedding)
+
+
+def _mask(frames: jax.Array, length: int) -> jax.Array:
+    return (jnp.arange(length) < frames[:, None]).astype(jnp.float32)[..., None]  # [B, T, 1]
+
+
+@partial(jax.jit, static_argnums=0)
+def embed_padded(config: SpeakerConfig, params: Any, wave: jax.Array, frames: jax.Array) -> jax.Array:
+    """wave float32 [B, L] at 16 kHz, `frames` int [B] valid filter bank frames -> [B, embedding_size]."""
+    with jax.default_matmul_precision("highest"):
+        fbank = kaldi_fbank(wave, replace(FBANK_16K, num_mel_bins=config.num_mel_bins))
+        features = mean_normalized(fbank, frames)
+        return CAMPPlus(config).apply({"params": params}, features, frames)
+
+
+def speaker_embedding(config: SpeakerConfig, params: Any, wave: np.ndarray) -> np.ndarray:
+    """The speaker embedding of a recording.
+
+    Args:
+        params: nested dictionary of CAM++'s parameters.
+        wave: float32 [samples], mono, 16 kHz, in [-1, 1].
+
+    Returns:
+        float32 [embedding_size].
+
+    Raises:
+        MossError: the recording is shorter than three filter bank frames (45 ms).
+    """
+    length, shift = FBANK_16K.frame_length, FBANK_16K.frame_shift
+    frames = 1 + (len(wave) - length) // shift
+    if frames < SHORTEST:
+        raise MossError(
+            f"a recording of {len(wave)} samples at 16 kHz is too short for a speaker embedding, expected at least "
+            f"{length + (SHORTEST - 1) * shift}"
+        )
+    bucket = 200
+    while bucket < frames:
+        bucket *= 2
+    padded = np.zeros((1, length + (bucket - 1) * shift), np.float32)
+    used = length + (frames - 1) * shift
+    padded[0, :used] = wave[:used]
+    return np.asarray(embed_padded(config, params, jnp.asarray(padded), jnp.array([frames])))[0]
+
+
+def init_params(config: SpeakerConfig, key: jax.Array) -> dict[str, Any]:
+    """Random parameters of CAM++, as a nested dictionary."""
+    features = jnp.zeros((1, 2 * SHORTEST, config.num_mel_bins))
+    return nn.unbox(CAMPPlus(config).init(key, features))["params"]
