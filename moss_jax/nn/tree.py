@@ -22,3 +22,10 @@ def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, 
     """Flat {path: ShapeDtypeStruct} of a module's parameters for inputs of these shapes; nothing is allocated."""
     variables = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **keywords), *inputs)
     return flatten(nn.unbox(variables)["params"])
+
+
+def param_axes(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, tuple[str | None, ...]]:
+    """Flat {path: logical axis names, one a dimension} of a module's parameters; nothing is allocated."""
+    variables = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **keywords), *inputs)
+    boxes = jax.tree.leaves_with_path(variables["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return {"/".join(key.key for key in path): box.names for path, box in boxes}

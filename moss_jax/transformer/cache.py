@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moss_jax.sharding import constrain
 from moss_jax.transformer.config import TransformerConfig
+
+AXES = ("layers", "batch", None, "kv_heads", "head_dim")
 
 
 @struct.dataclass
@@ -17,7 +20,8 @@ class KVCache:
     def write(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "KVCache":
         """The cache with k, v [L, B, T, K, H] in columns index .. index+T-1; index + T must not exceed S."""
         at = (0, 0, index, 0, 0)
-        return KVCache(jax.lax.dynamic_update_slice(self.k, k, at), jax.lax.dynamic_update_slice(self.v, v, at))
+        k, v = (jax.lax.dynamic_update_slice(*pair, at) for pair in ((self.k, k), (self.v, v)))
+        return KVCache(constrain(k, *AXES), constrain(v, *AXES))
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, dtype=None) -> dict[str, KVCache]:
@@ -30,5 +34,5 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, dtype=None)
     caches = {}
     for name, depth in layers.items():
         shape = (depth, batch, capacity, *heads)
-        caches[name] = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        caches[name] = KVCache(*(constrain(jnp.zeros(shape, dtype), *AXES) for _ in "kv"))
     return caches

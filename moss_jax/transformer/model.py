@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.nn.attention import attention, cached_attention
-from moss_jax.nn.layers import Embed, Linear, named
+from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.rope import apply_rope, rope_angles
+from moss_jax.sharding import constrain, per_device
 from moss_jax.transformer.cache import KVCache
 from moss_jax.transformer.config import TransformerConfig
 
+ACTIVATION = ("batch", "length", None)
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
@@ -58,7 +60,10 @@ class Attention(nn.Module):
         q = apply_rope(RMSNorm(cfg, name="q_norm")(q), *angles)
         k = apply_rope(RMSNorm(cfg, name="k_norm")(k), *angles)
         if past is None:
-            y, new = attention(q, k, v, segment_ids, cfg.attention), None
+            heads, kv_heads = (("batch", None, name, "head_dim") for name in ("heads", "kv_heads"))
+            local = functools.partial(attention, implementation=cfg.attention)
+            local = per_device(local, (heads, kv_heads, kv_heads, ("batch", None)), heads)
+            y, new = local(q, k, v, segment_ids), None
         else:
             new = KVCache(k.astype(past.k.dtype), v.astype(past.v.dtype))
             y = cached_attention(q, new.k, new.v, past.k, past.v, *masks).astype(x.dtype)
@@ -92,7 +97,22 @@ class Layer(nn.Module):
         y, new = Attention(self.config, name="attention")(y, angles, segment_ids, past, masks)
         x = x + y
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
-        return x, new
+        return constrain(x, *ACTIVATION), new
+
+
+class Embed(nn.Module):
+    """int ids [B, T] -> their vectors [B, T, D]."""
+
+    config: TransformerConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        init, dtype = named(nn.initializers.normal(0.02), "vocab", "embed"), jnp.dtype(self.config.param_dtype)
+        table = self.param("embedding", init, (self.vocab_size, self.config.hidden_size), dtype)
+        # Whole in D, like any other parameter at its use: else each device would look up a part of every row of the
+        # batch, and the whole batch would have to travel.
+        return constrain(table, "vocab", None)[ids]
 
 
 class Head(nn.Module):
@@ -105,7 +125,8 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init, dtype = named(nn.initializers.normal(0.02), "embed", "vocab"), jnp.dtype(self.config.param_dtype)
         kernel = self.param("kernel", init, (x.shape[-1], self.vocab_size), dtype)
-        return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return constrain(y, "batch", "length", "vocab")
 
 
 class Block(nn.Module):
@@ -128,7 +149,7 @@ class Block(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg)
         if self.vocab_size:
-            self.embed = Embed(self.vocab_size, cfg.hidden_size, param_dtype=jnp.dtype(cfg.param_dtype))
+            self.embed = Embed(cfg, self.vocab_size)
             self.norm = RMSNorm(cfg)
             self.head = Head(cfg, self.vocab_size)
 
@@ -167,7 +188,7 @@ class LayerSplitModel(nn.Module):
         x = self.text.embed(text)
         if self.config.audio_vocab_size:
             x = jnp.where((text == self.config.modality_pad_id)[..., None], self.audio.embed(audio), x)
-        return x.astype(self.config.dtype)
+        return constrain(x.astype(self.config.dtype), *ACTIVATION)
 
     def block(self, name: str, x, positions, segment_ids=None, *, cache: KVCache | None = None, index=None, valid=None):
         """Runs the block "shared", "text" or "audio".
