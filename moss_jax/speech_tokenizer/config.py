@@ -1,8 +1,6 @@
 """Sizes of the speech tokenizer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moss_jax.audio.features import MelConfig
 from moss_jax.errors import MossError
@@ -75,42 +73,6 @@ class SpeechTokenizerConfig:
     def code_rate(self) -> float:
         """Codes a second."""
         return self.sample_rate / self.samples_per_code
-
-    @classmethod
-    def from_released(cls, config: Mapping[str, Any], where: str) -> "SpeechTokenizerConfig":
-        """The sizes in the config.json of the released codec, or in one with the same keys.
-
-        Raises:
-            MossError: a key is missing, or describes an encoder that this one is not. `where` opens the message.
-        """
-        fixed = {
-            "encoder_causal_attention": True, "encoder_causal_convolution": True, "pooling_type": "avg",
-            "activation_function": "gelu",
-        }  # fmt: skip
-        for key, value in fixed.items():
-            if config.get(key, value) != value:
-                raise MossError(f"{where}: {key} is {config[key]!r}, this encoder has {value!r}")
-        names = (
-            "d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
-            "pooling_kernel_size", "quantize_vocab_size", "quantize_position",
-        )  # fmt: skip
-        missing = [name for name in names if name not in config]
-        if missing:
-            raise MossError(f"{where}: {', '.join(missing)} missing, expected the config of the speech tokenizer")
-        sizes = {name: config[name] for name in names}
-        layers = sizes.pop("quantize_position")
-        if config.get("pooling_position", layers) != layers:
-            raise MossError(
-                f"{where}: pooling_position is {config['pooling_position']}, expected quantize_position, {layers}"
-            )
-        if config.get("encoder_layers", layers) < layers:
-            raise MossError(
-                f"{where}: encoder_layers is {config['encoder_layers']}, expected at least quantize_position, {layers}"
-            )
-        return cls(
-            sample_rate=16000, n_fft=400, hop_length=160, num_layers=layers, code_dim=sizes["d_model"],
-            normalize_codes=False, layer_norm_epsilon=1e-5, **sizes,
-        )  # fmt: skip
 
 
 MOSS_SPEECH_CODEC = SpeechTokenizerConfig(

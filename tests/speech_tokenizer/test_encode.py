@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.convert.tables.speech_tokenizer import table
+from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import flatten, param_shapes, unflatten
@@ -186,7 +186,7 @@ def test_config():
         "num_mel_bins": 128, "max_source_positions": 1500, "pooling_kernel_size": 4, "quantize_vocab_size": 16384,
         "quantize_position": 16, "pooling_position": 16, "activation_function": "gelu",
     }  # fmt: skip
-    assert SpeechTokenizerConfig.from_released(released, "config.json") == MOSS_SPEECH_CODEC
+    assert config_from_released(released, "config.json") == MOSS_SPEECH_CODEC
     assert (MOSS_SPEECH_CODEC.samples_per_segment, MOSS_SPEECH_CODEC.code_rate) == (480000, 12.5)
     for change, message in (
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
@@ -195,9 +195,9 @@ def test_config():
         ({"encoder_attention_heads": 7}, "d_model 1280 is not a multiple of encoder_attention_heads 7"),
     ):
         with pytest.raises(MossError, match=message):
-            SpeechTokenizerConfig.from_released(released | change, "config.json")
+            config_from_released(released | change, "config.json")
     with pytest.raises(MossError, match="d_model, quantize_position missing"):
-        SpeechTokenizerConfig.from_released(
+        config_from_released(
             {k: v for k, v in released.items() if k not in ("d_model", "quantize_position")}, "config.json"
         )
 

@@ -1,7 +1,47 @@
 """Tensor names of the released codec's `model.safetensors`: the Whisper-VQ encoder."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+
+def config_from_released(released: Mapping[str, Any], where: str) -> SpeechTokenizerConfig:
+    """The sizes in the config.json of the released codec, or in one with the same keys.
+
+    Raises:
+        MossError: a key is missing, or describes an encoder that this one is not. `where` opens the message.
+    """
+    fixed = {
+        "encoder_causal_attention": True, "encoder_causal_convolution": True, "pooling_type": "avg",
+        "activation_function": "gelu",
+    }  # fmt: skip
+    for key, value in fixed.items():
+        if released.get(key, value) != value:
+            raise MossError(f"{where}: {key} is {released[key]!r}, this encoder has {value!r}")
+    names = (
+        "d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
+        "pooling_kernel_size", "quantize_vocab_size", "quantize_position",
+    )  # fmt: skip
+    missing = [name for name in names if name not in released]
+    if missing:
+        raise MossError(f"{where}: {', '.join(missing)} missing, expected the config of the speech tokenizer")
+    sizes = {name: released[name] for name in names}
+    layers = sizes.pop("quantize_position")
+    if released.get("pooling_position", layers) != layers:
+        raise MossError(
+            f"{where}: pooling_position is {released['pooling_position']}, expected quantize_position, {layers}"
+        )
+    if released.get("encoder_layers", layers) < layers:
+        raise MossError(
+            f"{where}: encoder_layers is {released['encoder_layers']}, expected at least quantize_position, {layers}"
+        )
+    return SpeechTokenizerConfig(
+        sample_rate=16000, n_fft=400, hop_length=160, num_layers=layers, code_dim=sizes["d_model"],
+        normalize_codes=False, layer_norm_epsilon=1e-5, **sizes,
+    )  # fmt: skip
 
 
 def table(config: SpeechTokenizerConfig) -> Table:

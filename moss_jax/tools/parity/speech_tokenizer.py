@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.convert.tables.speech_tokenizer import table
+from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -18,7 +18,7 @@ from moss_jax.tools.parity.golden import Golden, Mismatch
 
 def _build(golden: Golden, given: Mapping[str, Any]) -> tuple[SpeechTokenizerConfig, dict]:
     try:
-        config = SpeechTokenizerConfig.from_released(given, "config")
+        config = config_from_released(given, "config")
     except MossError as error:
         raise Mismatch(str(error)) from error
     frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
