@@ -118,7 +118,7 @@ def test_the_running_maximum_lowers_only_what_was_quiet():
     whole = log_mel_16k(wave[None])
     loudest = int(np.argmax(whole[0].max(1)))
     np.testing.assert_allclose(ours[0, loudest:], whole[0, loudest:], atol=1e-6)
-    assert 0 < loudest and (ours <= whole).all() and (ours < whole - 0.1).any()
+    assert loudest > 0 and (ours <= whole).all() and (ours < whole - 0.1).any()
     assert peak[0] == pytest.approx(float(whole.max()) * 4 - 4, abs=1e-5)
 
 
