@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from moss_jax.dialogue import sampling
@@ -92,6 +93,32 @@ def new_state(config: TransformerConfig, batch: int, capacity: int) -> Generatio
     )
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def emptied(state: GenerationState) -> GenerationState:
+    """The same buffers (`state` is donated) with nothing said yet."""
+    zero = jnp.zeros((), jnp.int32)
+    return state.replace(
+        valid=jnp.zeros_like(state.valid),
+        filled=zero,
+        done={name: zero for name in state.done},
+        seen=jax.tree.map(jnp.zeros_like, state.seen),
+    )
+
+
+def with_capacity(state: GenerationState, capacity: int) -> GenerationState:
+    """The same conversations with more or fewer columns, at least `filled`. Leaves are numpy or jax arrays."""
+
+    def fit(leaf, axis):
+        xp = np if isinstance(leaf, np.ndarray) else jnp
+        leaf = leaf[(slice(None),) * axis + (slice(capacity),)]
+        return xp.pad(leaf, [(0, capacity - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)])
+
+    return state.replace(
+        **{name: fit(getattr(state, name), 1) for name in ("grid", "valid", "modes", "hidden")},
+        caches={name: KVCache(fit(cache.k, 2), fit(cache.v, 2)) for name, cache in state.caches.items()},
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "compat", "chunk"), donate_argnames="state")
 def prefill(
     params,
@@ -110,7 +137,8 @@ def prefill(
     Args:
         params: of LayerSplitModel.
         state: donated. `filled + count` must not exceed its capacity.
-        rows, valid: int32 [B, W, 2] and bool [B, W], padded on the left; only the first `count` columns are taken.
+        rows, valid: int32 [B, W, 2] and bool [B, W], padded on the left; only the first `count` columns are taken. A
+            row of padding alone is asked for no reply.
         keys: PRNG keys [B] for the draws of this reply.
     """
     capacity, width = state.capacity, rows.shape[1]
@@ -134,7 +162,7 @@ def prefill(
         keys=keys,
         mode=initial_mode(last[:, 0], last[:, 1], config, compat).astype(jnp.int32),
         step=jnp.zeros((), jnp.int32),
-        running=jnp.ones(batch, bool),
+        running=valid.any(1),
         stop=jnp.full(batch, RUNNING, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )

@@ -1,0 +1,276 @@
+"""Conversations with the language model alone: turns of text and codes in, rows of the reply out.
+
+A conversation keeps its caches from turn to turn, so that a question costs only its own rows. When the context is full,
+the oldest turns after the system turn go, and what is left passes the model once more.
+"""
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from flax.serialization import from_state_dict, to_state_dict
+
+from moss_jax.checkpoint import open_tensors, save_tensors
+from moss_jax.dialogue.generate import (
+    GenerationSettings,
+    GenerationState,
+    decode_chunk,
+    emptied,
+    new_state,
+    prefill,
+    with_capacity,
+)
+from moss_jax.dialogue.grid import pad_left, reply_header, template_rows, turn_rows
+from moss_jax.dialogue.sampling import request_keys
+from moss_jax.dialogue.state_machine import AUDIO, next_mode
+from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.dialogue.turns import ROLES, Turn
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.transformer import TransformerConfig
+
+SYSTEM = {
+    "speech": "You are a helpful voice assistant. Answer the user's questions with spoken responses.",
+    "text": "You are a helpful assistant. Answer the user's questions with text.",
+}  # the released driver's system turns, for conversations that begin without one
+CONTEXT = 10240  # rows; the longest examples that the released model was tuned on
+SMALLEST = 256  # columns; capacities are powers of two from here
+FORMAT = "moss-jax-conversation-1"
+
+
+@struct.dataclass
+class Conversation:
+    """A conversation between two replies, as one pytree.
+
+    Asking moves its buffers on into the next one, so that each can be used once; `save` it to go on from here twice.
+    """
+
+    state: GenerationState  # of one row
+    starts: np.ndarray  # int32 [turns], the column in which each turn begins, the latest reply included
+    roles: np.ndarray  # int32 [turns], index in ROLES
+    replies: np.ndarray  # int32 [], how many there are, the latest included
+    begin: np.ndarray  # int32 [], first column that was generated for the latest reply
+    model: str = struct.field(pytree_node=False)  # fingerprint of the weights that the caches belong to
+
+    @property
+    def rows(self) -> np.ndarray:
+        """What the latest reply has so far, int32 [T, 2]."""
+        length = np.asarray(self.state.lengths)[0]
+        return np.asarray(self.state.grid)[0, self.begin : self.begin + length]
+
+    @property
+    def running(self) -> bool:
+        """Whether the latest reply has not ended by itself."""
+        return bool(np.asarray(self.state.running)[0])
+
+    def check(self) -> None:
+        """Raises MossError when the conversation has already gone on."""
+        if getattr(self.state.grid, "is_deleted", bool)():
+            raise MossError("conversation: it has already gone on; take the one of the latest reply, or a saved one")
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all; `System.resume` reads it."""
+        self.check()
+        state = self.state.replace(logits={}, keys=jax.random.key_data(self.state.keys))
+        state = with_capacity(jax.tree.map(np.asarray, state), int(state.filled))
+        tensors = flatten(to_state_dict(self.replace(state=state)))
+        save_tensors(path, tensors, {"format": FORMAT, "model": self.model})
+
+
+class LanguageModel:
+    """The transformer with its text tokenizer: `begin` a reply, then let it `go_on`.
+
+    Args:
+        config, params: of LayerSplitModel; params are nested.
+        context: rows that a conversation may have, replies included; None for what the model was made for.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, params: Any, text_tokenizer: TextTokenizer, context: int | None = None
+    ):
+        self.config, self.params, self.text_tokenizer = config, params, text_tokenizer
+        self.context = min(CONTEXT, config.max_position_embeddings) if context is None else context
+        if not 0 < self.context <= config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise MossError(f"context: {self.context} rows, expected 1 to the model's {limit}")
+        sample = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
+        self.fingerprint = f"{zlib.crc32(sample.tobytes()):08x}"
+
+    def begin(
+        self,
+        turns: Sequence[Turn],
+        reply: str,
+        settings: GenerationSettings,
+        *,
+        seed: int = 0,
+        request: int = 0,
+        conversation: Conversation | None = None,
+    ) -> tuple[Conversation, list[str]]:
+        """Says `turns` (text and codes) and opens a reply, of which nothing is generated yet.
+
+        Args:
+            reply: "speech" or "text".
+            seed, request: key the draws.
+            conversation: goes on from here (and can then be used no more); None begins a new one, with the released
+                driver's system turn unless `turns` has one.
+
+        Returns:
+            The conversation, and notices: one line for each thing that the person should know.
+
+        Raises:
+            MossError: the last turn and the reply do not fit the context, codes out of range.
+        """
+        header = reply_header(reply, self.text_tokenizer, self.config)
+        pieces = [turn_rows(turn, self.text_tokenizer, self.config) for turn in turns]
+        roles = [ROLES.index(turn.role) for turn in turns]
+        if conversation is None:
+            if roles[:1] != [ROLES.index("system")]:
+                pieces.insert(0, turn_rows(Turn("system", text=SYSTEM[reply]), self.text_tokenizer, self.config))
+                roles.insert(0, ROLES.index("system"))
+            said, replies, columns = [], 0, 0
+        else:
+            conversation.check()
+            replies, columns = int(conversation.replies), int(conversation.state.filled)
+            closing = self._closing(conversation)
+            said = np.split(np.concatenate([np.asarray(conversation.state.grid)[0, :columns], closing]),
+                            conversation.starts[1:])  # fmt: skip
+            roles = [*conversation.roles, *roles]
+        whole = [*said, *pieces]
+        kept = self._fit([len(piece) for piece in whole], roles, len(header) + settings.max_new_tokens)
+        notices, state = [], None if conversation is None else conversation.state
+        if len(kept) < len(whole):
+            dropped = len(whole) - len(kept)
+            notices.append(
+                f"the context of {self.context} rows is full: the oldest {dropped} turns after the system turn went"
+            )
+            whole, roles = [whole[i] for i in kept], [roles[i] for i in kept]
+            new, columns, state = [*whole, header], 0, None if state is None else emptied(state)
+        else:
+            new = [*pieces, header] if conversation is None else [closing, *pieces, header]
+        new = np.concatenate(new)
+        starts = np.cumsum([0, *map(len, whole)]).astype(np.int32)
+        capacity = capacity_for(columns + len(new) + settings.max_new_tokens, self.context)
+        if state is None:
+            state = new_state(self.config, 1, capacity)
+        elif state.capacity < capacity:
+            state = with_capacity(state, capacity)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array([request])), replies)
+        state = self._prefill(state, new[None], np.ones((1, len(new)), bool), keys)
+        conversation = Conversation(
+            state, starts, np.array([*roles, ROLES.index("assistant")], np.int32), np.int32(replies + 1),
+            np.int32(columns + len(new)), self.fingerprint,
+        )  # fmt: skip
+        return conversation, notices
+
+    def begin_batch(
+        self,
+        questions: Sequence[Sequence[Turn]],
+        reply: str,
+        settings: GenerationSettings,
+        *,
+        seed: int = 0,
+        requests: Sequence[int] | None = None,
+        rows: int | None = None,
+    ) -> tuple[GenerationState, int]:
+        """Opens a reply to each question on one state of `rows` rows (at least as many as there are questions).
+
+        Returns:
+            The state and its first generated column.
+        """
+        header = reply_header(reply, self.text_tokenizer, self.config)
+        grids = []
+        for turns in questions:
+            if turns[0].role != "system":
+                turns = [Turn("system", text=SYSTEM[reply]), *turns]
+            pieces = [turn_rows(turn, self.text_tokenizer, self.config) for turn in turns]
+            roles = [ROLES.index(turn.role) for turn in turns]
+            kept = self._fit([len(piece) for piece in pieces], roles, len(header) + settings.max_new_tokens)
+            grids.append(np.concatenate([*(pieces[i] for i in kept), header]))
+        requests = list(range(len(grids)) if requests is None else requests)
+        spare = (rows or len(grids)) - len(grids)
+        grid, valid = pad_left([*grids, *[np.zeros((0, 2), np.int32)] * spare], self.config)
+        capacity = capacity_for(grid.shape[1] + settings.max_new_tokens, self.context)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array(requests + [0] * spare)), 0)
+        return self._prefill(new_state(self.config, len(grid), capacity), grid, valid, keys), grid.shape[1]
+
+    def go_on(self, state: GenerationState, settings: GenerationSettings, k: int) -> GenerationState:
+        """Up to `k` rows more. Returns before they are computed."""
+        settings = settings.replace(text_size=self.text_tokenizer.size)
+        return decode_chunk(self.params, state, settings, k, config=self.config)
+
+    def resume(self, path: str | Path) -> Conversation:
+        """Reads what `Conversation.save` wrote.
+
+        Raises:
+            MossError: not such a file, one of another model, or longer than the context.
+        """
+        reader = open_tensors(path)
+        if reader.metadata.get("format") != FORMAT:
+            raise MossError(f"{path}: not a saved conversation, its 'format' is {reader.metadata.get('format')!r}")
+        if reader.metadata.get("model") != self.fingerprint:
+            raise MossError(f"{path}: was saved with other weights, expected a conversation with this model")
+        tensors = {name: np.array(reader.read(name)) for name in reader.tensors}
+        filled = int(tensors.get("state/filled", 0))
+        if filled > self.context:
+            raise MossError(f"{path}: has {filled} rows, expected at most the context of {self.context}")
+        empty = jax.eval_shape(lambda: new_state(self.config, 1, max(filled, 1)))
+        keys = jax.eval_shape(jax.random.key_data, empty.keys)
+        numbers = {name: np.zeros(tensors.get(name, np.zeros(0)).shape, np.int32) for name in ("starts", "roles")}
+        target = Conversation(
+            empty.replace(logits={}, keys=keys), **numbers, replies=np.int32(0), begin=np.int32(0),
+            model=self.fingerprint,
+        )  # fmt: skip
+        expected = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(to_state_dict(target)).items()}
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+            raise MossError(f"{path}: damaged conversation, these do not fit: {', '.join(sorted(wrong))}")
+        nested = unflatten(tensors)
+        nested["state"]["logits"] = {}
+        saved = from_state_dict(target, nested)
+        state = with_capacity(saved.state, capacity_for(filled, self.context))
+        logits = new_state(self.config, 1, 1).logits
+        keys = jax.random.wrap_key_data(state.keys)
+        return saved.replace(state=jax.device_put(state).replace(logits=logits, keys=keys))
+
+    def _prefill(self, state: GenerationState, rows: np.ndarray, valid: np.ndarray, keys) -> GenerationState:
+        count = rows.shape[1]
+        room = ((0, 0), (0, state.capacity - count))
+        return prefill(
+            self.params, state, np.pad(rows, (*room, (0, 0))), np.pad(valid, room), count, keys, config=self.config
+        )
+
+    def _closing(self, conversation: Conversation) -> np.ndarray:
+        """The rows [N, 2] that are missing after the latest reply: the end of speech that was cut, the turn's end."""
+        last = np.asarray(conversation.state.grid)[0, int(conversation.state.filled) - 1]
+        end = template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", self.text_tokenizer, self.config)
+        if last[0] == self.config.im_end_id:
+            return end[1:]
+        mode = np.asarray(conversation.state.mode)[0]
+        if int(next_mode(mode, last[0], last[1], self.config)) == AUDIO:
+            return np.concatenate([[[self.config.modality_pad_id, self.config.eosp_id]], end]).astype(np.int32)
+        return end
+
+    def _fit(self, lengths: Sequence[int], roles: Sequence[int], reply: int) -> list[int]:
+        """Indices of the turns that stay: the system turn in front and as many of the latest as fit with the reply."""
+        system = int(roles[0] == ROLES.index("system"))
+        first, last = system, len(lengths) - 1
+        while sum(lengths[:system]) + sum(lengths[first:]) + reply > self.context and first < last:
+            first += 1
+            while first < last and roles[first] == ROLES.index("assistant"):  # an answer without its question
+                first += 1
+        needed = sum(lengths[:system]) + sum(lengths[first:]) + reply
+        if needed > self.context:
+            raise MossError(
+                f"context: the last turn of {lengths[last]} rows, the system turn and a reply of up to {reply} need "
+                f"{needed} rows, expected at most {self.context}; shorten the turn or lower max_new_tokens"
+            )
+        return [*range(system), *range(first, len(lengths))]
+
+
+def capacity_for(columns: int, context: int) -> int:
+    """The bucket of so many columns: a power of two, at most `context`."""
+    return min(max(SMALLEST, 1 << (columns - 1).bit_length()), context)
