@@ -16,7 +16,7 @@ ALLOWED = {
     "nn": {"errors"},
     "checkpoint": {"errors", "nn", "sharding"},
     "sharding": {"errors", "nn"},
-    **{model: GROUND for model in MODELS},
+    **{model: GROUND for model in sorted(MODELS)},
     "dialogue": GROUND | MODELS,
     "convert": GROUND | MODELS | {"dialogue"},
     "tools": GROUND | MODELS | {"dialogue", "convert"},
