@@ -118,12 +118,12 @@ def _over_blocks(q, turned, past: Past, state):
 
 
 def sinusoids(positions: jax.Array, size: int) -> jax.Array:
-    """PE of absolute positions, int [S] >= 0 -> float32 [S, size], exact to float32 rounding for all positions.
+    """PE of absolute positions, int [S] in 0..65535 -> float32 [S, size], exact to float32 rounding for all positions.
 
     sin(p w) in float32 is off by p * 6e-8, so p is split in high and low digits, whose tables come in float64."""
-    base = 128
+    base, most = 128, 2**16
     rates = np.exp(-np.arange(0, size, 2) * np.log(10000.0) / size)
-    low, high = np.arange(base)[:, None] * rates, np.arange(0, base * base, base)[:, None] * rates
+    low, high = np.arange(base)[:, None] * rates, np.arange(0, most, base)[:, None] * rates
     ls, lc, hs, hc = (
         jnp.asarray(f(angle), jnp.float32)[digit]
         for angle, digit in ((low, positions % base), (high, positions // base))

@@ -32,7 +32,7 @@ class RelativeAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, turn, past: Sequence[Past] = ()):
-        """x [B, T, D], mask bool [B, T, T], turn [T, D] -> (y [B, T, D], k, v [B, T, N, H])."""
+        """x [B, T, D], mask bool [B, T, T], turn [T, D] -> (y [B, T, D], (k, v) [B, N, T, H])."""
         size, heads = x.shape[-1], self.num_heads
         split, axes = (heads, size // heads), ("embed", "heads", None)
         q, k, v = (Linear(split, axes, name=name)(x) for name in ("query", "key", "value"))
@@ -43,7 +43,10 @@ class RelativeAttention(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 0, (1, 2))
         position = self.param("position", named(init, *axes), (size, *split), jnp.float32)
         y = attend(q + bias_u, k, v, mask, past, relative(q + bias_v, position, turn), turn)
-        return Linear(size, ("heads", None, "embed"), in_dims=2, name="out")(y), k, v
+        return Linear(size, ("heads", None, "embed"), in_dims=2, name="out")(y), (
+            k.transpose(0, 2, 1, 3),
+            v.transpose(0, 2, 1, 3),
+        )
 
 
 class ConformerLayer(nn.Module):
@@ -55,11 +58,11 @@ class ConformerLayer(nn.Module):
         config = self.config.encoder
         past = [part.replace(index=(*part.index, layer)) for part in past]
         y = LayerNorm(CONFORMER_EPSILON, name="attention_norm")(x)
-        y, k, v = RelativeAttention(config.num_heads, name="attention")(y, mask, turn, past)
+        y, keys = RelativeAttention(config.num_heads, name="attention")(y, mask, turn, past)
         x = x + y
         y = LayerNorm(CONFORMER_EPSILON, name="mlp_norm")(x)
         y = jax.nn.silu(Linear(config.intermediate_size, ("embed", "mlp"), name="up")(y))
-        return x + Linear(config.hidden_size, ("mlp", "embed"), name="down")(y), (k, v)
+        return x + Linear(config.hidden_size, ("mlp", "embed"), name="down")(y), keys
 
 
 def conformer_layers(config: FlowConfig, length: int, name: str):
@@ -84,6 +87,12 @@ class Embedding(nn.Module):
         return x * self.size**0.5
 
 
+def initial_encoder_tails(config: FlowConfig, batch: int) -> dict[str, jax.Array]:
+    """The convolutions' tails at the beginning of a stream."""
+    size, frames = config.encoder.hidden_size, config.frames_per_code
+    return {"lookahead": jnp.zeros((batch, 2, size)), "upsample": jnp.zeros((batch, 2 * frames, size))}
+
+
 class Encoder(nn.Module):
     config: FlowConfig
 
@@ -101,11 +110,6 @@ class Encoder(nn.Module):
     def embed(self, x: jax.Array) -> jax.Array:
         """Rows of the code table [B, T, D] -> what `__call__` takes, [B, T, D]."""
         return self.embedding(x)
-
-    def tails(self, batch: int) -> dict[str, jax.Array]:
-        """The convolutions' tails at the beginning of a stream."""
-        size, frames = self.config.encoder.hidden_size, self.config.frames_per_code
-        return {"lookahead": jnp.zeros((batch, 2, size)), "upsample": jnp.zeros((batch, 2 * frames, size))}
 
     def __call__(
         self,
@@ -132,10 +136,10 @@ class Encoder(nn.Module):
 
         Returns:
             states float32 [B, T * frames_per_code, D], and a dictionary of `tails`, `keys` = (k, v)
-            [L, B, T, N, H] at the code rate and `up_keys` at the mel's.
+            [L, B, N, T, H] at the code rate and `up_keys` at the mel's.
         """
         config, frames, codes = self.config, self.config.frames_per_code, valid.shape[1]
-        tails = self.tails(x.shape[0]) if tails is None else tails
+        tails = initial_encoder_tails(config, x.shape[0]) if tails is None else tails
         with jax.named_scope("lookahead"):
             ahead = jax.nn.leaky_relu(self.lookahead(x), 0.01)
             x = x[:, :codes] + self.lookahead_out(ahead, tails["lookahead"])[0]

@@ -91,7 +91,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, mask, past: Sequence[Past]):
-        """x [R, T, C]; `layer` is the layer's index in the cache -> (x, (k, v)), k and v [R, T, N, H]."""
+        """x [R, T, C]; `layer` is the layer's index in the cache -> (x, (k, v)), k and v [R, N, T, H]."""
         config = self.config.estimator
         past = [part.replace(index=(*part.index, layer)) for part in past]
         y = LayerNorm(name="attention_norm")(x)
@@ -100,7 +100,10 @@ class TransformerBlock(nn.Module):
         y = attend(q, k, v, mask, past)
         x = x + Linear(config.channels, ("heads", None, "embed"), in_dims=2, name="out")(y)
         y = gelu(Linear(config.intermediate_size, ("embed", "mlp"), name="up")(LayerNorm(name="mlp_norm")(x)))
-        return x + Linear(config.channels, ("mlp", "embed"), name="down")(y), (k, v)
+        return x + Linear(config.channels, ("mlp", "embed"), name="down")(y), (
+            k.transpose(0, 2, 1, 3),
+            v.transpose(0, 2, 1, 3),
+        )
 
 
 class Stage(nn.Module):
@@ -175,7 +178,7 @@ class Estimator(nn.Module):
             past: caches of the attention layers.
 
         Returns:
-            velocity float32 [R, T, M], and a dictionary of `tails` and `keys` = (k, v) [L, R, T, N, H].
+            velocity float32 [R, T, M], and a dictionary of `tails` and `keys` = (k, v) [L, R, N, T, H].
         """
         config = self.config.estimator
         rows, frames = valid.shape

@@ -1,0 +1,158 @@
+"""Streaming with caches gives the mel of the prefix runs, for every prompt, length and delivery of the codes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.flow import sampler, stream
+from moss_jax.speech_decoder.flow.config import TINY
+from moss_jax.speech_decoder.flow.noise import noise
+from tests.speech_decoder.test_flow import make_codes, make_voice, tiny_params
+
+LONGEST = 80  # codes of prompt and speech in these tests: one static length for the prefix runs
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_params(TINY)
+
+
+@pytest.fixture(scope="module")
+def flow(params):
+    return stream.CachedFlow(params, TINY)
+
+
+@pytest.fixture(scope="module")
+def reference(params):
+    """(codes, voice, finalize) -> the mel of one run under the chunk mask, as `reference` streaming has it."""
+    runs = {
+        finalize: jax.jit(partial(sampler.flow, params, TINY, streaming=True, finalize=finalize))
+        for finalize in (True, False)
+    }
+
+    def run(codes, voice, finalize=True):
+        count = len(voice.codes) + len(codes)
+        ids = np.zeros((1, LONGEST), np.int32)
+        ids[0, :count] = np.concatenate([voice.codes, codes])
+        prompt = np.zeros((1, 4 * LONGEST, TINY.mel_bins), np.float32)
+        prompt[0, : len(voice.mel)] = voice.mel
+        z = noise(TINY.noise_frames, TINY.mel_bins)
+        mel = runs[finalize](z, ids, np.array([count]), prompt, voice.embedding[None])[-1]
+        end = count if finalize else count - TINY.lookahead
+        return np.asarray(mel[:, len(voice.mel) : 4 * end])
+
+    return run
+
+
+def delivered(flow, voice, codes, portions=()):
+    request = flow.stream(flow.prefill(voice))
+    mels = [request.push(part) for part in np.split(codes, list(portions))]
+    return np.concatenate([*mels, request.finish()], 1)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_cached_is_the_prefix_run(flow, reference, data):
+    prompt, count = data.draw(st.integers(0, 42)), data.draw(st.integers(1, 36))
+    portions = sorted(data.draw(st.lists(st.integers(0, count), max_size=4)))
+    voice, codes = make_voice(TINY, prompt), make_codes(TINY, count)
+    expected, ours = reference(codes, voice), delivered(flow, voice, codes, portions)
+    assert ours.shape == expected.shape
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+    if count > TINY.lookahead:  # the run that `reference` streaming makes before the end
+        early = reference(codes, voice, finalize=False)
+        done = (prompt + count - TINY.lookahead) // TINY.chunk * TINY.chunk - prompt
+        np.testing.assert_allclose(ours[:, : 4 * max(done, 0)], early[:, : 4 * max(done, 0)], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, reference):
+    voice = make_voice(TINY, 13)
+    prompt = flow.prefill(voice)
+    before = jax.tree.map(np.array, prompt.state)
+    mels = []
+    for count in (9, 9, 17):
+        request = flow.stream(prompt)
+        mels.append(np.concatenate([request.push(make_codes(TINY, count)), request.finish()], 1))
+        sizes = [function._cache_size() for function in (flow._step, flow._piece, flow._last)]
+    np.testing.assert_array_equal(mels[0], mels[1])
+    jax.tree.map(np.testing.assert_array_equal, before, prompt.state)
+    other = flow.prefill(make_voice(TINY, 22, seed=5))
+    request = flow.stream(other)
+    request.push(make_codes(TINY, 12))
+    request.finish()
+    assert sizes == [function._cache_size() for function in (flow._step, flow._piece, flow._last)]
+
+
+def test_growing_changes_nothing(params, reference, monkeypatch):
+    monkeypatch.setattr(stream, "FIRST_CODES", 10)
+    voice, codes = make_voice(TINY, 7), make_codes(TINY, 60)
+    flow = stream.CachedFlow(params, TINY)
+    request = flow.stream(flow.prefill(voice))
+    mels, slots = [], []
+    for part in np.split(codes, 6):
+        mels.append(request.push(part))
+        slots.append(request.state.cache.slots)
+    assert slots[0] < slots[-1] < 3 * 60 // TINY.chunk, slots
+    np.testing.assert_allclose(
+        np.concatenate([*mels, request.finish()], 1), reference(codes, voice), atol=1e-5, rtol=1e-5
+    )
+
+
+def windowed(params, slots, **options):
+    return stream.CachedFlow(params, TINY, memory=slots * stream.chunk_bytes(TINY), **options)
+
+
+def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, flow):
+    voice, codes = make_voice(TINY, 13), make_codes(TINY, 120)  # 2 chunks prefilled, 1 that straddles: pinned
+    small = windowed(params, 6)
+    request, exact = small.stream(small.prefill(voice)), flow.stream(flow.prefill(voice))
+    sizes, held, differences = set(), [], []
+    for part in np.split(codes, 24):
+        ours, theirs = request.push(part), exact.push(part)
+        differences.append(float(jnp.abs(ours - theirs).max()) if ours.size else 0.0)
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)))
+        held.append(np.asarray(request.state.cache.chunks).tolist())
+    assert len(sizes) == 1
+    assert small._step._cache_size() == 1
+    assert max(differences[:6]) < 1e-5, "exact while everything fits"
+    assert differences[12] > 1e-5, "then older context is gone"
+    last = int(request.state.chunk) - 1
+    assert held[-1][0] == 2 and sorted(held[-1][1:]) == list(range(last - 4, last + 1))
+    mel = request.finish()
+    assert np.isfinite(mel).all() and mel.shape[1] == 4 * (13 + 120 - 5 * int(request.state.chunk))
+
+
+def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
+    voice, codes = make_voice(TINY, 13), make_codes(TINY, 40)
+    half = stream.CachedFlow(params, TINY, dtype="bfloat16")
+    assert 2 * stream.chunk_bytes(TINY, "bfloat16") == stream.chunk_bytes(TINY)
+    exact, near = delivered(flow, voice, codes), delivered(half, voice, codes)
+    assert 0 < np.abs(exact - near).max() < 0.1 * np.abs(exact).max()
+    assert half.stream(half.prefill(voice)).state.cache.k.dtype == jnp.bfloat16
+
+
+def test_the_cache_has_the_bytes_that_are_claimed():
+    cache = jax.eval_shape(lambda: stream.empty(TINY, 3)).cache
+    bytes = sum(leaf.size * leaf.dtype.itemsize for name, leaf in vars(cache).items() if name != "chunks")
+    assert bytes == 3 * stream.chunk_bytes(TINY)
+
+
+def test_bad_streams_are_refused(params, flow):
+    with pytest.raises(MossError, match="hold 3 chunks, expected at least 4"):
+        windowed(params, 3)
+    request = flow.stream(flow.prefill(make_voice(TINY, 13)))
+    with pytest.raises(MossError, match="none in the stream"):
+        request.finish()
+    with pytest.raises(MossError, match="code 90 at position 1 is out of range"):
+        request.push(np.array([3, 90]))
+    request.push(np.array([3]))
+    with pytest.raises(MossError, match="too long"):
+        request.push(np.zeros(287, np.int32))
+    with pytest.raises(MossError, match="too long"):
+        flow.prefill(make_voice(TINY, 300))
