@@ -80,6 +80,11 @@ def shardings_for(
     return shardings
 
 
+def fitting(axes: Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of an activation or a cache: as the table says, but a dimension that does not divide stays whole."""
+    return NamedSharding(mesh, _fitting(axes, shape, mesh))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays an activation or a cache out by the table on the mesh of `jax.set_mesh`; without a mesh x itself.
 
@@ -91,14 +96,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
 
 
-def per_device(function: Callable, axes: Sequence[Axes | None], out_axes: Axes) -> Callable:
+def per_device(function: Callable, axes: Sequence[Axes], out_axes: Axes) -> Callable:
     """`function` run by each device on its own part of the arrays, without communication inside.
 
     What the compiler cannot divide by itself (a hand-written kernel) is divided by this.
 
     Args:
-        axes: for each argument its logical axes, or None for an argument that is None.
-        out_axes: logical axes of the one result, whose sizes are those of the arguments' axes of the same name.
+        axes: the logical axes of each argument; an argument may be None. A mesh axis is left out where one of the
+            dimensions on it does not divide.
+        out_axes: logical axes of the one result.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -107,14 +113,17 @@ def per_device(function: Callable, axes: Sequence[Axes | None], out_axes: Axes) 
     def run(*args):
         given = [i for i, x in enumerate(args) if x is not None]
         sizes = {name: size for i in given for name, size in zip(axes[i], args[i].shape, strict=True)}
-        specs = tuple(_fitting(axes[i], args[i].shape, mesh) for i in given)
-        out = _fitting(out_axes, [sizes[name] for name in out_axes], mesh)
+        # Query heads must not be divided where the key/value heads that they read stay whole.
+        whole = {name for name, size in sizes.items() if size % _ways(_spec([name])[0], mesh)}
+        whole = {place for name in whole for place in RULES.get(name, ())}
+        rules = {name: () if whole & set(places) else places for name, places in RULES.items()}
+        specs, out = tuple(_spec(axes[i], rules) for i in given), _spec(out_axes, rules)
 
         def local(*parts):
-            whole = [None] * len(args)
+            arguments = [None] * len(args)
             for i, part in zip(given, parts, strict=True):
-                whole[i] = part
-            return function(*whole)
+                arguments[i] = part
+            return function(*arguments)
 
         return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*(args[i] for i in given))
 

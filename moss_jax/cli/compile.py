@@ -1,0 +1,44 @@
+"""Compile a function ahead of time for TPU chips that are not there, and say whether it fits.
+
+  moss-jax compile decode --topology v5e:2x4 --batch 8 --context 4096
+
+Prints JSON: seconds, GiB of arguments, temporaries and outputs on each chip, and the collectives by kind with counts
+and bytes. Weights are shapes only; no TPU is needed, but libtpu (pip install libtpu). The 8b model takes minutes. Exit
+code 1: it compiles but does not fit.
+"""
+
+import json
+from pathlib import Path
+
+from moss_jax.errors import MossError
+
+
+def add_arguments(parser):
+    from moss_jax.tools.compile import FUNCTIONS, SIZES
+
+    parser.add_argument("function", help="; ".join(f"{name}: {what}" for name, what in FUNCTIONS.items()))
+    parser.add_argument("--size", default="8b", help=f"model size: {', '.join(SIZES)} (default 8b)")
+    parser.add_argument("--topology", default="v5e:2x4", help="generation:chips, such as v5e:2x4, v6e:4x4, v5p:2x2x1")
+    parser.add_argument("--data", type=int, default=1, help="mesh axis: copies of the parameters (default 1)")
+    parser.add_argument("--fsdp", type=int, default=1, help="mesh axis: parts of parameters and batch (default 1)")
+    parser.add_argument("--tensor", type=int, default=0, help="mesh axis: parts of heads and mlp (default: the rest)")
+    parser.add_argument("--batch", type=int, default=8, help="conversations or clips (default 8)")
+    parser.add_argument("--context", type=int, default=4096, help="rows of cache, or codes (default 4096)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the JSON there too")
+
+
+def run(args) -> int:
+    from moss_jax.tools.compile import Request, compile_function
+
+    request = Request(
+        args.function, args.size, args.topology, args.data, args.fsdp, args.tensor, args.batch, args.context
+    )
+    request.check()
+    if args.output and not args.output.parent.is_dir():
+        raise MossError(f"--output {args.output}: the folder {args.output.parent} does not exist")
+    result = compile_function(request)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+    return int(result["fits"] is False)

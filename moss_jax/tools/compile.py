@@ -1,0 +1,318 @@
+"""`moss-jax compile`: compiles a function of a model ahead of time for TPU chips that are not there.
+
+The compiler comes with libtpu and runs on any machine. It takes some environment variables that must not leak into the
+caller, so `compile_function` runs this module in a process of its own; `measure` is what runs in there.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moss_jax.errors import MossError
+
+FUNCTIONS = {
+    "prefill": "a prompt of `context` rows into empty caches",
+    "decode": "the k-step decode chunk of the generation loop, caches of `context` rows",
+    "codec-encode": "speech -> codes, segments of 30 s",
+    "codec-decode": "codes -> speech, offline, `context` codes",
+}
+SIZES = ("8b", "tiny")
+CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any known one; the topology comes by name
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so another process may compile beside
+}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. The mesh axes left at 0 fill up: "tensor" for the language model, "data" for the codec."""
+
+    function: str  # one of FUNCTIONS
+    size: str = "8b"  # one of SIZES
+    topology: str = "v5e:2x4"  # generation:chips, as libtpu names them
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 0
+    batch: int = 8
+    context: int = 4096
+
+    def check(self) -> None:
+        """Raises MossError for names that are not known and sizes below 1."""
+        for name, value, known in (("function", self.function, FUNCTIONS), ("model size", self.size, SIZES)):
+            if value not in known:
+                raise MossError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+        for name in ("data", "fsdp", "batch", "context"):
+            if getattr(self, name) < 1:
+                raise MossError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if importlib.util.find_spec("libtpu") is None:
+            raise MossError("libtpu is not installed, expected it for compiling without a TPU: pip install libtpu")
+
+
+def compile_function(request: Request) -> dict[str, Any]:
+    """Compiles in a child process and returns what `measure` returns there.
+
+    Raises:
+        MossError: unknown function, size or topology, a mesh that does not fit, or no libtpu.
+    """
+    request.check()
+    command = [sys.executable, "-m", "moss_jax.tools.compile", json.dumps(dataclasses.asdict(request))]
+    child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if child.returncode == 2:
+        raise MossError(child.stdout.strip())
+    if child.returncode:
+        raise RuntimeError(f"compiling failed with exit code {child.returncode}:\n{child.stderr[-4000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Compiles in this process; GiB and collectives are those of one chip, sizes as the compiler states them."""
+    import jax
+
+    mesh, family = _mesh(request)
+    with jax.set_mesh(mesh):
+        function, args = BUILDERS[request.function](request, mesh)
+        start = time.perf_counter()
+        lowered = function.lower(*args)
+        lower_seconds = time.perf_counter() - start
+        result = {
+            **dataclasses.asdict(request),
+            "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+            "chips": mesh.size,
+            "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
+            "lower_seconds": round(lower_seconds, 1),
+        }
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return result | {"fits": False, "compiler": str(error).splitlines()[0]}
+    result["compile_seconds"] = round(time.perf_counter() - start - lower_seconds, 1)
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return result | {
+        "argument_gib": round(memory.argument_size_in_bytes / GIB, 3),
+        "temporary_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        "output_gib": round(memory.output_size_in_bytes / GIB, 3),
+        "output_in_place_gib": round(memory.alias_size_in_bytes / GIB, 3),
+        "total_gib": round(peak / GIB, 3),
+        "chip_gib": CHIP_GIB.get(family),
+        "fits": peak / GIB <= CHIP_GIB[family] if family in CHIP_GIB else None,
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """{kind: {"count", "bytes"}} of a compiled module's text: runs, and bytes of the results on one chip.
+
+    A loop over a fixed number of rounds (the layers) counts that often; any other loop (rows of a reply, chunks that
+    catch up) counts as one round, and every branch of a conditional as taken once.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = []
+        elif name and line.startswith(" "):
+            computations[name].append(line)
+    total: dict[str, dict[str, int]] = {}
+
+    def visit(computation: str, times: int):
+        for line in computations.get(computation, ()):
+            operation = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            if operation:
+                entry = total.setdefault(operation[2], {"count": 0, "bytes": 0})
+                entry["count"] += times
+                entry["bytes"] += times * _bytes(operation[1], operation[2], bool(operation[3]))
+            for callee, rounds in _calls(line, computations):
+                visit(callee, times * rounds)
+
+    visit(entry, 1)
+    return total
+
+
+def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """The computations that an instruction runs, each with the number of times."""
+    called = [(callee, 1) for callee in re.findall(r"(?:calls|to_apply|_computation)=%?([\w.\-]+)", line)]
+    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+        called += [(callee.strip().lstrip("%"), 1) for callee in group.split(",")]
+    loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    if loop:
+        called.append((loop[2], _rounds(line, computations.get(loop[1], []))))
+    return called
+
+
+def _rounds(line: str, condition: list[str]) -> int:
+    """Rounds of a loop: as the compiler notes them, or the N of a condition that is `counter < N` and nothing else."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    simple = "parameter", "get-tuple-element", "constant", "compare"
+    others = [text for text in condition if not re.search(rf" ({'|'.join(simple)})\(", text)]
+    limits = [found[1] for text in condition if (found := re.search(r" constant\((\d+)\)", text))]
+    counts_up = any("direction=LT" in text for text in condition)
+    return int(limits[0]) if counts_up and len(limits) == 1 and not others else 1
+
+
+def _bytes(shapes: str, kind: str, start: bool) -> int:
+    """Bytes of a result. An asynchronous start lists operand and result, but an all-reduce its results only."""
+    sizes = []
+    for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shapes):
+        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        sizes.append(count * bits // 8)
+    return max(sizes) if start and kind != "all-reduce" else sum(sizes)
+
+
+def _mesh(request: Request):
+    import jax
+    from jax.experimental import topologies
+
+    from moss_jax.sharding import make_mesh
+
+    try:
+        devices = topologies.get_topology_desc(topology_name=request.topology, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise MossError(
+            f"unknown topology {request.topology!r} ({reason}), expected one such as v5e:2x4, v6e:4x4 or v5p:2x2x1"
+        ) from error
+    sizes = {"data": request.data, "fsdp": request.fsdp, "tensor": request.tensor}
+    if request.function.startswith("codec"):
+        sizes = {"data": len(devices)}
+    elif not request.tensor:
+        sizes["tensor"] = max(1, len(devices) // (request.data * request.fsdp))
+    return make_mesh(**sizes, devices=devices), re.split(r"[:=_]", request.topology)[0]
+
+
+def _transformer(request: Request):
+    from moss_jax.transformer import MOSS_SPEECH_8B, TINY
+
+    return {"8b": MOSS_SPEECH_8B, "tiny": TINY}[request.size]
+
+
+def _placed(tree: Any, axes: Callable[[tuple, Any], tuple], mesh) -> Any:
+    """The shapes of `tree` with shardings; `axes(path, leaf)` names the logical axes of a leaf."""
+    import jax
+
+    from moss_jax.sharding import fitting
+
+    def place(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=fitting(axes(path, leaf), leaf.shape, mesh))
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def _generation(request: Request, mesh):
+    """Shapes with shardings of (parameters, GenerationState), and the config."""
+    import jax
+    import jax.numpy as jnp
+
+    from moss_jax.dialogue.generate import new_state
+    from moss_jax.nn.tree import param_axes, param_shapes, unflatten
+    from moss_jax.sharding import shardings_for
+    from moss_jax.transformer import LayerSplitModel
+    from moss_jax.transformer.cache import AXES
+
+    config = _transformer(request)
+    rows = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model = LayerSplitModel(config)
+    shapes = param_shapes(model, *rows)
+    shardings = shardings_for(param_axes(model, *rows), shapes, mesh)
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]) for path, leaf in shapes.items()
+    }
+    state = jax.eval_shape(lambda: new_state(config, request.batch, request.context))
+
+    def axes(path, leaf):
+        if leaf.ndim == len(AXES):
+            return AXES
+        return ("batch",) * (leaf.ndim > 0) + (None,) * (leaf.ndim - 1)
+
+    return config, unflatten(params), _placed(state, axes, mesh)
+
+
+def _prefill(request: Request, mesh):
+    import jax
+    import jax.numpy as jnp
+
+    from moss_jax.dialogue.generate import prefill
+
+    config, params, state = _generation(request, mesh)
+    shapes = (request.batch, request.context, 2), (request.batch, request.context)
+    inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.int32, jnp.bool_), strict=True)]
+    inputs = _placed(inputs, lambda _, leaf: ("batch",) + (None,) * (leaf.ndim - 1), mesh)
+
+    def run(params, state, rows, valid, count):
+        return prefill(params, state, rows, valid, count, state.keys, config=config)
+
+    function = jax.jit(run, donate_argnums=1, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
+    return function, (params, state, *inputs, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _decode(request: Request, mesh):
+    import jax
+    import jax.numpy as jnp
+
+    from moss_jax.dialogue.generate import GenerationSettings, decode_chunk
+
+    config, params, state = _generation(request, mesh)
+
+    def run(params, state, k):
+        return decode_chunk(params, state, GenerationSettings(), k, config=config)
+
+    function = jax.jit(run, donate_argnums=1, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
+    return function, (params, state, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _codec_encode(request: Request, mesh):
+    import jax
+    import jax.numpy as jnp
+
+    from moss_jax.speech_tokenizer import config as configs
+    from moss_jax.speech_tokenizer.encode import encode_padded
+    from moss_jax.speech_tokenizer.encoder import init_params
+
+    config = {"8b": configs.MOSS_SPEECH_CODEC, "tiny": configs.TINY}[request.size]
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    waves = jax.ShapeDtypeStruct((request.batch, config.samples_per_segment), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((request.batch,), jnp.int32)
+    inputs = _placed((waves, lengths), lambda _, leaf: ("batch",) + (None,) * (leaf.ndim - 1), mesh)
+    params = _placed(params, lambda _, leaf: (None,) * leaf.ndim, mesh)
+    return jax.jit(lambda *args: encode_padded(config, *args)), (params, *inputs)
+
+
+BUILDERS = {"prefill": _prefill, "decode": _decode, "codec-encode": _codec_encode}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(measure(Request(**json.loads(sys.argv[1])))))
+    except MossError as error:
+        print(error)
+        sys.exit(2)

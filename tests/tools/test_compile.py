@@ -1,0 +1,92 @@
+"""Ahead-of-time compiling: what is read out of a compiled program, and what is refused."""
+
+import importlib.util
+import json
+
+import pytest
+
+from moss_jax.cli import main
+from moss_jax.tools.compile import collectives
+
+HLO = """HloModule jit_run, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%layer (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %all-reduce.1 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} all-reduce(%fusion), channel_id=1, to_apply=%add
+  %start = (bf16[2,16]{1,0}, bf16[8,16]{1,0:T(8,128)}) all-gather-start(%x), dimensions={0}
+  %done = bf16[8,16]{1,0} all-gather-done(%start)
+}
+
+%below (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(32)
+  %p = (s32[], bf16[8,16]) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %constant.1), direction=LT, metadata={op_name="while/cond"}
+}
+
+%row (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %pair = (f32[4]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %while.1 = (s32[], bf16[8,16]) while(%p), condition=%below, body=%layer
+}
+
+%more (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.2 = s32[] constant(500)
+  %less = pred[] compare(%a, %constant.2), direction=LT
+  ROOT %and = pred[] and(%less, %running)
+}
+
+%taken (p: s32[3]) -> s32[3] {
+  %permuted = s32[3]{0} collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
+  %while.2 = (s32[], bf16[8,16]) while(%p), condition=%more, body=%row
+  %while.3 = (s32[], bf16[8,16]) while(%p), condition=%c, body=%taken, backend_config={"known_trip_count":{"n":"5"}}
+  %choice = s32[3] conditional(%which, %a, %b), branch_computations={%taken, %add}
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+    assert collectives(HLO) == {
+        "all-reduce": {"count": 33, "bytes": 32 * 256 + 40},
+        "all-gather": {"count": 32, "bytes": 32 * 256},
+        "collective-permute": {"count": 6, "bytes": 6 * 12},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train"], "unknown function 'train', expected one of prefill, decode"),
+        (["decode", "--size", "9b"], "unknown model size '9b', expected one of 8b, tiny"),
+        (["decode", "--batch", "0"], "batch is 0, expected at least 1"),
+    ],
+)
+def test_what_is_refused(arguments, problem, capsys):
+    assert main(["compile", *arguments]) == 2
+    assert problem in capsys.readouterr().err.splitlines()[0]
+
+
+def test_libtpu_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["compile", "decode"]) == 2
+    assert "libtpu is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tiny_model_compiles_and_a_wrong_topology_does_not(capsys, tmp_path):
+    pytest.importorskip("libtpu")
+    output = tmp_path / "decode.json"
+    arguments = ["compile", "decode", "--size", "tiny", "--context", "64", "--batch", "2", "-o", str(output)]
+    assert main([*arguments, "--topology", "v5e:2x2", "--data", "2"]) == 0
+    result = json.loads(output.read_text())
+    assert (
+        result["fits"] and result["mesh"] == {"data": 2, "tensor": 2} and result["collectives"]["all-reduce"]["count"]
+    )
+    capsys.readouterr()
+    assert main([*arguments, "--topology", "v9:2x2"]) == 2
+    assert "unknown topology 'v9:2x2'" in capsys.readouterr().err
