@@ -74,7 +74,10 @@ class VocoderConfig:
 
 
 RELEASED = VocoderConfig()
-TINY = VocoderConfig(channels=32, f0_channels=16)
+TINY = VocoderConfig(
+    channels=32, f0_channels=16, f0_layers=2, resblock_widths=(3, 5), resblock_dilations=((1, 3), (1, 2)),
+    source_resblock_widths=(3, 3, 5), source_resblock_dilations=((1,), (1, 2), (1,)),
+)  # fmt: skip
 
 
 def weight_norm(v, g, axis: int):
@@ -233,15 +236,16 @@ class HiFT(nn.Module):
             x = _masked(nn.elu(_same(x, *conv(x.shape[-1]))), mask)
         return jnp.abs(self.f0_classifier(x)[..., 0])
 
-    def source(self, f0, noise, lengths=None, phase: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def source(self, f0, noise, lengths=None, phase=None, started=None) -> tuple[jax.Array, jax.Array]:
         """F0 [B, T] in Hz and noise [B, hop * T, harmonics] -> the excitation [B, hop * T] and phases.
 
         Phases are counted in 2^-32 turns and wrap: adding them is exact, so that it does not matter how a stream was
         cut. Between the centres of two frames a phase grows linearly by `hop` steps of the later frame.
 
         Args:
-            phase: uint32 [B, harmonics], that at the centre of the frame before the first. When None the source
-                begins here and stands still up to the centre of the first frame, as after that of the last one.
+            phase: uint32 [B, harmonics], that at the centre of the frame before the first; zeros when None.
+            started: bool [B], False (also when None) where there is no frame before: then the phase stands still up to
+                the centre of the first frame, as it does after that of the last one.
 
         Returns:
             (source, phases uint32 [B, T, harmonics] at the centres of the frames).
@@ -253,9 +257,10 @@ class HiFT(nn.Module):
         phases = jnp.cumsum(_to_fixed(steps), 1, dtype=jnp.uint32)
         if phase is not None:
             phases = phases + phase[:, None]
+        if started is None:
+            started = jnp.zeros(f0.shape[0], bool)
+        steps = steps.at[:, 0].set(jnp.where(started[:, None], steps[:, 0], 0))
         before = phases - _to_fixed(steps)
-        if phase is None:
-            before, steps = before.at[:, 0].set(phases[:, 0]), steps.at[:, 0].set(0)
         between = (jnp.arange(c.hop, dtype=f0.dtype) + 0.5)[:, None] / c.hop
         turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * between  # [B, T, hop, H]
         batch, frames = f0.shape
@@ -306,6 +311,16 @@ class HiFT(nn.Module):
         if lengths is None:
             return None
         return (jnp.arange(size) < rate * lengths[:, None] + extra).astype(jnp.float32)[..., None]
+
+
+def sine_noise(config: VocoderConfig, key: jax.Array, first: jax.Array, frames: int) -> jax.Array:
+    """The noise of mel frames first, first + 1, ...: float32 [frames * hop, harmonics] for int32 scalars.
+
+    It depends on the key and on the absolute frame alone, so that it does not matter how a stream was cut.
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(frames))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (config.hop, config.harmonics)))(keys)
+    return noise.reshape(frames * config.hop, config.harmonics)
 
 
 def _to_fixed(turns: jax.Array) -> jax.Array:

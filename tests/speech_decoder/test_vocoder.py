@@ -102,7 +102,13 @@ def test_sines_follow_the_f0(vocoder):
     exact = np.tanh(0.1 * np.sin(2 * np.pi * turns * ((inner + 0.5) / config.hop + 0.5)))
     np.testing.assert_allclose(source[0, inner], exact, atol=3e-4)
     again, _ = HiFT(config).apply(
-        {"params": weights}, f0[:, 700:], noise[:, 700 * config.hop :], None, phases[:, 699], method="source"
+        {"params": weights},
+        f0[:, 700:],
+        noise[:, 700 * config.hop :],
+        None,
+        phases[:, 699],
+        np.ones(1, bool),
+        method="source",
     )
     np.testing.assert_array_equal(again[0], source[0, 700 * config.hop :])
 

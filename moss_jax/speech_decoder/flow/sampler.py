@@ -167,7 +167,7 @@ def decode(
     finalize: bool = True,
     buffer: np.ndarray | None = None,
     states: bool = False,
-) -> jax.Array:
+) -> np.ndarray:
     """Codes int [N] in a voice -> mel float32 [1, 4N, M] (natural log, 50 frames a second), without the prompt.
 
     Lengths are padded to a few static ones (`bucket`), so other lengths of the same bucket compile nothing, and the
@@ -197,6 +197,7 @@ def decode(
     prompt[0, : prompt_codes.size * frames] = voice.mel
     embedding = np.asarray(voice.embedding, np.float32)[None]
     buffer = buffer[:, : padded * frames]
-    result = _compiled(config, streaming, finalize)(params, buffer, ids, np.array([count], np.int32), prompt, embedding)
+    run = _compiled(config, streaming, finalize)
+    result = np.asarray(run(params, buffer, ids, np.array([count], np.int32), prompt, embedding))
     end = (count if finalize else count - config.lookahead) * frames
     return result[:, :, :end] if states else result[-1, :, prompt_codes.size * frames : end]

@@ -16,6 +16,8 @@ from moss_jax.tools.parity.golden import Golden, Mismatch, read_golden
 __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
 
 MODULES = {
+    "codec.decode": "decoder",
+    "codec.decode_stream": "decoder",
     "codec.vocoder": "vocoder",
     "codec.estimator": "flow",
     "codec.flow": "flow",

@@ -42,20 +42,26 @@ def vocoder_config(config: dict) -> VocoderConfig:
     )
 
 
-def load_vocoder(golden: Golden, strip: str = ""):
-    """The golden's vocoder, folded for running: a function (*arrays, method=name) -> arrays."""
+def load_vocoder(golden: Golden, strip: str = "") -> tuple[VocoderConfig, dict]:
+    """The golden's vocoder, folded for running: its config and nested parameters."""
     config = vocoder_config(golden.config["hift"])
-    shapes = param_shapes(
-        HiFT(config), jnp.zeros((1, 2, config.mel_bins)), jnp.zeros((1, 2 * config.hop, config.harmonics))
-    )
+    mel, noise = jnp.zeros((1, 2, config.mel_bins)), jnp.zeros((1, 2 * config.hop, config.harmonics))
     names = [name[len(strip) :] for name in golden.weights if name.startswith(strip)]
-    params = golden.params(table(config, spelling(names)), shapes, strip=strip)
-    params = unflatten(fold_weight_norm(params))
-    model = HiFT(replace(config, weight_norm=False))
+    params = golden.params(table(config, spelling(names)), param_shapes(HiFT(config), mel, noise), strip=strip)
+    params = {path: jnp.asarray(leaf) for path, leaf in fold_weight_norm(params).items()}
+    return replace(config, weight_norm=False), unflatten(params)
+
+
+def runner(config: VocoderConfig, params: dict):
+    """HiFT's methods as functions of arrays."""
 
     def run(*inputs, method: str = "__call__", **keywords):
-        inputs = [jnp.asarray(x, jnp.float32) for x in inputs]
-        return jax.jit(lambda p, *xs: model.apply({"params": p}, *xs, method=method, **keywords))(params, *inputs)
+        def apply(params, inputs, keywords):
+            return HiFT(config).apply({"params": params}, *inputs, method=method, **keywords)
+
+        inputs, keywords = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (inputs, keywords))
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(apply)(params, inputs, keywords)
 
     return run
 
@@ -67,8 +73,8 @@ def channels_last(x: np.ndarray) -> np.ndarray:
 
 def vocoder(golden: Golden) -> dict:
     """`HiFTGenerator.inference` with and without a source cache, and its parts: decode, F0, STFT and inverse."""
-    run = load_vocoder(golden)
-    config = vocoder_config(golden.config["hift"])
+    config, params = load_vocoder(golden)
+    run = runner(config, params)
     inputs, results = golden.inputs, {}
     if "mel" in inputs:
         mel = channels_last(inputs["mel"])

@@ -1,0 +1,78 @@
+"""The speech decoder as a whole: codes at 12.5 Hz in, 24 kHz speech out."""
+
+from dataclasses import dataclass, field, replace
+from math import isclose
+
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder import speaker, vocoder
+from moss_jax.speech_decoder.flow import config as flow
+from moss_jax.speech_decoder.flow.config import FlowConfig
+from moss_jax.speech_decoder.speaker import CAMPPLUS, SpeakerConfig
+from moss_jax.speech_decoder.vocoder import VocoderConfig
+
+
+@dataclass(frozen=True)
+class SpeechDecoderConfig:
+    """Sizes of all parts; the defaults are the released ones."""
+
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    vocoder: VocoderConfig = field(default_factory=VocoderConfig)
+    speaker: SpeakerConfig = CAMPPLUS
+    chunks: tuple[int, ...] = (5, 25)  # codes; the chunk sizes that there are streaming weights for, the default first
+    code_rate: float = 12.5  # codes a second
+    mel_overlap: int = 8  # mel frames that a stream holds back, as the vocoder looks to the right
+    mel_context: int = 12  # mel frames before a piece, the held ones among them, that a cached stream vocodes again
+
+    def __post_init__(self):
+        flow, vocoder = self.flow.mel_bins, self.vocoder.mel_bins
+        if flow != vocoder:
+            raise MossError(f"speech decoder config: flow.mel_bins is {flow}, vocoder.mel_bins is {vocoder}")
+        if self.speaker.embedding_size != self.flow.speaker_size:
+            raise MossError(
+                f"speech decoder config: speaker.embedding_size is {self.speaker.embedding_size}, "
+                f"flow.speaker_size is {self.flow.speaker_size}"
+            )
+        if not isclose(self.code_rate * self.samples_per_code, self.sample_rate):
+            raise MossError(
+                f"speech decoder config: {self.code_rate} codes a second of {self.samples_per_code} samples do not "
+                f"make vocoder.sample_rate, {self.sample_rate}"
+            )
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.vocoder.sample_rate
+
+    @property
+    def samples_per_code(self) -> int:
+        return self.flow.frames_per_code * self.vocoder.hop
+
+    def streaming(self, chunk: int | None = None) -> tuple[str, FlowConfig]:
+        """The flow of a stream in chunks of so many codes: `flow_stem` of its parameters, and its config.
+
+        None takes the default. Where there are no weights for streaming at all, those for offline decoding serve.
+
+        Raises:
+            MossError: there are no weights for this chunk size.
+        """
+        if not self.chunks and chunk in (None, self.flow.chunk):
+            return flow_stem(), self.flow
+        chunk = self.chunks[0] if chunk is None else chunk
+        if chunk not in self.chunks:
+            known = ", ".join(map(str, self.chunks or (self.flow.chunk,)))
+            raise MossError(f"streaming: no flow for chunks of {chunk} codes, there is one for: {known}")
+        return flow_stem(chunk), replace(self.flow, chunk=chunk)
+
+
+def flow_stem(chunk: int | None = None) -> str:
+    """Name of the flow's parameters, on disk and in memory: offline, or for a stream in chunks of so many codes."""
+    return "flow" if chunk is None else f"flow_chunk_{chunk}"
+
+
+RELEASED = SpeechDecoderConfig()
+TINY = SpeechDecoderConfig(
+    flow=flow.TINY,
+    vocoder=replace(vocoder.TINY, mel_bins=flow.TINY.mel_bins),
+    speaker=speaker.TINY,
+    chunks=(flow.TINY.chunk,),
+)

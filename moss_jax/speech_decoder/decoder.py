@@ -1,0 +1,147 @@
+"""Codes and a voice -> speech: the whole utterance at once, or as a stream."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.speech_decoder import reference_stream
+from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
+from moss_jax.speech_decoder.flow import sampler
+from moss_jax.speech_decoder.flow.stream import MEMORY, CachedFlow, Prompt
+from moss_jax.speech_decoder.reference_stream import ReferenceStream
+from moss_jax.speech_decoder.stream import CachedStream
+from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, fold_weight_norm, sine_noise
+from moss_jax.speech_decoder.voice import Voice
+
+PROMPTS = 4  # voices that are kept prefilled
+
+
+class SpeechDecoder:
+    """Codes -> speech with loaded weights. What it keeps between calls only saves time.
+
+    Args:
+        config: sizes.
+        params: nested parameters by part: "flow" for `decode`, "flow_chunk_5" and the like for `stream`, "vocoder"
+            for both, with its weight norm folded or not. May be a mapping that loads a part when it is asked for.
+        cache_memory, cache_dtype: of a cached stream's flow, see `CachedFlow`.
+    """
+
+    def __init__(
+        self,
+        config: SpeechDecoderConfig,
+        params: Mapping[str, Any],
+        *,
+        cache_memory: int = MEMORY,
+        cache_dtype: str = "float32",
+    ):
+        self.config = config
+        self.vocoder_config = replace(config.vocoder, weight_norm=False)
+        self._params = params
+        self._cache_memory, self._cache_dtype = cache_memory, cache_dtype
+        self._flows: dict[str, CachedFlow] = {}
+        self._prompts: dict[tuple, Prompt] = {}
+
+    def decode(self, codes: np.ndarray, voice: Voice, seed: int = 0) -> np.ndarray:
+        """Codes int [N] -> speech float32 [samples_per_code * N] at `config.sample_rate`.
+
+        Other lengths in the same bucket compile nothing. The same seed gives the same speech.
+
+        Raises:
+            MossError: no codes, codes out of range, more than the flow's noise reaches with the voice's prompt, a
+                voice that does not fit, or no weights for it.
+        """
+        config = self.config
+        check_voice(config, voice)
+        mel = sampler.decode(self._part(flow_stem()), config.flow, codes, voice)
+        return vocode(self.vocoder_params, self.vocoder_config, np.asarray(mel[0]), seed)
+
+    def stream(
+        self, voice: Voice, seed: int = 0, mode: str = "cached", chunk: int | None = None
+    ) -> CachedStream | ReferenceStream:
+        """A stream that takes codes as they come and returns the speech that has become possible.
+
+        Args:
+            mode: "cached" computes every frame once; "reference" is the released code's way, see `reference_stream`.
+            chunk: codes, see `SpeechDecoderConfig.streaming`.
+
+        Raises:
+            MossError: unknown mode, no weights for this chunk size, or a voice that does not fit.
+        """
+        check_voice(self.config, voice)
+        stem, flow = self.config.streaming(chunk)
+        config = replace(self.config, vocoder=self.vocoder_config)
+        if mode == "reference":
+            noise = reference_stream.seeded_noise(config, seed)
+            models = reference_stream.Models(config, flow, self._part(stem), self.vocoder_params, voice, noise)
+            return ReferenceStream(models)
+        if mode != "cached":
+            raise MossError(f"streaming: unknown mode {mode!r}, expected cached or reference")
+        if stem not in self._flows:
+            self._flows[stem] = CachedFlow(self._part(stem), flow, memory=self._cache_memory, dtype=self._cache_dtype)
+        return CachedStream(config, self._flows[stem], self._prompt(stem, voice), self.vocoder_params, seed)
+
+    def _prompt(self, stem: str, voice: Voice) -> Prompt:
+        """The voice prefilled; the last few are kept."""
+        parts = [np.ascontiguousarray(leaf).tobytes() for leaf in (voice.codes, voice.mel, voice.embedding)]
+        key = (stem, *(hashlib.sha256(part).digest() for part in parts))
+        if key not in self._prompts:
+            if len(self._prompts) >= PROMPTS:
+                del self._prompts[next(iter(self._prompts))]
+            self._prompts[key] = self._flows[stem].prefill(voice)
+        self._prompts[key] = self._prompts.pop(key)  # the newest is last
+        return self._prompts[key]
+
+    def _part(self, name: str) -> Any:
+        if name not in self._params:
+            raise MossError(f"speech decoder: there are no weights {name!r}, only: {', '.join(sorted(self._params))}")
+        return self._params[name]
+
+    @cached_property
+    def vocoder_params(self) -> Any:
+        """Folded, for `vocoder_config`."""
+        folded = fold_weight_norm(flatten(self._part("vocoder")))
+        return unflatten({path: jnp.asarray(leaf) for path, leaf in folded.items()})
+
+
+def vocode(params: Any, config: VocoderConfig, mel: np.ndarray, seed: int) -> np.ndarray:
+    """Log-mel float32 [T, M] -> speech float32 [hop * T]; `params` are folded."""
+    frames = len(mel)
+    rows = sampler.bucket(frames, 2 * frames + 8)
+    padded = np.pad(mel, ((0, rows - frames), (0, 0)))
+    wave = _vocode(config)(params, padded[None], np.array([frames], np.int32), np.array([seed], np.uint32))
+    return np.asarray(wave)[0, : frames * config.hop]
+
+
+@lru_cache(maxsize=4)
+def _vocode(config: VocoderConfig):
+    def run(params, mel, lengths, seeds):
+        with jax.default_matmul_precision("highest"):
+            draw = partial(sine_noise, config, first=0, frames=mel.shape[1])
+            noise = jax.vmap(lambda seed: draw(jax.random.key(seed)))(seeds)
+            return HiFT(config).apply({"params": params}, mel, noise, lengths)[0]
+
+    return jax.jit(run)
+
+
+def check_voice(config: SpeechDecoderConfig, voice: Voice) -> None:
+    """Raises MossError when the arrays of a voice do not fit the decoder or each other."""
+    flow = config.flow
+    codes, mel = np.shape(voice.codes), np.shape(voice.mel)
+    if len(codes) != 1 or mel != (flow.frames_per_code * codes[0], flow.mel_bins):
+        raise MossError(
+            f"voice: codes {list(codes)} and mel {list(mel)} do not fit, expected "
+            f"[P] and [{flow.frames_per_code} P, {flow.mel_bins}]"
+        )
+    if np.shape(voice.embedding) != (flow.speaker_size,):
+        raise MossError(f"voice: embedding is {list(np.shape(voice.embedding))}, expected [{flow.speaker_size}]")
+    if not (np.isfinite(voice.mel).all() and np.isfinite(voice.embedding).all()):
+        raise MossError("voice: mel or embedding has values that are not finite")
+    sampler.check_range(flow, np.asarray(voice.codes))

@@ -1,0 +1,117 @@
+"""The vocoder over a mel that arrives in pieces: state in, state out, one compiled shape for every piece.
+
+A piece is vocoded together with the last frames before it. The convolutions look to the right, so the last `overlap`
+frames of a piece are held back until the next one is there. Of these, the last `HiFT.f0_reach` frames are never used:
+their F0 is not final. Over the first ones the two renderings are cross-faded with weights that sum to one; both have
+the same source there, because its phase is carried on and its noise belongs to the absolute frame.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, sine_noise
+
+
+@struct.dataclass
+class VocoderState:
+    """What one stream carries. H is the number of frames kept (`context`), of which min(frames, H) are filled."""
+
+    mel: jax.Array  # float32 [H, M], the last frames, in rows 0 ..
+    f0: jax.Array  # float32 [H], Hz, of the same frames
+    phase: jax.Array  # uint32 [harmonics], at the centre of the frame before them
+    speech: jax.Array  # float32 [fade * hop], the rendering that the next one is faded into
+    frames: jax.Array  # int32, mel frames seen so far
+
+
+def fade_frames(config: VocoderConfig, overlap: int) -> int:
+    """Frames over which two renderings are cross-faded. Raises MossError when the overlap is too short for one."""
+    fade = overlap - config.f0_reach
+    if fade < 1:
+        raise MossError(f"speech decoder config: mel_overlap is {overlap} frames, expected more than {config.f0_reach}")
+    return fade
+
+
+def init_state(config: VocoderConfig, overlap: int, context: int) -> VocoderState:
+    """The state before the first piece. `context`: frames kept, at least overlap and twice the reach of the F0 net."""
+    if context < max(overlap, 2 * config.f0_reach):
+        least = max(overlap, 2 * config.f0_reach)
+        raise MossError(f"speech decoder config: mel_context is {context} frames, expected at least {least}")
+    return VocoderState(
+        mel=jnp.zeros((context, config.mel_bins)),
+        f0=jnp.zeros(context),
+        phase=jnp.zeros(config.harmonics, jnp.uint32),
+        speech=jnp.zeros(fade_frames(config, overlap) * config.hop),
+        frames=jnp.zeros((), jnp.int32),
+    )
+
+
+def emitted_frames(frames, overlap: int, last: bool):
+    """Frames whose samples are out once `frames` are in."""
+    return frames if last else max(frames - overlap, 0)
+
+
+def step(
+    params: Any,
+    config: VocoderConfig,
+    overlap: int,
+    state: VocoderState,
+    mel: jax.Array,
+    count: jax.Array,
+    last: jax.Array,
+    seed: jax.Array,
+) -> tuple[VocoderState, jax.Array]:
+    """Vocodes the next piece.
+
+    Args:
+        params: folded parameters of HiFT.
+        overlap: frames held back at the end of every piece but the last.
+        mel: float32 [K, M], of which the first `count` (int32) rows are valid.
+        last: bool, nothing comes after it.
+        seed: uint32, of the noise.
+
+    Returns:
+        the state, and samples float32 [(overlap + K) * hop]. The valid ones are those between the `emitted_frames`
+        before and after the piece, in the first places.
+    """
+    model, hop = HiFT(config), config.hop
+    context, size = state.mel.shape[0], state.mel.shape[0] + mel.shape[0]
+    kept = jnp.minimum(state.frames, context)
+    start, end = state.frames - kept, kept + count  # the window's first frame in the stream, its end in the window
+    window = jnp.pad(state.mel, ((0, mel.shape[0]), (0, 0)))
+    window = jax.lax.dynamic_update_slice(window, mel, (kept, 0))[None]
+    lengths = end[None]
+
+    def apply(*inputs, method):
+        return model.apply({"params": params}, *inputs, method=method)
+
+    with jax.named_scope("f0"):
+        f0 = apply(window, lengths, method="f0")
+        final = jnp.arange(size) < kept - config.f0_reach
+        f0 = jnp.where(final, jnp.pad(state.f0, (0, mel.shape[0])), f0[0])[None]
+    noise = sine_noise(config, jax.random.key(seed), start, size)[None]
+    source, phases = apply(f0, noise, lengths, state.phase[None], (start > 0)[None], method="source")
+    wave = apply(window, source, lengths, method="decode")[0]  # [size * hop]
+
+    before = jnp.maximum(state.frames - overlap, 0)
+    after = jnp.where(last, state.frames + count, jnp.maximum(state.frames + count - overlap, 0))
+    samples = jax.lax.dynamic_slice(wave, ((before - start) * hop,), ((overlap + mel.shape[0]) * hop,))
+    fade = state.speech.shape[0]
+    weight = jnp.asarray(np.sin(np.pi / 2 * (np.arange(fade) + 0.5) / fade) ** 2, wave.dtype)
+    faded = weight * samples[:fade] + (1 - weight) * state.speech
+    samples = samples.at[:fade].set(jnp.where(before > 0, faded, samples[:fade]))
+
+    keep_from = jnp.maximum(end - context, 0)
+    carried = jnp.concatenate([state.phase[None], phases[0]])
+    state = VocoderState(
+        mel=jax.lax.dynamic_slice(window[0], (keep_from, 0), state.mel.shape),
+        f0=jax.lax.dynamic_slice(f0[0], (keep_from,), state.f0.shape),
+        phase=carried[keep_from],
+        speech=jax.lax.dynamic_slice(samples, ((after - before) * hop,), (fade,)),
+        frames=state.frames + count,
+    )
+    return state, samples
