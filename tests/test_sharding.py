@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moss_jax.dialogue.generate import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.dialogue.sampling import ChannelSettings, request_keys
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_axes, param_shapes, unflatten
 from moss_jax.sharding import RULES, make_mesh, shardings_for
@@ -77,7 +79,7 @@ def test_an_axis_without_a_rule_is_an_error():
         shardings_for({"x": ("width",)}, {"x": jnp.zeros(2)}, Devices())
 
 
-def test_eight_devices_give_the_logits_of_one():
+def test_eight_devices_give_the_logits_gradients_and_replies_of_one():
     root = Path(__file__).resolve().parents[1]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
     flags += " --xla_llvm_disable_expensive_passes=true"
@@ -115,18 +117,29 @@ def _compare_on_a_mesh():
     def loss(params):
         return sum(jnp.square(x).mean() for x in model.apply({"params": params}, grid, positions, segments))
 
-    expected = jax.jit(prefill_and_step)(unflatten(flat)), jax.jit(jax.grad(loss))(unflatten(flat))
+    def reply(params):
+        settings = GenerationSettings(ChannelSettings(greedy=True), ChannelSettings(greedy=True), max_new_tokens=4)
+        state, keys = new_state(config, 8, 16), request_keys(0, 8)
+        state = prefill(params, state, grid, segments != 0, 12, keys, config=config)
+        return decode_chunk(params, state, settings, 4, config=config).grid
+
+    expected = (
+        jax.jit(prefill_and_step)(unflatten(flat)), reply(unflatten(flat)), jax.jit(jax.grad(loss))(unflatten(flat))
+    )  # fmt: skip
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         shardings = shardings_for(axes, shapes, mesh)
         params = unflatten({path: jax.device_put(flat[path], shardings[path]) for path in flat})
         with jax.set_mesh(mesh):
-            ours = jax.jit(prefill_and_step)(params), jax.jit(jax.grad(loss))(params) if "sequence" in sizes else None
+            ours = jax.jit(prefill_and_step)(params), reply(params), None
+            if "sequence" in sizes:
+                ours = *ours[:2], jax.jit(jax.grad(loss))(params)
         kernel = params["text"]["layers"]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == kernel.size
         for mine, one in zip(ours, expected, strict=True):
             if mine is not None:
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine, one)
+        np.testing.assert_array_equal(ours[1], expected[1])
         print("same")
 
 
