@@ -65,6 +65,10 @@ class TensorReader:
         mapped = np.memmap(info.file, np.uint8, "r", offset=info.start, shape=(info.nbytes,))
         return mapped.view(np.ndarray).view(info.dtype).reshape(info.shape)
 
+    def files(self) -> set[Path]:
+        """The files that the tensors lie in, and the index."""
+        return {self.path, *(info.file for info in self.tensors.values())}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 

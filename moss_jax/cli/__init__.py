@@ -9,6 +9,9 @@ from moss_jax.errors import MossError
 VERBS = {
     "bench": "time a part beside a PyTorch peer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
+    "convert": "checkpoints into a system folder, and back",
+    "info": "what is inside a folder",
+    "init-random": "write a complete system with random weights",
     "parity": "compare components with golden files",
 }
 

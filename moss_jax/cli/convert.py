@@ -1,0 +1,55 @@
+"""Convert checkpoints into a system folder, and back. Nothing in a checkpoint is run; .pt and .onnx files need the
+extra packages of `pip install 'moss-jax[convert]'`.
+
+  moss-jax convert --model MOSS-Speech --codec MOSS-Speech-Codec -o SYSTEM     from the two released folders
+  moss-jax convert --from-qwen3 Qwen3-8B -o SYSTEM                             a language model to be trained
+  moss-jax convert --from-qwen3 Qwen3-8B --split 4 --codec MOSS-Speech-Codec -o SYSTEM
+  moss-jax convert --model SYSTEM --export released -o FOLDER                  back to the two released folders
+  moss-jax convert --model SYSTEM --export qwen3 -o FOLDER                     the text path as a Qwen3
+
+--model, --codec and --from-qwen3 take folders or hub names such as fnlp/MOSS-Speech. A round trip gives every tensor
+back bit for bit. What does not fit is listed in full, and nothing is written then.
+"""
+
+from moss_jax.cli.system_arguments import say
+from moss_jax.errors import MossError
+
+EXPORTS = ("released", "qwen3")
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", metavar="FOLDER", help="a released language model; with --export: a system")
+    parser.add_argument("--codec", metavar="FOLDER", help="the released codec")
+    parser.add_argument("--from-qwen3", metavar="FOLDER", help="a plain Qwen3 of any size")
+    parser.add_argument(
+        "--split", type=int, metavar="N",
+        help="how many of Qwen3's last layers become the text branch and, copied, the audio branch (default: a ninth)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--audio-branch", default="copy", choices=("copy", "random"),
+        help="what the audio branch starts from: a copy of the text branch (default), or random weights",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of new random weights, default 0")
+    parser.add_argument("--export", choices=EXPORTS, help="write a system in another layout")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="not there yet, or empty")
+
+
+def run(args) -> int:
+    from moss_jax.convert import system
+
+    if args.export:
+        if args.model is None or args.codec or args.from_qwen3:
+            raise MossError("--export: give the system as --model, without --codec and --from-qwen3")
+        export = system.export_released if args.export == "released" else system.export_text_path
+        export(args.model, args.output, say)
+    elif args.from_qwen3:
+        if args.model is not None:
+            raise MossError("--from-qwen3: starts a language model of its own; leave --model out")
+        qwen3, codec = system.locate(args.from_qwen3, say), args.codec and system.locate(args.codec, say)
+        system.convert_qwen3(qwen3, args.output, say, args.split, codec, args.audio_branch, args.seed)
+    else:
+        if args.model is None or args.codec is None:
+            raise MossError("give --model and --codec, or --from-qwen3, or --model and --export; see --help")
+        system.convert_released(system.locate(args.model, say), system.locate(args.codec, say), args.output, say)
+    print(args.output)
+    return 0

@@ -1,0 +1,36 @@
+"""The --model and --codec of every verb that needs a system, and where conversions are kept."""
+
+import os
+import sys
+from pathlib import Path
+
+DEFAULT_CACHE = "~/.cache/moss_jax"
+
+
+def add_system_arguments(parser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER",
+        help="a system folder (moss-jax convert, moss-jax init-random), or a released language model: "
+        "a folder or a hub name such as fnlp/MOSS-Speech",
+    )  # fmt: skip
+    parser.add_argument(
+        "--codec", metavar="FOLDER",
+        help="the released codec, a folder or a hub name such as fnlp/MOSS-Speech-Codec; only beside a released "
+        "language model. The pair is converted once, into MOSS_JAX_CACHE or ~/.cache/moss_jax",
+    )  # fmt: skip
+
+
+def system_folder(args) -> Path:
+    """The system folder that the arguments mean; converts a released pair on first use."""
+    from moss_jax.convert.system import resolve
+
+    return resolve(args.model, args.codec, cache_folder(), say)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MOSS_JAX_CACHE") or DEFAULT_CACHE).expanduser()
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,183 @@
+"""The released codec `fnlp/MOSS-Speech-Codec`, in and out.
+
+    config.json, preprocessor_config.json, model.safetensors          the speech tokenizer
+    flow/flow.pt, flow-chunk-5.pt, flow-chunk-25.pt                    the flow, offline and for streams
+    flow/hift.pt, flow/campplus.onnx, flow/config.yaml                 vocoder, speaker network, sizes
+
+In a system: `speech_tokenizer/`, `speech_decoder/`, and below `carried/`: `codec/` (files that are not read, the ONNX
+graph), `unused/` (tensors that the models do not use), `codec.json` (counters in the .pt files, spelling of names).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from moss_jax.checkpoint import open_tensors
+from moss_jax.convert.codec_config import flow_config, released_tokenizer_config, released_yaml, vocoder_config
+from moss_jax.convert.files import carry_files, need_folder, write_json
+from moss_jax.convert.onnx_speaker import SpeakerGraph
+from moss_jax.convert.onnx_write import write_speaker_graph
+from moss_jax.convert.parts import Shapes, flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
+from moss_jax.convert.stream import Say, Source, Union, exported, found_shapes, import_tensors, write_source
+from moss_jax.convert.table import Table
+from moss_jax.convert.tables import flow as flow_table
+from moss_jax.convert.tables import speaker as speaker_table
+from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
+from moss_jax.convert.tables import vocoder as vocoder_table
+from moss_jax.convert.torch_file import read_torch, write_torch
+from moss_jax.convert.yaml_values import yaml_values
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+CHUNK_FILE = re.compile(r"flow-chunk-(\d+)\.pt")
+NEEDED = ("config.json", "model.safetensors", "flow/flow.pt", "flow/hift.pt", "flow/campplus.onnx")
+NOTES = "carried/codec.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """The configs of an imported codec."""
+
+    tokenizer: SpeechTokenizerConfig
+    decoder: SpeechDecoderConfig
+
+
+def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
+    """Writes `speech_tokenizer/`, `speech_decoder/` and what is carried of a system from a released folder.
+
+    Raises:
+        MossError: a file is missing or damaged, a config lacks keys, or names are unmapped, missing or misshapen.
+    """
+    folder = need_folder(folder, "a released codec (config.json, model.safetensors, flow/)")
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        if missing == ["model.safetensors"] and (folder / "model.safetensors.index.json").is_file():
+            missing = []
+        if missing:
+            raise MossError(f"{folder}: not a whole released codec, missing: {', '.join(missing)}")
+    carried, unused = system / "carried", system / "carried" / "unused"
+    tokenizer = tokenizer_table.config_from_released(read_json(folder / "config.json"), str(folder / "config.json"))
+    target = system / "speech_tokenizer"
+    target.mkdir(parents=True)
+    reader = open_tensors(folder)
+    import_tensors(
+        reader, tokenizer_table.table(tokenizer), tokenizer_shapes(tokenizer), target,
+        carried=unused / "speech_tokenizer.safetensors", say=say,
+    )  # fmt: skip
+    write_json(target / "config.json", write_config(tokenizer))
+    say("speech tokenizer: done")
+
+    target, notes = system / "speech_decoder", {}
+    target.mkdir()
+    yaml_file = folder / "flow" / "config.yaml"
+    yaml = yaml_values(yaml_file.read_text(encoding="utf-8", errors="replace")) if yaml_file.is_file() else {}
+    chunks = _chunks(folder / "flow")
+    flow = None
+    files = {None: "flow.pt", **{chunk: f"flow-chunk-{chunk}.pt" for chunk in chunks}}
+    for stem, file in files.items():
+        source, extras = read_torch(folder / "flow" / file)
+        shapes = found_shapes(source)
+        if flow is None:
+            flow = flow_config(shapes, yaml, tokenizer.quantize_vocab_size, str(source.path))
+        table = flow_table.table(flow)
+        _check_extras(extras, table, source.path)
+        notes[file] = {"extras": extras}
+        _import_part(source, table, flow_shapes(flow), system, flow_stem(stem), say)
+    source, extras = read_torch(folder / "flow" / "hift.pt")
+    shapes = found_shapes(source)
+    spelling = vocoder_table.spelling(shapes)
+    vocoder = vocoder_config(shapes, spelling, yaml, str(source.path))
+    table = vocoder_table.table(vocoder, spelling)
+    _check_extras(extras, table, source.path)
+    notes["hift.pt"] = {"extras": extras, "spelling": dataclasses.asdict(spelling)}
+    _import_part(source, table, vocoder_shapes(vocoder), system, "vocoder", say)
+    graph = SpeakerGraph(folder / "flow" / "campplus.onnx")
+    speaker = graph.config
+    _import_part(graph.tensors(), speaker_table.table(speaker), speaker_shapes(speaker), system, "speaker", say)
+    decoder = SpeechDecoderConfig(
+        flow=flow, vocoder=vocoder, speaker=speaker, chunks=tuple(chunks),
+        code_rate=tokenizer.code_rate,
+    )  # fmt: skip
+    write_json(target / "config.json", write_config(decoder))
+    if not chunks:
+        say(f"note: {folder / 'flow'} has no flow-chunk-*.pt: streams will use the offline flow")
+    used = [f"flow/{file}" for file in (*files.values(), "hift.pt")]
+    carry_files(folder, carried / "codec", [*reader.files(), *used])
+    write_json(system / NOTES, notes)
+    return Codec(tokenizer, decoder)
+
+
+def export_codec(system: str | Path, folder: Path, say: Say) -> None:
+    """Writes the codec of a system in the released layout into an existing folder."""
+    system = Path(system)
+    codec, carried = read_codec_configs(system), system / "carried" / "codec"
+    (folder / "flow").mkdir(exist_ok=True)
+    notes: dict[str, Any] = {}
+    if carried.is_dir():
+        carry_files(carried, folder)
+        notes = read_json(system / NOTES)
+    else:
+        write_json(folder / "config.json", released_tokenizer_config(codec.tokenizer))
+        mel = {"feature_size": codec.tokenizer.num_mel_bins, "sampling_rate": codec.tokenizer.sample_rate}
+        mel |= {"n_fft": codec.tokenizer.n_fft, "hop_length": codec.tokenizer.hop_length}
+        write_json(folder / "preprocessor_config.json", {"feature_extractor_type": "WhisperFeatureExtractor"} | mel)
+        (folder / "flow" / "config.yaml").write_text(released_yaml(codec.decoder.flow, codec.decoder.vocoder))
+    tokenizer = _export_part(
+        system, "speech_tokenizer", "model", tokenizer_table.table(codec.tokenizer), tokenizer_shapes(codec.tokenizer)
+    )
+    write_source(tokenizer, folder, metadata={"format": "pt"}, say=say)
+    flow = codec.decoder.flow
+    table, shapes = flow_table.table(flow), flow_shapes(flow)
+    for chunk in (None, *codec.decoder.chunks):
+        file = "flow.pt" if chunk is None else f"flow-chunk-{chunk}.pt"
+        source = _export_part(system, "speech_decoder", flow_stem(chunk), table, shapes)
+        write_torch(folder / "flow" / file, source, notes.get(file, {}).get("extras", {}))
+        say(f"flow/{file}: done")
+    vocoder, note = codec.decoder.vocoder, notes.get("hift.pt", {})
+    spelling = vocoder_table.Spelling(**note.get("spelling", {}))
+    source = _export_part(
+        system, "speech_decoder", "vocoder", vocoder_table.table(vocoder, spelling), vocoder_shapes(vocoder)
+    )
+    write_torch(folder / "flow" / "hift.pt", source, note.get("extras", {}))
+    speaker = codec.decoder.speaker
+    source = _export_part(system, "speech_decoder", "speaker", speaker_table.table(speaker), speaker_shapes(speaker))
+    onnx = folder / "flow" / "campplus.onnx"
+    if onnx.is_file():
+        SpeakerGraph(onnx).write(onnx, source)
+    else:
+        write_speaker_graph(onnx, source, speaker)
+
+
+def read_codec_configs(system: Path) -> Codec:
+    """The configs of the codec in a system folder, read strictly."""
+    paths = [system / name / "config.json" for name in ("speech_tokenizer", "speech_decoder")]
+    tokenizer, decoder = (
+        read_config(cls, read_json(path), str(path))
+        for cls, path in zip((SpeechTokenizerConfig, SpeechDecoderConfig), paths, strict=True)
+    )
+    return Codec(tokenizer, decoder)
+
+
+def _import_part(source: Source, table: Table, shapes: Shapes, system: Path, stem: str, say: Say) -> None:
+    unused = system / "carried" / "unused" / f"{stem}.safetensors"
+    import_tensors(source, table, shapes, system / "speech_decoder", stem, unused, say, shard_bytes=1 << 62)
+    say(f"{stem.replace('_', ' ')}: done")
+
+
+def _export_part(system: Path, room: str, stem: str, table: Table, shapes: Shapes) -> Source:
+    part = exported(open_tensors(system / room / f"{stem}.safetensors"), table, shapes)
+    unused = system / "carried" / "unused" / f"{room if stem == 'model' else stem}.safetensors"
+    return Union(part, open_tensors(unused)) if unused.is_file() else part
+
+
+def _chunks(folder: Path) -> list[int]:
+    found = (CHUNK_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _check_extras(extras: dict[str, Any], table: Table, path: Path) -> None:
+    if unknown := [name for name in extras if not (table.is_carried(name) or name in ("epoch", "step"))]:
+        lines = [f"unmapped: {name} = {extras[name]!r}" for name in unknown]
+        raise MossError("\n  ".join([f"{path}: entries that no rule carries", *lines]))

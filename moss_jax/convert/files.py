@@ -1,0 +1,37 @@
+"""Files that a release holds and we do not use: carried along verbatim, so that an export has them again."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
+
+
+def carry_files(source: Path, target: Path, used: Iterable[str | Path] = ()) -> None:
+    """Copies every file below `source` but hidden ones and the `used` (paths in it); nothing in them is looked at."""
+    skip = {source / path for path in used}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_file() and path not in skip and not any(part.startswith(".") for part in relative.parts):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def update_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Sets keys of a JSON file."""
+    write_json(path, read_json(path) | dict(values))
+
+
+def need_folder(path: str | Path, what: str) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise MossError(f"{path}: no such folder, expected {what}")
+    return path

@@ -1,0 +1,155 @@
+"""The released language model `fnlp/MOSS-Speech`, in and out.
+
+Sources: the released checkpoint's documented layout (446 tensors, bf16, in shards) and config keys.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.checkpoint import open_tensors
+from moss_jax.convert.files import carry_files, need_folder, update_json, write_json
+from moss_jax.convert.stream import Say, exported, import_tensors, write_source
+from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
+from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.nn.tree import param_shapes
+from moss_jax.transformer.config import DTYPES, TransformerConfig
+from moss_jax.transformer.model import LayerSplitModel
+
+KEYS = CONFIG_KEYS | ID_KEYS  # our field -> key of the released config.json
+KNOWN_KEYS = {
+    *KEYS.values(), "architectures", "model_type", "auto_map", "num_hidden_layers",
+    "hidden_act", "initializer_range", "rope_scaling", "attention_bias", "attention_dropout", "use_cache",
+    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "channels",
+    "torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
+
+
+@cache
+def model_shapes(config: TransformerConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Flat shapes of the language model's parameters."""
+    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+    return param_shapes(LayerSplitModel(config), grid, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+
+def import_language_model(folder: str | Path, system: Path, say: Say) -> TransformerConfig:
+    """Writes `transformer/`, `text_tokenizer/` and `carried/model/` of a system from a released folder.
+
+    Raises:
+        MossError: a file or shard is missing or damaged, the config lacks keys or contradicts itself or the tensors,
+            names that are unmapped, missing or misshapen.
+    """
+    folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
+    if unknown := sorted(set(read_json(folder / "config.json")) - KNOWN_KEYS):
+        say(f"note: {folder / 'config.json'} has keys that are carried but not understood: {', '.join(unknown)}")
+    config, reader = language_config(folder), open_tensors(folder)
+    config = replace(config, **compute_dtypes(reader))
+    target = system / "transformer"
+    target.mkdir(parents=True)
+    import_tensors(reader, table(config), model_shapes(config), target, say=say)
+    write_json(target / "config.json", write_config(config))
+    copy_text_tokenizer(folder, system)
+    carry_files(folder, system / "carried" / "model", reader.files())
+    return config
+
+
+def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
+    """Writes the language model of a system in the released layout into an existing folder."""
+    system = Path(system)
+    config, carried = read_transformer_config(system), system / "carried" / "model"
+    source = exported(open_tensors(system / "transformer"), table(config), model_shapes(config))
+    if carried.is_dir():
+        carry_files(carried, folder)
+        original = language_config(folder)
+        keys = {ours: key for ours, key in KEYS.items() if getattr(config, ours) != getattr(original, ours)}
+        changed = {key: getattr(config, ours) for ours, key in keys.items()}
+        if {"num_shared_layers", "num_modality_layers"} & set(changed):
+            changed["num_hidden_layers"] = config.num_shared_layers + config.num_modality_layers
+        if changed:
+            update_json(folder / "config.json", changed)
+    else:
+        shutil.copyfile(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+        write_json(folder / "config.json", released_config(config))
+    write_source(source, folder, metadata={"format": "pt"}, say=say)
+
+
+def language_config(folder: Path) -> TransformerConfig:
+    """Our config of a released folder; special ids that its config.json lacks are those of its text tokenizer."""
+    special = special_ids(folder / "tokenizer.json")
+    known = {ID_KEYS[field]: i for field, i in special.items()} | read_json(folder / "config.json")
+    config = config_from_released(known, str(folder / "config.json"))
+    check_special(config, special, folder)
+    return config
+
+
+def released_config(config: TransformerConfig) -> dict[str, Any]:
+    """The keys of a released config.json that our config decides, and the fixed ones that its readers expect."""
+    values = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
+    return {
+        "architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **values,
+        "num_hidden_layers": config.num_shared_layers + config.num_modality_layers, "hidden_act": "silu",
+        "attention_bias": False, "rope_scaling": None, "tie_word_embeddings": False, "channels": 2,
+        "torch_dtype": config.param_dtype,
+    }  # fmt: skip
+
+
+def read_transformer_config(system: Path) -> TransformerConfig:
+    path = need_folder(system, "a system folder") / "transformer" / "config.json"
+    return read_config(TransformerConfig, read_json(path), str(path))
+
+
+def compute_dtypes(reader: Any) -> dict[str, str]:
+    """The dtype that most bytes of a checkpoint have, for parameters and activations alike."""
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors.values():
+        name = str(np.dtype(tensor.dtype))
+        sizes[name] = sizes.get(name, 0) + int(np.prod(tensor.shape))
+    dtype = max(sizes, key=sizes.get, default="float32")
+    return dict.fromkeys(("dtype", "param_dtype"), dtype if dtype in DTYPES else "float32")
+
+
+def special_ids(path: Path) -> dict[str, int]:
+    """{config field: id} of the special strings in a tokenizer.json; empty for those it does not have.
+
+    Raises:
+        MossError: no such file, or not a tokenizer.json.
+    """
+    if not path.is_file():
+        raise MossError(f"{path}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it")
+    description = read_json(path)
+    try:
+        ids = dict(description["model"]["vocab"]) | {t["content"]: t["id"] for t in description["added_tokens"]}
+    except (KeyError, TypeError, ValueError):
+        raise MossError(f"{path}: not a tokenizer.json of the tokenizers library") from None
+    return {field: ids[string] for field, string in SPECIAL_STRINGS.items() if string in ids}
+
+
+def check_special(config: TransformerConfig, special: Mapping[str, int], folder: Path) -> None:
+    wrong = [
+        f"{SPECIAL_STRINGS[field]} is {i} in tokenizer.json, {field} is {getattr(config, field)} in config.json"
+        for field, i in special.items()
+        if getattr(config, field) != i
+    ]
+    if wrong:
+        raise MossError("\n  ".join([f"{folder}: text tokenizer and config contradict each other", *wrong]))
+
+
+def copy_text_tokenizer(folder: Path, system: Path) -> None:
+    (system / "text_tokenizer").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json")
+
+
+def tokenizer_size(path: Path) -> int:
+    """One more than the largest id of a tokenizer.json."""
+    description = json.loads(path.read_text(encoding="utf-8"))
+    return 1 + max([*description["model"]["vocab"].values(), *(t["id"] for t in description["added_tokens"])])

@@ -1,0 +1,290 @@
+"""The speaker network's ONNX file (`campplus.onnx`), in and out, under the names of the 3D-Speaker module.
+
+Exporters keep, rename or fold: a BatchNorm behind a convolution may have disappeared into its weight and bias, and the
+names of the initialisers say nothing then. The order of the operators is fixed by the network, so the graph is walked
+beside the list of layers that the network has, and every shape is checked. Nothing in the file is run.
+
+A folded BatchNorm is represented by one that does nothing but add the folded bias: scale 1, mean 0 and a variance that
+with epsilon makes 1. Sources: the ONNX operator specification; 3D-Speaker's CAM++ for the layers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.checkpoint import atomic_file
+from moss_jax.convert.stream import MemoryTensors, Source
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.speaker import SpeakerConfig
+
+EPSILON = 1e-5  # of every BatchNorm
+SEGMENT = 100  # frames that a segment mean covers, where the graph does not say it in a pooling operator
+BN_INPUTS = ("weight", "bias", "running_mean", "running_var")
+UNIT_VARIANCE = np.float32(1 - EPSILON)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One operator of the network: a convolution (`conv`, with or without bias) or a BatchNorm."""
+
+    name: str
+    conv: bool
+    bias: bool = False
+
+
+def slots(head_blocks: tuple[int, ...], dense_layers: tuple[int, ...]) -> Iterator[Slot]:
+    """The convolutions and BatchNorms of CAM++ in the order in which they are computed."""
+    yield from _conv_bn("head.conv1", "head.bn1")
+    for group, blocks in enumerate(head_blocks, 1):
+        for block in range(blocks):
+            name = f"head.layer{group}.{block}"
+            yield from _conv_bn(f"{name}.conv1", f"{name}.bn1")
+            yield from _conv_bn(f"{name}.conv2", f"{name}.bn2")
+            if block == 0:
+                yield from _conv_bn(f"{name}.shortcut.0", f"{name}.shortcut.1")
+    yield from _conv_bn("head.conv2", "head.bn2")
+    yield from _conv_bn("xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm")
+    for block, layers in enumerate(dense_layers, 1):
+        for layer in range(1, layers + 1):
+            name = f"xvector.block{block}.tdnnd{layer}"
+            yield Slot(f"{name}.nonlinear1.batchnorm", False)
+            yield from _conv_bn(f"{name}.linear1", f"{name}.nonlinear2.batchnorm")
+            yield Slot(f"{name}.cam_layer.linear_local", True)
+            yield Slot(f"{name}.cam_layer.linear1", True, bias=True)
+            yield Slot(f"{name}.cam_layer.linear2", True, bias=True)
+        yield Slot(f"xvector.transit{block}.nonlinear.batchnorm", False)
+        yield Slot(f"xvector.transit{block}.linear", True)
+    yield Slot("xvector.out_nonlinear.batchnorm", False)
+    yield from _conv_bn("xvector.dense.linear", "xvector.dense.nonlinear.batchnorm")
+
+
+def _conv_bn(conv: str, bn: str) -> Iterator[Slot]:
+    yield Slot(conv, True)
+    yield Slot(bn, False)
+
+
+def import_onnx() -> Any:
+    try:
+        import onnx
+        import onnx.numpy_helper
+    except ImportError:
+        raise MossError(
+            "onnx is not installed, and .onnx files need it: pip install 'moss-jax[convert]' (only for converting)"
+        ) from None
+    return onnx
+
+
+class SpeakerGraph:
+    """An ONNX graph of CAM++ and where in it each tensor of the network lies.
+
+    Attributes:
+        config: sizes of the network, read off the graph.
+        folded: names of the BatchNorms that have been folded into the convolution before them.
+        places: {name of the module: initialiser that holds it}; the bias of a folded BatchNorm is its convolution's.
+
+    Raises:
+        MossError: not an ONNX file, or not the operators of CAM++ in their order.
+    """
+
+    def __init__(self, path: str | Path):
+        self._onnx, self.path = import_onnx(), Path(path)
+        if not self.path.is_file():
+            raise MossError(f"{path}: no such file")
+        try:
+            self.model = self._onnx.load(str(path), load_external_data=False)
+            if not self.model.graph.node:
+                raise ValueError("it has no graph")
+        except Exception as error:  # protobuf raises its own DecodeError
+            raise MossError(f"{path}: not a readable ONNX file ({error})") from error
+        graph = self.model.graph
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._alias: dict[str, str] = {}
+        for node in graph.node:
+            if node.op_type == "Identity":
+                self._alias[node.output[0]] = node.input[0]
+            elif node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._tensors[node.output[0]] = node.attribute[0].t
+        self._nodes = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "BatchNormalization")]
+        self.config = self._config()
+        self.folded: set[str] = set()
+        self.places: dict[str, str] = {}
+        self._walk()
+
+    def tensors(self) -> MemoryTensors:
+        """Every tensor of the network under its 3D-Speaker name; a folded BatchNorm does nothing but add its bias."""
+        found = {name: self._array(place) for name, place in self.places.items()}
+        for bn in self.folded:
+            bias = found.pop(f"{bn}.bias")
+            if _has_affine(bn):
+                found[f"{bn}.weight"], found[f"{bn}.bias"] = np.ones_like(bias), bias
+                found[f"{bn}.running_mean"] = np.zeros_like(bias)
+            else:
+                found[f"{bn}.running_mean"] = -bias
+            found[f"{bn}.running_var"] = np.full_like(bias, UNIT_VARIANCE)
+        return MemoryTensors(self.path, found)
+
+    def write(self, path: str | Path, source: Source) -> None:
+        """Writes this graph with the tensors of `source` in their places; equal ones stay untouched, bit for bit."""
+        values: dict[str, np.ndarray] = {}
+        convs = {bn: conv for conv, bn in _pairs(self.config) if bn in self.folded}
+        for name, place in self.places.items():
+            if not any(name == f"{bn}.bias" for bn in self.folded):
+                values[place] = self._same(place, values, source.read(name), name)
+        for bn, conv in convs.items():
+            weight, bias = _fold(source, conv, bn)
+            values[self.places[f"{conv}.weight"]] = weight
+            values[self.places[f"{bn}.bias"]] = bias
+        for place, value in values.items():
+            if value.tobytes() != self._array(place).tobytes() or value.dtype != self._array(place).dtype:
+                tensor = self._tensors[self._resolve(place)]
+                tensor.CopyFrom(self._onnx.numpy_helper.from_array(value, tensor.name))
+        with atomic_file(path) as part:
+            part.write_bytes(self.model.SerializeToString())
+
+    def _same(self, place: str, values: Mapping[str, np.ndarray], value: np.ndarray, name: str) -> np.ndarray:
+        other = values.get(place)
+        if other is not None and other.tobytes() != value.tobytes():
+            raise MossError(
+                f"{self.path}: {name!r} shares its values with another tensor of the graph, but differs now"
+            )
+        return value
+
+    def _resolve(self, name: str) -> str:
+        while name not in self._tensors and name in self._alias:
+            name = self._alias[name]
+        return name
+
+    def _array(self, name: str) -> np.ndarray:
+        return self._onnx.numpy_helper.to_array(self._tensors[self._resolve(name)])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        tensor = self._tensors.get(self._resolve(name))
+        return () if tensor is None else tuple(tensor.dims)
+
+    def _config(self) -> SpeakerConfig:
+        """Reads the layout off the kernel sizes: 4-D ones are the head, [1, 3, 1, 1] is a dense layer."""
+        convs = [(self._shape(n.input[1]), n) for n in self._nodes if n.op_type != "BatchNormalization"]
+        shapes = [shape for shape, _ in convs]
+        try:
+            count = next(i for i, shape in enumerate(shapes) if len(shape) != 4)
+            starts = [i - 2 for i in range(count) if shapes[i][2:] == (1, 1)]
+            ends = [*starts[1:], count - 1]
+            head = tuple((end - start - 1) // 2 for start, end in zip(starts, ends, strict=True))
+            i, layers, dilations = count + 1, [0], []
+            while i + 1 < len(shapes):
+                if shapes[i + 1][2:] == (3,):
+                    if layers[-1] == 0:
+                        dilations.append(_ints(convs[i + 1][1], "dilations", [1])[0])
+                    layers[-1] += 1
+                    i += 4
+                else:
+                    layers.append(0)
+                    i += 1
+            inner, growth = shapes[count + 1][0], shapes[count + 2][0]
+            pools = [n for n in self.model.graph.node if n.op_type == "AveragePool"]
+            return SpeakerConfig(
+                num_mel_bins=shapes[count][1] // shapes[0][0] * 2 ** (len(head) + 1), embedding_size=shapes[-1][0],
+                head_channels=shapes[0][0], head_blocks=head, init_channels=shapes[count][0], growth_rate=growth,
+                bottleneck=inner, context_reduction=inner // shapes[count + 3][0], dense_layers=tuple(layers[:-1]),
+                dense_dilations=tuple(dilations),
+                segment_frames=_ints(pools[0], "kernel_shape", [SEGMENT])[-1] if pools else SEGMENT,
+            )  # fmt: skip
+        except (StopIteration, IndexError, ValueError, ZeroDivisionError):
+            raise MossError(f"{self.path}: its {len(shapes)} convolutions are not those of CAM++") from None
+
+    def _walk(self) -> None:
+        nodes, extra, problems = list(self._nodes), None, []
+        for slot in slots(self.config.head_blocks, self.config.dense_layers):
+            if not slot.conv and extra is not None:
+                self.folded.add(slot.name)
+                self.places[f"{slot.name}.bias"] = extra
+                extra = None
+                continue
+            if extra is not None:
+                problems.append(f"{slot.name}: the convolution before it has a bias that CAM++ does not have")
+                extra = None
+            node = nodes.pop(0) if nodes else None
+            if node is None or (node.op_type == "BatchNormalization") == slot.conv:
+                kind = "convolution" if slot.conv else "BatchNormalization"
+                problems.append(f"{slot.name}: expected a {kind}, the graph has {node.op_type if node else 'no more'}")
+                break
+            inputs = list(node.input)
+            if slot.conv:
+                self.places[f"{slot.name}.weight"] = inputs[1]
+                bias = inputs[2] if len(inputs) > 2 and inputs[2] else None
+                if slot.bias and bias is not None:
+                    self.places[f"{slot.name}.bias"] = bias
+                elif slot.bias:
+                    problems.append(f"{slot.name}: the convolution has no bias")
+                else:
+                    extra = bias
+            else:
+                self._batch_norm(slot.name, node, problems)
+        problems += [f"one more {node.op_type} after the last layer: {node.name}" for node in nodes]
+        lost = {n: p for n, p in self.places.items() if self._resolve(p) not in self._tensors}
+        problems += [
+            f"{name}: its values are computed in the graph ({place}), not stored" for name, place in lost.items()
+        ]
+        used = {self._resolve(place) for place in self.places.values()}
+        for name, tensor in self._tensors.items():
+            floating = tensor.data_type in (self._onnx.TensorProto.FLOAT, self._onnx.TensorProto.FLOAT16)
+            if floating and np.prod(tensor.dims) > 1 and name not in used and not self._is_trivial(name):
+                problems.append(f"unmapped: {name} {list(tensor.dims)}")
+        for name, place in self.places.items():
+            given = self._resolve(place)
+            if given != name and given in self.places and self.places[given] != place:
+                problems.append(f"{name}: its place in the order holds {given}")
+        if problems:
+            raise MossError("\n  ".join([f"{self.path}: the graph is not that of CAM++", *problems]))
+
+    def _batch_norm(self, name: str, node: Any, problems: list[str]) -> None:
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), EPSILON)
+        if abs(epsilon - EPSILON) > 1e-9:
+            problems.append(f"{name}: epsilon {epsilon:g}, expected {EPSILON:g}")
+        places = dict(zip(BN_INPUTS, node.input[1:5], strict=True))
+        if not _has_affine(name):
+            for part, neutral in (("weight", 1), ("bias", 0)):
+                if not np.all(self._array(places.pop(part)) == neutral):
+                    problems.append(f"{name}: its {part} is not {neutral}")
+        self.places |= {f"{name}.{part}": place for part, place in places.items()}
+
+    def _is_trivial(self, name: str) -> bool:
+        """A constant of zeros or ones, such as the affine part of a BatchNorm that has none."""
+        values = self._array(name)
+        return bool(np.all(values == 0) or np.all(values == 1))
+
+
+def _has_affine(bn: str) -> bool:
+    return bn != "xvector.dense.nonlinear.batchnorm"
+
+
+def _pairs(config: SpeakerConfig) -> Iterator[tuple[str, str]]:
+    """(convolution, BatchNorm right behind it)."""
+    previous = None
+    for slot in slots(config.head_blocks, config.dense_layers):
+        if not slot.conv and previous is not None and previous.conv:
+            yield previous.name, slot.name
+        previous = slot
+
+
+def _fold(source: Source, conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias of a convolution with the BatchNorm behind it folded in; exact for one that only adds."""
+    weight, mean = source.read(f"{conv}.weight"), source.read(f"{bn}.running_mean")
+    variance = source.read(f"{bn}.running_var")
+    scale = source.read(f"{bn}.weight") if _has_affine(bn) else np.ones_like(mean)
+    bias = source.read(f"{bn}.bias") if _has_affine(bn) else np.zeros_like(mean)
+    if np.all(variance == UNIT_VARIANCE.astype(variance.dtype)) and np.all(scale == 1):
+        if not _has_affine(bn):
+            return weight, -mean
+        if np.all(mean == 0):
+            return weight, bias
+    gain = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + EPSILON)
+    folded = weight * gain.reshape(-1, *[1] * (weight.ndim - 1))
+    return folded.astype(weight.dtype), (bias - mean * gain).astype(weight.dtype)
+
+
+def _ints(node: Any, name: str, default: list[int]) -> list[int]:
+    return next((list(a.ints) for a in node.attribute if a.name == name), default)

@@ -1,0 +1,132 @@
+"""An ONNX graph of CAM++ from our tensors, for systems whose speaker network was not imported from one.
+
+Sources: the ONNX operator specification (opset 17); 3D-Speaker's CAM++ for the network.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.checkpoint import atomic_file
+from moss_jax.convert.onnx_speaker import BN_INPUTS, EPSILON, import_onnx
+from moss_jax.convert.stream import Source
+from moss_jax.speech_decoder.speaker import SpeakerConfig
+
+OPSET = 17
+CHANNELS = 1  # of 1-D activations [B, C, T]
+
+
+class _Graph:
+    """Nodes in the order in which they are computed; every method returns the name of its result."""
+
+    def __init__(self, onnx: Any, source: Source):
+        self.onnx, self.source = onnx, source
+        self.nodes, self.initializers, self._given = [], [], set()
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self._given:
+            self._given.add(name)
+            self.initializers.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def tensor(self, name: str) -> str:
+        return self.constant(name, self.source.read(name))
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def ints(self, *values: int) -> str:
+        return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
+
+    def conv(self, x: str, name: str, bias: bool = False, **attributes: Any) -> str:
+        weights = [self.tensor(f"{name}.weight"), *([self.tensor(f"{name}.bias")] if bias else [])]
+        return self.op("Conv", x, *weights, **attributes)
+
+    def norm(self, x: str, name: str, relu: bool = True, affine: bool = True) -> str:
+        parts = []
+        for part in BN_INPUTS:
+            if affine or part.startswith("running"):
+                parts.append(self.tensor(f"{name}.{part}"))
+            else:
+                like = self.source.read(f"{name}.running_mean")
+                value = np.ones_like(like) if part == "weight" else np.zeros_like(like)
+                parts.append(self.constant(f"{name}.{part}", value))
+        y = self.op("BatchNormalization", x, *parts, epsilon=EPSILON)
+        return self.op("Relu", y) if relu else y
+
+    def mean(self, x: str, axes: Sequence[int], keep: int = 1) -> str:
+        return self.op("ReduceMean", x, axes=list(axes), keepdims=keep)
+
+
+def write_speaker_graph(path: str | Path, source: Source, config: SpeakerConfig) -> None:
+    """Writes `campplus.onnx`: features [B, T, feat_dim] in, embedding [B, embedding_size] out."""
+    onnx = import_onnx()
+    g = _Graph(onnx, source)
+    x = g.op("Unsqueeze", g.op("Transpose", "input", perm=[0, 2, 1]), g.ints(1))
+    x = _head(g, x, config)
+    x = g.norm(g.conv(x, "xvector.tdnn.linear", strides=[2], pads=[2, 2]), "xvector.tdnn.nonlinear.batchnorm")
+    for block, layers in enumerate(config.dense_layers, 1):
+        for layer in range(1, layers + 1):
+            x = _dense(g, x, f"xvector.block{block}.tdnnd{layer}", config.dense_dilations[block - 1], config)
+        name = f"xvector.transit{block}"
+        x = g.conv(g.norm(x, f"{name}.nonlinear.batchnorm"), f"{name}.linear")
+    x = g.norm(x, "xvector.out_nonlinear.batchnorm")
+    x = g.op("Unsqueeze", g.op("Concat", *_statistics(g, x), axis=CHANNELS), g.ints(2))
+    x = g.norm(g.conv(x, "xvector.dense.linear"), "xvector.dense.nonlinear.batchnorm", relu=False, affine=False)
+    x = g.op("Squeeze", x, g.ints(2))
+    g.nodes[-1].output[0] = "output"
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        g.nodes, "campplus",
+        [value("input", onnx.TensorProto.FLOAT, ["B", "T", config.num_mel_bins])],
+        [value("output", onnx.TensorProto.FLOAT, ["B", config.embedding_size])],
+        g.initializers,
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    onnx.checker.check_model(model)
+    with atomic_file(path) as part:
+        part.write_bytes(model.SerializeToString())
+
+
+def _head(g: _Graph, x: str, config: SpeakerConfig) -> str:
+    """[B, 1, F, T] -> [B, C * F / 8, T]."""
+    same = {"pads": [1, 1, 1, 1]}
+    x = g.norm(g.conv(x, "head.conv1", **same), "head.bn1")
+    for group, blocks in enumerate(config.head_blocks, 1):
+        for block in range(blocks):
+            name, strides = f"head.layer{group}.{block}", [1 if block else 2, 1]
+            y = g.norm(g.conv(x, f"{name}.conv1", strides=strides, **same), f"{name}.bn1")
+            y = g.norm(g.conv(y, f"{name}.conv2", **same), f"{name}.bn2", relu=False)
+            if block == 0:
+                x = g.norm(g.conv(x, f"{name}.shortcut.0", strides=strides), f"{name}.shortcut.1", relu=False)
+            x = g.op("Relu", g.op("Add", y, x))
+    x = g.norm(g.conv(x, "head.conv2", strides=[2, 1], **same), "head.bn2")
+    flat = config.head_channels * config.num_mel_bins // 2 ** (len(config.head_blocks) + 1)
+    return g.op("Reshape", x, g.ints(0, flat, -1))
+
+
+def _dense(g: _Graph, x: str, name: str, dilation: int, config: SpeakerConfig) -> str:
+    y = g.conv(g.norm(x, f"{name}.nonlinear1.batchnorm"), f"{name}.linear1")
+    y, size = g.norm(y, f"{name}.nonlinear2.batchnorm"), config.segment_frames
+    cam = f"{name}.cam_layer"
+    local = g.conv(y, f"{cam}.linear_local", dilations=[dilation], pads=[dilation, dilation])
+    pooled = g.op("AveragePool", y, kernel_shape=[size], strides=[size], ceil_mode=1, count_include_pad=0)
+    repeated = g.op("Expand", g.op("Unsqueeze", pooled, g.ints(3)), g.ints(1, 1, 1, size))
+    repeated = g.op("Reshape", repeated, g.ints(0, 0, -1))
+    length = g.op("Slice", g.op("Shape", y), g.ints(2), g.ints(3))
+    context = g.op("Add", g.mean(y, [2]), g.op("Slice", repeated, g.ints(0), length, g.ints(2)))
+    gate = g.conv(g.op("Relu", g.conv(context, f"{cam}.linear1", bias=True)), f"{cam}.linear2", bias=True)
+    return g.op("Concat", x, g.op("Mul", local, g.op("Sigmoid", gate)), axis=CHANNELS)
+
+
+def _statistics(g: _Graph, x: str) -> tuple[str, str]:
+    """Mean and unbiased standard deviation over time."""
+    centred = g.op("Sub", x, g.mean(x, [2]))
+    squares = g.op("ReduceSum", g.op("Mul", centred, centred), g.ints(2), keepdims=0)
+    frames = g.op("Cast", g.op("Slice", g.op("Shape", x), g.ints(2), g.ints(3)), to=1)
+    variance = g.op("Div", squares, g.op("Sub", frames, g.constant("one", np.ones(1, np.float32))))
+    return g.mean(x, [2], keep=0), g.op("Sqrt", variance)

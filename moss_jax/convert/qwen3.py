@@ -1,0 +1,241 @@
+"""Plain Qwen3 checkpoints: a layer-split model from one, and the text path of a layer-split model back to one.
+
+The rows of the text table that the layer-split model drops (padding behind the text tokenizer's last id) are carried,
+so that an export of the text path has every tensor of the original again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.checkpoint import TensorReader, TensorWriter, open_tensors, save_tensors
+from moss_jax.checkpoint.safetensors import TensorInfo
+from moss_jax.convert.files import carry_files, need_folder, update_json, write_json
+from moss_jax.convert.language_model import (
+    check_special,
+    compute_dtypes,
+    copy_text_tokenizer,
+    model_shapes,
+    read_transformer_config,
+    special_ids,
+    tokenizer_size,
+)
+from moss_jax.convert.layer_split import default_modality_layers, new_audio_tables, qwen3_config, split_parameter
+from moss_jax.convert.stream import Progress, Say, found_shapes, with_dtypes, write_source
+from moss_jax.convert.table import Entry
+from moss_jax.convert.tables.qwen3 import table
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json, write_config
+from moss_jax.transformer.config import TransformerConfig
+
+SAME_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps",
+    "max_position_embeddings",
+)  # fmt: skip
+AUDIO_BRANCH = ("copy", "random")
+CODES = 16384  # of the released codec
+ROW_BLOCK = 128  # vocabularies are padded to a multiple of this
+DROPPED = "dropped_rows.safetensors"
+HEAD, EMBED = "text/head/kernel", "text/embed/embedding"
+ROWS = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+
+
+def import_qwen3(
+    folder: str | Path,
+    system: Path,
+    modality_layers: int | None = None,
+    codes: int = CODES,
+    audio_branch: str = "copy",
+    seed: int = 0,
+    say: Say = lambda line: None,
+) -> TransformerConfig:
+    """Writes `transformer/`, `text_tokenizer/` and `carried/qwen3/` of a system from a Qwen3 of any size.
+
+    Args:
+        folder: config.json, safetensors, tokenizer.json; tied or not.
+        system: the folder to write into.
+        modality_layers: how many of the last layers become the text branch and, copied, the audio branch; None: a
+            ninth of them.
+        codes: of the speech tokenizer; the audio vocabulary is these and the end of speech, padded.
+        audio_branch: "copy" of the text branch, or "random" (for comparison).
+        seed: of the new audio table and head, and of a random branch.
+    """
+    folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
+    reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
+    config, vocab = _split_config(folder, special, modality_layers, codes)
+    config = replace(config, **compute_dtypes(reader))
+    source = qwen3_config(config, vocab)
+    shapes = dict(model_shapes(source))
+    tied = "lm_head.weight" not in reader.tensors and bool(read_json(folder / "config.json").get("tie_word_embeddings"))
+    if tied:
+        del shapes[HEAD]
+    rows = table(source)
+    rows.check(found_shapes(reader), shapes, str(reader.path))
+    entries = rows.entries(shapes)
+    dtypes = with_dtypes(reader, entries)
+
+    def parts(path: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        for name, part in split_parameter(path, value, config, tied):
+            if audio_branch == "copy" or not name.startswith("audio/layers/"):
+                yield name, part
+            else:
+                yield name, _random(part, f"{seed} {name}")
+
+    announced = {}
+    for entry in entries:
+        empty = np.broadcast_to(np.zeros((), dtypes[entry.path].dtype), entry.shape)
+        for name, part in split_parameter(entry.path, empty, config, tied):
+            announced[name] = jax.ShapeDtypeStruct(part.shape, part.dtype)
+    dtype = dtypes[EMBED].dtype
+    tables = {name: value.astype(dtype) for name, value in new_audio_tables(config, seed)}
+    announced |= {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in tables.items()}
+    target = system / "transformer"
+    target.mkdir(parents=True)
+    dropped, progress = {}, Progress(say, "writing model", announced)
+    with TensorWriter(target, announced) as writer:
+        for entry in entries:
+            value = entry.to_ours(reader.read)
+            if entry.path in ROWS and vocab > config.text_vocab_size:
+                whole = value if entry.path == EMBED else value.T
+                dropped[ROWS[entry.path]] = np.array(whole[config.text_vocab_size :])
+            for name, part in parts(entry.path, value):
+                writer.write(name, part)
+                progress.add(announced[name])
+        for name, value in tables.items():
+            writer.write(name, value)
+    write_json(target / "config.json", write_config(config))
+    copy_text_tokenizer(folder, system)
+    carried = system / "carried" / "qwen3"
+    carry_files(folder, carried, reader.files())
+    if dropped:
+        save_tensors(carried / DROPPED, dropped)
+    return config
+
+
+def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None) -> None:
+    """Writes the text path (text table, shared block, text branch, text head) as a plain Qwen3 into a folder."""
+    system = Path(system)
+    config, carried = read_transformer_config(system), system / "carried" / "qwen3"
+    ours = open_tensors(system / "transformer")
+    rows = (
+        open_tensors(carried / "dropped_rows.safetensors") if (carried / "dropped_rows.safetensors").exists() else None
+    )
+    tied = False
+    if carried.is_dir():
+        carry_files(carried, folder, [DROPPED])
+        tied = bool(read_json(carried / "config.json").get("tie_word_embeddings"))
+        if tied and not np.array_equal(ours.read(EMBED).view(np.uint8), _bytes(ours.read(HEAD).T)):
+            say("note: the text table and head are no longer equal; the Qwen3 is written untied")
+            tied = False
+    else:
+        (folder / "tokenizer.json").write_bytes((system / "text_tokenizer" / "tokenizer.json").read_bytes())
+    source = TextPath(ours, config, rows, tied)
+    values = {key: getattr(config, key) for key in (*SAME_KEYS, "head_dim")} | {
+        "vocab_size": source.vocab_size, "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    if carried.is_dir():
+        original = {"head_dim": config.head_dim, "tie_word_embeddings": False} | qwen3_keys(folder / "config.json")
+        values = {key: value for key, value in values.items() if original[key] != value}
+        if values:
+            update_json(folder / "config.json", values)
+    else:
+        fixed = {"hidden_act": "silu", "attention_bias": False, "torch_dtype": config.param_dtype}
+        kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        write_json(folder / "config.json", kind | values | fixed)
+    write_source(source, folder, metadata={"format": "pt"}, say=say)
+
+
+def qwen3_keys(path: Path) -> dict[str, Any]:
+    """A Qwen3 config.json, checked: everything needed is there, nothing asks for another model."""
+    data = read_json(path)
+    rope = data.get("rope_parameters") or {}  # where newer transformers write it
+    data = {"rope_theta": rope["rope_theta"]} | data if "rope_theta" in rope else data
+    if missing := [key for key in (*SAME_KEYS, "vocab_size", "num_hidden_layers") if key not in data]:
+        raise MossError(f"{path}: config lacks {', '.join(missing)}")
+    fixed = {"model_type": "qwen3", "attention_bias": False, "rope_scaling": None, "hidden_act": "silu"}
+    for key, expected in fixed.items():
+        if (found := data.get(key, expected)) != expected:
+            raise MossError(f"{path}: config has {key} = {found!r}, expected {expected!r} (a plain Qwen3)")
+    if rope.get("rope_type", "default") != "default":
+        raise MossError(f"{path}: config has rope_type = {rope['rope_type']!r}, expected 'default' (a plain Qwen3)")
+    return data
+
+
+class TextPath:
+    """The text path of our file as a source of Qwen3 tensors, each layer from the block it lies in."""
+
+    def __init__(self, ours: TensorReader, config: TransformerConfig, rows: TensorReader | None, tied: bool):
+        self.path, self._ours, self._config, self._rows = ours.path, ours, config, rows
+        extra = 0 if rows is None else rows.tensors[ROWS[EMBED]].shape[0]
+        self.vocab_size = config.text_vocab_size + extra
+        source = qwen3_config(config, self.vocab_size)
+        shapes = dict(model_shapes(source))
+        if tied:
+            del shapes[HEAD]
+        expected = model_shapes(config)
+        if lost := [path for path in expected if path not in ours.tensors]:
+            raise MossError("\n  ".join([f"{ours.path}: parameters are missing", *lost]))
+        self.tensors, self._places = {}, {}
+        for entry in table(source).entries(shapes):
+            dtype = np.dtype(ours.tensors[entry.path].dtype)
+            for index in np.ndindex(entry.names.shape):
+                self.tensors[str(entry.names[index])] = TensorInfo(ours.path, entry.source_shape, dtype, 0)
+                self._places[str(entry.names[index])] = (entry, index)
+
+    def read(self, name: str) -> np.ndarray:
+        entry, index = self._places[name]
+        return np.ascontiguousarray(entry.transform.to_theirs(self._value(entry, index)))
+
+    def _value(self, entry: Entry, index: tuple[int, ...]) -> np.ndarray:
+        if index:
+            depth, shared = index[0], self._config.num_shared_layers
+            path = entry.path if depth >= shared else entry.path.replace("text/", "shared/", 1)
+            return self._ours.read(path)[depth - shared if depth >= shared else depth]
+        value = self._ours.read(entry.path)
+        if entry.path in ROWS and self._rows is not None:
+            more = self._rows.read(ROWS[entry.path])
+            return np.concatenate(
+                [value, more] if entry.path == EMBED else [value, more.T], 0 if entry.path == EMBED else 1
+            )
+        return value
+
+
+def _split_config(
+    folder: Path, special: Mapping[str, int], modality_layers: int | None, codes: int
+) -> tuple[TransformerConfig, int]:
+    """The layer-split config and the vocabulary size of the Qwen3."""
+    where = folder / "config.json"
+    released = qwen3_keys(where)
+    depth, vocab = released["num_hidden_layers"], released["vocab_size"]
+    branch = default_modality_layers(depth) if modality_layers is None else modality_layers
+    if not 0 < branch < depth:
+        raise MossError(f"{where}: {branch} layers for each branch, expected 1 to {depth - 1} of the {depth} there are")
+    sizes = {key: released[key] for key in SAME_KEYS}
+    config = TransformerConfig(
+        **sizes, head_dim=released.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),
+        num_shared_layers=depth - branch, num_modality_layers=branch,
+        text_vocab_size=min(vocab, _padded(tokenizer_size(folder / "tokenizer.json"))),
+        audio_vocab_size=_padded(codes + 1), eosp_id=codes, audio_pad_id=min(512, codes - 1), **special,
+    )  # fmt: skip
+    check_special(config, special, folder)
+    return config, vocab
+
+
+def _padded(size: int) -> int:
+    return -(-size // ROW_BLOCK) * ROW_BLOCK
+
+
+def _random(part: np.ndarray, seed: str) -> np.ndarray:
+    if part.ndim == 2:  # the scale of a norm, stacked
+        return np.ones_like(part)
+    rng = np.random.default_rng(list(seed.encode()))
+    return np.stack([0.02 * rng.standard_normal(part.shape[1:], np.float32) for _ in part]).astype(part.dtype)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)

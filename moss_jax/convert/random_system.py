@@ -1,0 +1,159 @@
+"""Complete systems with random weights."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.checkpoint import TensorWriter, atomic_folder
+from moss_jax.convert.files import write_json
+from moss_jax.convert.language_model import model_shapes
+from moss_jax.convert.parts import flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
+from moss_jax.convert.stream import Progress, Say
+from moss_jax.convert.system import FORMAT, SYSTEM, export_released
+from moss_jax.convert.table import Entry, Table
+from moss_jax.convert.tables import flow as flow_table
+from moss_jax.convert.tables import speaker as speaker_table
+from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
+from moss_jax.convert.tables import transformer as transformer_table
+from moss_jax.convert.tables import vocoder as vocoder_table
+from moss_jax.convert.text_tokenizer import write_text_tokenizer
+from moss_jax.errors import MossError
+from moss_jax.nn.config import write_config
+from moss_jax.speech_decoder import config as decoder_config
+from moss_jax.speech_decoder import speaker as speaker_config
+from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
+from moss_jax.speech_tokenizer import config as tokenizer_config
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.transformer.config import MOSS_SPEECH_8B, TransformerConfig
+from moss_jax.transformer.config import TINY as TRANSFORMER_TINY
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The configs of a whole system."""
+
+    transformer: TransformerConfig
+    tokenizer: SpeechTokenizerConfig
+    decoder: SpeechDecoderConfig
+
+
+TINY_CODES = 256
+
+
+def _tiny() -> Sizes:
+    """Small in every width, whole in every rate: real audio goes in and comes out."""
+    decoder = decoder_config.TINY
+    flow = replace(
+        decoder.flow,
+        vocab_size=TINY_CODES + 32,
+        codebook_size=TINY_CODES,
+        mel_bins=80,
+        speaker_size=192,
+        chunk=25,
+        noise_frames=15000,
+    )
+    speaker = replace(speaker_config.TINY, num_mel_bins=80, embedding_size=192)
+    return Sizes(
+        replace(
+            TRANSFORMER_TINY, audio_vocab_size=384, eosp_id=TINY_CODES, max_position_embeddings=40960
+        ),
+        replace(tokenizer_config.TINY, quantize_vocab_size=TINY_CODES, max_source_positions=1500),
+        replace(decoder, flow=flow, vocoder=replace(decoder.vocoder, mel_bins=80), speaker=speaker, chunks=(5, 25)),
+    )  # fmt: skip
+
+
+# The language model of Qwen3-0.6B's widths, with the released codec.
+SMALL_TRANSFORMER = replace(
+    MOSS_SPEECH_8B, hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8,
+    num_shared_layers=25, num_modality_layers=3,
+)  # fmt: skip
+SIZES = {
+    "tiny": _tiny(),
+    "0.6b": Sizes(SMALL_TRANSFORMER, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
+    "8b": Sizes(MOSS_SPEECH_8B, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
+}
+LAYOUTS = ("ours", "released")
+
+
+def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed: int = 0, say: Say = print) -> None:
+    """Writes a complete system with random weights: it runs everywhere, and what it says is noise.
+
+    Args:
+        out: the system's folder; with layout "released", the folder that gets the two released folders.
+        size: a key of SIZES.
+        layout: one of LAYOUTS; "released" needs torch and onnx.
+        seed: the same seed gives the same weights.
+        say: gets lines of progress.
+    """
+    if size not in SIZES:
+        raise MossError(f"size {size!r}: unknown, there are {', '.join(SIZES)}")
+    if layout not in LAYOUTS:
+        raise MossError(f"layout {layout!r}: unknown, there are {', '.join(LAYOUTS)}")
+    if layout == "ours":
+        with atomic_folder(out) as folder:
+            write_random(folder, SIZES[size], seed, say)
+        return
+    with atomic_folder(out) as folder:
+        system = folder / ".system"
+        system.mkdir()
+        write_random(system, SIZES[size], seed, say)
+        export_released(system, folder / ".released", say)
+        for part in (folder / ".released").iterdir():
+            part.rename(folder / part.name)
+        (folder / ".released").rmdir()
+        shutil.rmtree(system)
+
+
+def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
+    """The files of a random system, in an existing folder; one parameter in memory at a time."""
+    lm, tokenizer, decoder = sizes.transformer, sizes.tokenizer, sizes.decoder
+    flow, flow_rows = flow_shapes(decoder.flow), flow_table.table(decoder.flow)
+    parts = [
+        ("transformer", "model", transformer_table.table(lm), model_shapes(lm)),
+        ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), tokenizer_shapes(tokenizer)),
+        *(("speech_decoder", flow_stem(chunk), flow_rows, flow) for chunk in (None, *decoder.chunks)),
+        ("speech_decoder", "vocoder", vocoder_table.table(decoder.vocoder), vocoder_shapes(decoder.vocoder)),
+        ("speech_decoder", "speaker", speaker_table.table(decoder.speaker), speaker_shapes(decoder.speaker)),
+    ]
+    for room, stem, table, shapes in parts:
+        (folder / room).mkdir(exist_ok=True)
+        # The flows share a seed: a stream sounds like the offline decode.
+        _write_part(folder / room, stem, table, shapes, f"{seed} {room} {stem.split('_')[0]}", say)
+        say(f"{room}/{stem}.safetensors: done")
+    for room, config in (("transformer", lm), ("speech_tokenizer", tokenizer), ("speech_decoder", decoder)):
+        write_json(folder / room / "config.json", write_config(config))
+    (folder / "text_tokenizer").mkdir()
+    write_text_tokenizer(folder / "text_tokenizer" / "tokenizer.json", lm)
+    (folder / "voices").mkdir()
+    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+
+
+def _write_part(folder: Path, stem: str, table: Table, shapes: Mapping[str, Any], seed: str, say: Say) -> None:
+    progress = Progress(say, f"writing {folder.name}/{stem}", shapes)
+    with TensorWriter(folder, shapes, stem) as writer:
+        for entry in table.entries(shapes):
+            writer.write(entry.path, random_parameter(entry, f"{seed} {entry.path}"))
+            progress.add(shapes[entry.path])
+
+
+def random_parameter(entry: Entry, seed: str) -> np.ndarray:
+    """Values that keep a signal's size through a layer: unit gains, zero shifts, kernels of variance 1 / inputs.
+
+    Drawn layer by layer straight into the parameter's dtype.
+    """
+    leaf, dtype = entry.path.rpartition("/")[2], np.dtype(entry.dtype)
+    if leaf in ("scale", "var", "g", "alpha"):
+        return np.ones(entry.shape, dtype)
+    if leaf in ("bias", "mean", "bias_u", "bias_v"):
+        return np.zeros(entry.shape, dtype)
+    # In the foreign layout the inputs are all axes but the first; a table of vectors has unit entries.
+    deviation = 1.0 if leaf in ("embedding", "codebook") else 1 / np.sqrt(np.prod(entry.source_shape[1:]))
+    out, rng = np.empty(entry.shape, dtype), np.random.default_rng(list(seed.encode()))
+    for index in np.ndindex(entry.names.shape):
+        part = rng.standard_normal(entry.shape[len(index) :], np.float32)
+        out[index] = np.multiply(part, np.float32(deviation), out=part)
+    return out

@@ -1,0 +1,196 @@
+"""The released language model and Qwen3, in and out."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moss_jax.checkpoint import load_tree
+from moss_jax.convert.language_model import export_language_model, import_language_model, model_shapes
+from moss_jax.convert.qwen3 import export_qwen3, import_qwen3
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import flatten
+from moss_jax.transformer.config import TINY
+from tests.convert.checkpoints import read_tensors, same_tensors, write_language_model, write_qwen3
+
+
+def quiet(line):
+    pass
+
+
+def test_released_round_trip(tmp_path):
+    tensors, said = write_language_model(tmp_path / "released"), []
+    config = import_language_model(tmp_path / "released", tmp_path / "system", said.append)
+    assert config == TINY.__class__(**{**TINY.__dict__, "dtype": "bfloat16", "param_dtype": "bfloat16"})
+    ours = flatten(load_tree(tmp_path / "system" / "transformer", model_shapes(config)))
+    name = "model.text_block.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(ours["text/layers/mlp/up/kernel"][1], tensors[name].T)
+    (tmp_path / "again").mkdir()
+    export_language_model(tmp_path / "system", tmp_path / "again", quiet)
+    same_tensors(read_tensors(tmp_path / "again"), tensors)
+    for file in ("config.json", "tokenizer.json", "generation_config.json", "modeling.py"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "released" / file).read_bytes()
+    assert said == []
+
+
+def test_a_changed_config_is_exported(tmp_path):
+    write_language_model(tmp_path / "released")
+    import_language_model(tmp_path / "released", tmp_path / "system", quiet)
+    path = tmp_path / "system" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 5e5}))
+    (tmp_path / "again").mkdir()
+    export_language_model(tmp_path / "system", tmp_path / "again", quiet)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("released", "again"))
+    assert after == before | {"rope_theta": 5e5}
+
+
+def test_unknown_config_keys_are_told_and_carried(tmp_path):
+    write_language_model(tmp_path / "released")
+    _change(tmp_path / "released", emotion_vocab_size=7)
+    said = []
+    import_language_model(tmp_path / "released", tmp_path / "system", said.append)
+    assert "emotion_vocab_size" in said[0]
+    assert json.loads((tmp_path / "system/carried/model/config.json").read_text())["emotion_vocab_size"] == 7
+
+
+def _change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v != "DELETE"}))
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"id": 288', '"id": 289', 1))
+
+
+SHARD = "model-00002-of-00003.safetensors"
+DAMAGE = {
+    "missing shard": (lambda f: (f / SHARD).unlink(), f"1 shard is missing: {SHARD}"),
+    "shard cut in half": (lambda f: _cut(f / SHARD), "model-00002-of-00003.safetensors: cut short"),
+    "missing config key": (lambda f: _change(f, head_dim="DELETE"), "config lacks head_dim"),
+    "wrong hidden size": (lambda f: _change(f, hidden_size=48), "tensors do not fit the model its config describes"),
+    "one layer more": (lambda f: _change(f, num_shared_layers=4), "num_hidden_layers = 5, but 6"),
+    "heads": (lambda f: _change(f, num_key_value_heads=3), "4 attention heads do not divide into 3"),
+    "another model": (lambda f: _change(f, attention_bias=True), "attention_bias = True"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+    "special ids": (_tokenizer, "text tokenizer and config contradict"),
+    "id outside": (lambda f: _change(f, eosp_token_id=96), "eosp_id is 96, expected an id below the vocabulary's 96"),
+    "no folder": (shutil.rmtree, "no such folder"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_release_is_refused(tmp_path, kind):
+    folder = tmp_path / "released"
+    write_language_model(folder)
+    if kind == "special ids":
+        _change(folder, im_start_token_id=288)
+    damage, message = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(MossError, match=message) as caught:
+        import_language_model(folder, tmp_path / "system", quiet)
+    assert "released" in str(caught.value).splitlines()[0] or "transformer config" in str(caught.value)
+
+
+def test_unmapped_missing_and_misshapen_come_together(tmp_path):
+    from tests.convert.checkpoints import write_shards
+
+    folder = tmp_path / "released"
+    tensors = write_language_model(folder)
+    tensors["model.surprise.weight"] = np.zeros(3, np.float32)
+    del tensors["model.text_norm.weight"]
+    tensors["audio_lm_head.weight"] = tensors["audio_lm_head.weight"][:, :5].copy()
+    write_shards(folder, tensors, 3)
+    with pytest.raises(MossError) as caught:
+        import_language_model(folder, tmp_path / "system", quiet)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["misshapen", "missing", "unmapped"]
+
+
+def test_full_size_names_and_shapes():
+    """All 446 names of the released model and 399 of Qwen3-8B, with their shapes, from our parameters and back."""
+    from moss_jax.convert.tables import qwen3, transformer
+    from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B
+
+    released = transformer.table(MOSS_SPEECH_8B).shapes(model_shapes(MOSS_SPEECH_8B))
+    assert len(released) == 446 and sum(np.prod(shape) for shape in released.values()) == 9_095_694_336
+    blocks = {"shared": 32, "text": 4, "audio": 4}
+    layers = {f"model.{block}_block.layers.{i}." for block, count in blocks.items() for i in range(count)}
+    parts = {
+        "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
+        "mlp.gate_proj": (12288, 4096), "mlp.up_proj": (12288, 4096), "mlp.down_proj": (4096, 12288),
+        "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
+    }  # fmt: skip
+    others = {
+        "model.embed_tokens": (151680, 4096), "text_lm_head": (151680, 4096), "model.audio_embed": (16512, 4096),
+        "audio_lm_head": (16512, 4096), "model.text_norm": (4096,), "model.audio_norm": (4096,),
+    }  # fmt: skip
+    expected = {f"{layer}{part}.weight": shape for layer in layers for part, shape in parts.items()}
+    assert released == expected | {f"{name}.weight": shape for name, shape in others.items()}
+    plain = qwen3.table(QWEN3_8B).shapes(model_shapes(QWEN3_8B))
+    assert len(plain) == 399 and plain["lm_head.weight"] == (151936, 4096)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("split", [None, 2])
+def test_qwen3_round_trip(tmp_path, tied, split):
+    tensors, _ = write_qwen3(tmp_path / "qwen", tied)
+    config = import_qwen3(tmp_path / "qwen", tmp_path / "system", split, codes=80)
+    branch = 1 if split is None else split
+    assert (config.num_shared_layers, config.num_modality_layers) == (5 - branch, branch)
+    assert (config.text_vocab_size, config.audio_vocab_size, config.eosp_id) == (384, 128, 80)
+    assert (config.sosp_id, config.modality_pad_id) == (TINY.sosp_id, TINY.modality_pad_id)
+    ours = flatten(load_tree(tmp_path / "system" / "transformer", model_shapes(config)))
+    last = tensors["model.layers.4.mlp.down_proj.weight"].T
+    for name in ("text", "audio"):
+        np.testing.assert_array_equal(ours[f"{name}/layers/mlp/down/kernel"][-1], last)
+    head = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    np.testing.assert_array_equal(ours["text/head/kernel"], head[:384].T)
+    assert 0.015 < float(np.asarray(ours["audio/embed/embedding"], np.float32).std()) < 0.025
+    (tmp_path / "again").mkdir()
+    export_qwen3(tmp_path / "system", tmp_path / "again")
+    same_tensors(read_tensors(tmp_path / "again"), tensors)
+    assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "qwen/config.json").read_bytes()
+
+
+def test_qwen3_random_audio_branch(tmp_path):
+    write_qwen3(tmp_path / "qwen", True)
+    for name in ("one", "two"):
+        import_qwen3(tmp_path / "qwen", tmp_path / name, 2, codes=80, audio_branch="random")
+    one, two = (read_tensors(tmp_path / name / "transformer") for name in ("one", "two"))
+    same_tensors(one, two)
+    audio = one["audio/layers/mlp/up/kernel"].astype(np.float32)
+    assert not np.array_equal(audio, one["text/layers/mlp/up/kernel"]) and 0.015 < audio.std() < 0.025
+    assert np.all(one["audio/layers/mlp_norm/scale"] == 1)
+
+
+def test_the_text_path_of_a_released_model_is_a_qwen3(tmp_path):
+    tensors = write_language_model(tmp_path / "released")
+    import_language_model(tmp_path / "released", tmp_path / "system", quiet)
+    (tmp_path / "qwen").mkdir()
+    export_qwen3(tmp_path / "system", tmp_path / "qwen")
+    found = read_tensors(tmp_path / "qwen")
+    assert len(found) == 11 * 5 + 3
+    for ours, theirs in (
+        ("model.layers.2.", "model.shared_block.layers.2."),
+        ("model.layers.4.", "model.text_block.layers.1."),
+    ):
+        for part in ("self_attn.o_proj.weight", "mlp.gate_proj.weight"):
+            assert found[ours + part].tobytes() == tensors[theirs + part].tobytes()
+    assert found["lm_head.weight"].dtype == ml_dtypes.bfloat16
+    config = json.loads((tmp_path / "qwen/config.json").read_text())
+    assert (config["num_hidden_layers"], config["vocab_size"], config["tie_word_embeddings"]) == (5, 320, False)
+
+
+@pytest.mark.parametrize(("split", "message"), [(0, "0 layers for each branch"), (5, "expected 1 to 4 of the 5")])
+def test_an_impossible_split_is_refused(tmp_path, split, message):
+    write_qwen3(tmp_path / "qwen", True)
+    with pytest.raises(MossError, match=message):
+        import_qwen3(tmp_path / "qwen", tmp_path / "system", split, codes=80)

@@ -1,0 +1,161 @@
+"""The speaker network from and to ONNX, with real exports of a small CAM++ written by torch."""
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from moss_jax.convert.onnx_speaker import SpeakerGraph  # noqa: E402
+from moss_jax.convert.onnx_write import write_speaker_graph  # noqa: E402
+from moss_jax.convert.parts import speaker_shapes  # noqa: E402
+from moss_jax.convert.stream import MemoryTensors  # noqa: E402
+from moss_jax.convert.tables import speaker as speaker_table  # noqa: E402
+from moss_jax.errors import MossError  # noqa: E402
+from moss_jax.nn.tree import unflatten  # noqa: E402
+from moss_jax.speech_decoder.speaker import CAMPPlus  # noqa: E402
+from tests.convert.campplus_torch import SMALL, export, random_campplus, state  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_campplus()
+
+
+@pytest.fixture(scope="module")
+def exports(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    for folded in (False, True):
+        export(model, folder / f"{folded}.onnx", folded)
+    return folder
+
+
+def ours(graph, features):
+    table = speaker_table.table(graph.config)
+    flat = table.to_ours(graph.tensors().tensors, speaker_shapes(graph.config), "graph")
+    return np.asarray(CAMPPlus(graph.config).apply({"params": unflatten(flat)}, features))
+
+
+def test_the_export_is_what_it_should_be(exports):
+    """The two variants differ as real files do: folded ones lose BatchNorms and names."""
+    kept, folded = (onnx.load(exports / f"{name}.onnx").graph for name in (False, True))
+    names = {tensor.name for tensor in folded.initializer}
+    assert any(name.startswith("onnx::Conv") for name in names) and "head.conv1.weight" not in names
+    count = [sum(n.op_type == "BatchNormalization" for n in graph.node) for graph in (kept, folded)]
+    assert count[0] > count[1] > 0
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_an_exported_network_is_the_same_network(model, exports, folded):
+    graph = SpeakerGraph(exports / f"{folded}.onnx")
+    features = np.random.default_rng(0).normal(size=(1, 230, 80)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(ours(graph, features), expected, rtol=2e-4, atol=2e-4)
+    config = graph.config
+    assert (config.dense_layers, config.dense_dilations, config.head_blocks) == ((2, 3, 2), (1, 2, 2), (2, 2))
+    assert (config.bottleneck, config.context_reduction, config.segment_frames) == (8, 2, 100)
+
+
+def test_kept_names_are_bit_identical(model, exports):
+    graph = SpeakerGraph(exports / "False.onnx")
+    found, expected = graph.tensors().tensors, state(model)
+    assert sorted(found) == sorted(expected) and graph.folded == set()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_round_trip_through_our_layout(exports, tmp_path, folded):
+    source = exports / f"{folded}.onnx"
+    graph = SpeakerGraph(source)
+    table = speaker_table.table(graph.config)
+    flat = table.to_ours(graph.tensors().tensors, speaker_shapes(graph.config), "graph")
+    SpeakerGraph(source).write(tmp_path / "again.onnx", MemoryTensors("x", dict(table.to_theirs(flat))))
+    assert (tmp_path / "again.onnx").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_changed_weights_are_written_into_the_graph(exports, tmp_path, folded):
+    """Weights with other BatchNorm statistics: folded again on the way out."""
+    other = random_campplus(seed=1)
+    SpeakerGraph(exports / f"{folded}.onnx").write(tmp_path / "other.onnx", MemoryTensors("x", state(other)))
+    features = np.random.default_rng(0).normal(size=(1, 230, 80)).astype(np.float32)
+    with torch.no_grad():
+        expected = other(torch.from_numpy(features)).numpy()
+    session = ReferenceEvaluator(onnx.load(tmp_path / "other.onnx"))
+    np.testing.assert_allclose(session.run(None, {"input": features})[0], expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("frames", [199, 260, 400])
+def test_a_graph_of_our_own_computes_the_same(model, tmp_path, frames):
+    write_speaker_graph(tmp_path / "new.onnx", MemoryTensors("x", state(model)), SpeakerGraph_config(model, tmp_path))
+    session = ReferenceEvaluator(onnx.load(tmp_path / "new.onnx"))
+    features = np.random.default_rng(0).normal(size=(1, frames, 80)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": features})[0], expected, rtol=2e-4, atol=2e-4)
+    found = SpeakerGraph(tmp_path / "new.onnx").tensors().tensors
+    assert sorted(found) == sorted(state(model))
+
+
+def SpeakerGraph_config(model, folder):
+    export(model, folder / "config.onnx", False)
+    return SpeakerGraph(folder / "config.onnx").config
+
+
+def _remove_relu_conv(graph):
+    node = next(n for n in graph.node if n.op_type == "Conv" and "linear_local" in n.input[1])
+    graph.node.remove(node)
+
+
+def _epsilon(graph):
+    node = next(n for n in graph.node if n.op_type == "BatchNormalization")
+    next(a for a in node.attribute if a.name == "epsilon").f = 1e-3
+
+
+def _swap(graph):
+    nodes = [n for n in graph.node if n.op_type == "BatchNormalization"]
+    a, b = (next(n for n in nodes if n.input[1] == f"head.{name}.weight") for name in ("bn1", "bn2"))
+    a.input[1], b.input[1] = b.input[1], a.input[1]
+
+
+def _extra(graph):
+    graph.initializer.append(onnx.numpy_helper.from_array(np.arange(5, dtype=np.float32), "surprise"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove_relu_conv, "are not those of CAM|is not that of CAM"),
+        (_epsilon, "epsilon 0.001, expected 1e-05"),
+        (_swap, "its place in the order holds"),
+        (_extra, "unmapped: surprise"),
+    ],
+)
+def test_another_graph_is_refused(exports, tmp_path, damage, message):
+    model = onnx.load(exports / "False.onnx")
+    damage(model.graph)
+    onnx.save(model, tmp_path / "bad.onnx")
+    with pytest.raises(MossError, match=message):
+        SpeakerGraph(tmp_path / "bad.onnx")
+
+
+def test_not_an_onnx_file(tmp_path):
+    (tmp_path / "x.onnx").write_text("hello")
+    with pytest.raises(MossError, match="not a readable ONNX file"):
+        SpeakerGraph(tmp_path / "x.onnx")
+    with pytest.raises(MossError, match="no such file"):
+        SpeakerGraph(tmp_path / "y.onnx")
+
+
+def test_full_size_order():
+    """The walk's list of layers has exactly the released network's convolutions and norms."""
+    from moss_jax.convert.onnx_speaker import slots
+    from moss_jax.speech_decoder.speaker import CAMPPLUS
+
+    names = speaker_table.table(CAMPPLUS).shapes(speaker_shapes(CAMPPLUS))
+    walked = {slot.name for slot in slots(CAMPPLUS.head_blocks, CAMPPLUS.dense_layers)}
+    assert walked == {name.rpartition(".")[0] for name in names}
+    assert SMALL["growth_rate"] == 4
