@@ -1,4 +1,5 @@
-"""`moss-jax VERB ...`: one file a verb, no logic. A verb's file has `HELP`, `add_arguments(parser)` and `run(args)`."""
+"""`moss-jax VERB ...`: one file a verb, no logic. A verb's file has a docstring that teaches it,
+`add_arguments(parser)` and `run(args)`."""
 
 import argparse
 import importlib
