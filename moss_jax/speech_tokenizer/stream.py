@@ -38,7 +38,7 @@ class WaveState:
 
 def init_wave_state(config: SpeechTokenizerConfig, batch: int) -> WaveState:
     """The state of `batch` streams that have not begun."""
-    return WaveState(init_state(config, batch), jnp.full((batch,), -jnp.inf))
+    return WaveState(init_state(config, batch), jnp.full((batch,), -jnp.inf, jnp.float32))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
