@@ -9,6 +9,7 @@ from moss_jax.errors import MossError
 VERBS = {
     "bench": "time a part beside a PyTorch peer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
+    "encode": "turn recordings into codes",
     "parity": "compare components with golden files",
 }
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moss_jax.nn.conv import CausalConv1d
 from moss_jax.nn.layers import LayerNorm, Linear, named
+from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 QUERY_BLOCK = 256  # queries that attend together in one pass; halves the work of causal attention over a segment
@@ -219,6 +220,11 @@ def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def encoder_shapes(config: SpeechTokenizerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: shape} of the encoder's parameters."""
+    return param_shapes(Encoder(config), jnp.zeros((1, config.frames_per_code, config.num_mel_bins)))
 
 
 def init_params(config: SpeechTokenizerConfig, key: jax.Array) -> dict[str, Any]:
