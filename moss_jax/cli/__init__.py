@@ -13,6 +13,7 @@ VERBS = {
     "convert": "checkpoints into a system folder, and back",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
+    "encode": "turn recordings into codes",
     "parity": "compare components with golden files",
 }
 

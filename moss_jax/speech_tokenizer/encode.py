@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 
 from moss_jax.audio.features import log_mel_16k
 from moss_jax.audio.wave import segments
-from moss_jax.errors import MossError
+from moss_jax.checkpoint import load_tree
+from moss_jax.nn.config import read_config, read_json
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.speech_tokenizer.encoder import Encoder
+from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
+from moss_jax.speech_tokenizer.stream import START_PEAK, WaveStream, checked
 
 MAX_SEGMENTS = 128  # in one call, as in the reference
 LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
@@ -46,6 +49,22 @@ class SpeechTokenizer:
         self.config = config
         self.params = params
         self.max_seconds = max_seconds
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SpeechTokenizer":
+        """Reads `config.json` and `model.safetensors` in the `speech_tokenizer` folder of a converted system.
+
+        Raises:
+            MossError: something is missing there, unreadable, or does not fit together.
+        """
+        config = read_config(
+            SpeechTokenizerConfig, read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
+        )
+        return cls(config, load_tree(folder, encoder_shapes(config)))
+
+    def stream(self, *, chunk: int = 5, start_peak: float = START_PEAK) -> WaveStream:
+        """A stream of samples in, codes out; see there."""
+        return WaveStream(self.config, self.params, chunk=chunk, start_peak=start_peak)
 
     def encode(self, waves: Sequence[np.ndarray], *, reference_padding: bool = False) -> list[np.ndarray]:
         """Codes of clips of any length, each the same as if it were encoded alone.
@@ -115,13 +134,3 @@ class SpeechTokenizer:
             batch[row, : len(parts[member])] = parts[member]
             lengths[row] = padded[member] * unit
         return encode_padded(self.config, self.params, jnp.asarray(batch), jnp.asarray(lengths))
-
-
-def checked(wave: np.ndarray, name: str) -> np.ndarray:
-    """The wave as float32 [samples]; MossError when it cannot be encoded."""
-    wave = np.asarray(wave)
-    if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
-        raise MossError(f"{name} is {wave.dtype} {list(wave.shape)}, expected floats [samples], mono, in [-1, 1]")
-    if not np.isfinite(wave).all():
-        raise MossError(f"{name} holds NaN or infinite samples, expected finite numbers")
-    return wave.astype(np.float32, copy=False)

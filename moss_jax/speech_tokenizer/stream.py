@@ -22,7 +22,6 @@ import numpy as np
 from moss_jax.audio.features import limit, log10_mel
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.speech_tokenizer.encode import checked
 from moss_jax.speech_tokenizer.encoder import Encoder, EncoderState, init_state
 
 START_PEAK = 1.0  # log10 of mel power; the peak of recorded speech is mostly between 0.4 and 1.9
@@ -38,7 +37,7 @@ class WaveState:
 
 def init_wave_state(config: SpeechTokenizerConfig, batch: int) -> WaveState:
     """The state of `batch` streams that have not begun."""
-    return WaveState(init_state(config, batch), jnp.full((batch,), -jnp.inf))
+    return WaveState(init_state(config, batch), jnp.full((batch,), -jnp.inf, jnp.float32))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -80,6 +79,16 @@ def running_log_mel(config: SpeechTokenizerConfig, samples: jax.Array, peak: jax
     frames = log10_mel(samples, config.mel)
     peaks = jax.lax.cummax(jnp.maximum(frames.max(2), peak[:, None]), axis=1)
     return limit(frames, peaks[..., None]), peaks[:, -1]
+
+
+def checked(wave: np.ndarray, name: str) -> np.ndarray:
+    """The wave as float32 [samples]; MossError when it cannot be encoded."""
+    wave = np.asarray(wave)
+    if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
+        raise MossError(f"{name} is {wave.dtype} {list(wave.shape)}, expected floats [samples], mono, in [-1, 1]")
+    if not np.isfinite(wave).all():
+        raise MossError(f"{name} holds NaN or infinite samples, expected finite numbers")
+    return wave.astype(np.float32, copy=False)
 
 
 class LogMelStream:

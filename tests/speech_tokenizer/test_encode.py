@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,16 +11,12 @@ from hypothesis import strategies as st
 from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, write_config
-from moss_jax.nn.tree import flatten, param_shapes, unflatten
+from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_tokenizer import encode as encode_module
 from moss_jax.speech_tokenizer.config import MOSS_SPEECH_CODEC, TINY, SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer, encode_padded
-from moss_jax.speech_tokenizer.encoder import Encoder, init_params
+from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes, init_params
 from moss_jax.tools.parity import check_golden, read_golden
-
-
-def shapes(config):
-    return param_shapes(Encoder(config), jnp.zeros((1, config.frames_per_code, config.num_mel_bins)))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,7 @@ def noise(samples, seed=0):
 
 
 def test_the_released_names_and_shapes_come_out():
-    found = table(MOSS_SPEECH_CODEC).shapes(shapes(MOSS_SPEECH_CODEC))
+    found = table(MOSS_SPEECH_CODEC).shapes(encoder_shapes(MOSS_SPEECH_CODEC))
     expected = {
         "conv1.weight": (1280, 128, 3), "conv1.bias": (1280,), "conv2.weight": (1280, 1280, 3), "conv2.bias": (1280,),
         "codebook.weight": (16384, 1280), "embed_positions.weight": (1500, 1280),
@@ -135,7 +130,7 @@ def test_no_code_sees_the_future(params):
 
 
 @settings(max_examples=10, deadline=None)
-@given(lengths=st.lists(st.integers(1, 30000), min_size=1, max_size=5), seed=st.integers(0, 9))
+@given(lengths=st.lists(st.sampled_from([1, 1281, 4999, 19200, 30001]), min_size=1, max_size=4), seed=st.integers(0, 9))
 def test_a_clip_gets_the_same_codes_in_any_company(speech_tokenizer, lengths, seed):
     waves = [noise(length, seed + i) for i, length in enumerate(lengths)]
     together = speech_tokenizer.encode(waves)

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.errors import MossError
-from moss_jax.nn.tree import param_shapes, unflatten
+from moss_jax.nn.tree import unflatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
-from moss_jax.speech_tokenizer.encoder import Encoder
+from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
 from moss_jax.tools.parity.golden import Golden, Mismatch
 
 
@@ -21,9 +20,8 @@ def _build(golden: Golden, given: Mapping[str, Any]) -> tuple[SpeechTokenizerCon
         config = config_from_released(given, "config")
     except MossError as error:
         raise Mismatch(str(error)) from error
-    frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
-    tree = param_shapes(Encoder(config), frames)
-    return config, unflatten(golden.params(table(config), tree, golden.meta.get("weight_prefix", "")))
+    weights = golden.params(table(config), encoder_shapes(config), golden.meta.get("weight_prefix", ""))
+    return config, unflatten(weights)
 
 
 def _encoder(golden: Golden) -> dict:

@@ -1,0 +1,49 @@
+"""Turn recordings into codes: 12.5 a second, numbers below 16384.
+
+  moss-jax encode QUESTION.wav --model FOLDER -o CODES.jsonl
+  moss-jax encode recordings/*.flac --model FOLDER > CODES.jsonl
+
+One line of JSON for each recording, in the order given: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
+wav, flac, mp3, ogg and m4a of any rate, length and channel count are read; several channels are averaged. A recording
+gets the same codes in any company. When one cannot be read, nothing is written. `moss-jax decode` turns codes into
+sound again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+FILES = 32  # read and encoded at a time
+
+
+def add_arguments(parser):
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a converted system")
+    parser.add_argument("-o", "--out", metavar="CODES.jsonl", help="the file to write (default: standard output)")
+
+
+def run(args) -> int:
+    from moss_jax.audio import load_audio, resample
+    from moss_jax.checkpoint import atomic_file
+    from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
+    speech_tokenizer = SpeechTokenizer.load(Path(args.model) / "speech_tokenizer")
+    rate = speech_tokenizer.config.sample_rate
+
+    def lines():
+        done = 0.0
+        for start in range(0, len(args.audio), FILES):
+            paths = args.audio[start : start + FILES]
+            waves = [resample(*load_audio(path), rate) for path in paths]
+            for path, wave, codes in zip(paths, waves, speech_tokenizer.encode(waves), strict=True):
+                done += len(wave) / rate
+                yield json.dumps({"path": path, "seconds": round(len(wave) / rate, 3), "codes": codes.tolist()}) + "\n"
+            count = min(start + FILES, len(args.audio))
+            print(f"{count} of {len(args.audio)} recordings, {done:.1f} s of sound", file=sys.stderr, flush=True)
+
+    if args.out is None:
+        sys.stdout.write("".join(lines()))
+        return 0
+    with atomic_file(args.out) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(lines())
+    return 0
