@@ -23,7 +23,7 @@ FUNCTIONS = {
     "prefill": "a prompt of `context` rows into empty caches",
     "decode": "the k-step decode chunk of the generation loop, caches of `context` rows",
     "codec-encode": "speech -> codes, segments of 30 s",
-    "codec-decode": "codes -> speech, offline, `context` codes",
+    "codec-decode": "codes -> speech, offline, `context` codes with the prompt; noise is an input",
 }
 SIZES = ("8b", "tiny")
 CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use
@@ -231,19 +231,16 @@ def _placed(tree: Any, axes: Callable[[tuple, Any], tuple], mesh) -> Any:
 def _generation(request: Request, mesh):
     """Shapes with shardings of (parameters, GenerationState), and the config."""
     import jax
-    import jax.numpy as jnp
 
     from moss_jax.dialogue.generate import new_state
-    from moss_jax.nn.tree import param_axes, param_shapes, unflatten
+    from moss_jax.nn.tree import unflatten
     from moss_jax.sharding import shardings_for
-    from moss_jax.transformer import LayerSplitModel
+    from moss_jax.transformer import model_axes, model_shapes
     from moss_jax.transformer.cache import AXES
 
     config = _transformer(request)
-    rows = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = LayerSplitModel(config)
-    shapes = param_shapes(model, *rows)
-    shardings = shardings_for(param_axes(model, *rows), shapes, mesh)
+    shapes = model_shapes(config)
+    shardings = shardings_for(model_axes(config), shapes, mesh)
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]) for path, leaf in shapes.items()
     }
@@ -307,7 +304,49 @@ def _codec_encode(request: Request, mesh):
     return jax.jit(lambda *args: encode_padded(config, *args)), (params, *inputs)
 
 
-BUILDERS = {"prefill": _prefill, "decode": _decode, "codec-encode": _codec_encode}
+def _codec_decode(request: Request, mesh):
+    import jax
+    import jax.numpy as jnp
+
+    from moss_jax.nn.tree import param_shapes, unflatten
+    from moss_jax.speech_decoder import config as configs
+    from moss_jax.speech_decoder.flow.model import FlowModel
+    from moss_jax.speech_decoder.flow.sampler import flow
+    from moss_jax.speech_decoder.vocoder import HiFT
+
+    config = {"8b": configs.RELEASED, "tiny": configs.TINY}[request.size]
+    size, batch, frames = config.flow, request.batch, request.context * config.flow.frames_per_code
+    vocoder = HiFT(dataclasses.replace(config.vocoder, weight_norm=False))
+
+    def run(flow_params, vocoder_params, noise, codes, count, prompt, embedding, sine_noise):
+        with jax.default_matmul_precision("highest"):
+            mel = flow(flow_params, size, noise, codes, count, prompt, embedding)[-1]
+            lengths = count * size.frames_per_code
+            return vocoder.apply({"params": vocoder_params}, mel, sine_noise, lengths)[0]
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    mel = array(1, 4, size.mel_bins), array(1, 4 * config.vocoder.hop, config.vocoder.harmonics)
+    params = unflatten(param_shapes(FlowModel(size))), unflatten(param_shapes(vocoder, *mel))
+    inputs = (
+        array(batch, request.context, dtype=jnp.int32),
+        array(batch, dtype=jnp.int32),
+        array(batch, frames, size.mel_bins),
+        array(batch, size.speaker_size),
+        array(batch, frames * config.vocoder.hop, config.vocoder.harmonics),
+    )
+    params = _placed((*params, array(1, frames, size.mel_bins)), lambda _, leaf: (None,) * leaf.ndim, mesh)
+    inputs = _placed(inputs, lambda _, leaf: ("batch",) + (None,) * (leaf.ndim - 1), mesh)
+    return jax.jit(run), (*params, *inputs)
+
+
+BUILDERS = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "codec-encode": _codec_encode,
+    "codec-decode": _codec_decode,
+}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,16 @@
 
 from moss_jax.transformer.cache import KVCache, init_cache
 from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B, TINY, TransformerConfig
-from moss_jax.transformer.model import LayerSplitModel
+from moss_jax.transformer.model import LayerSplitModel, model_axes, model_shapes
 
-__all__ = ["MOSS_SPEECH_8B", "QWEN3_8B", "TINY", "KVCache", "LayerSplitModel", "TransformerConfig", "init_cache"]
+__all__ = [
+    "MOSS_SPEECH_8B",
+    "QWEN3_8B",
+    "TINY",
+    "KVCache",
+    "LayerSplitModel",
+    "TransformerConfig",
+    "init_cache",
+    "model_axes",
+    "model_shapes",
+]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from moss_jax.nn.attention import attention, cached_attention
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.rope import apply_rope, rope_angles
+from moss_jax.nn.tree import param_axes, param_shapes
 from moss_jax.sharding import constrain, per_device
 from moss_jax.transformer.cache import KVCache
 from moss_jax.transformer.config import TransformerConfig
@@ -226,6 +227,19 @@ class LayerSplitModel(nn.Module):
         if not self.config.audio_vocab_size:
             return text, None
         return text, self.logits("audio", self.block("audio", h, positions, segment_ids))
+
+
+def model_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: ShapeDtypeStruct} of the parameters."""
+    return param_shapes(LayerSplitModel(config), *_INPUTS)
+
+
+def model_axes(config: TransformerConfig) -> dict[str, tuple[str | None, ...]]:
+    """Flat {path: logical axis names} of the parameters, for `moss_jax.sharding.shardings_for`."""
+    return param_axes(LayerSplitModel(config), *_INPUTS)
+
+
+_INPUTS = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 def _linear(config: TransformerConfig, out_shape, axes, *, in_dims: int = 1, name: str) -> Linear:

@@ -17,9 +17,9 @@ import numpy as np
 from moss_jax.dialogue.generate import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.dialogue.sampling import ChannelSettings, request_keys
 from moss_jax.errors import MossError
-from moss_jax.nn.tree import param_shapes, unflatten
+from moss_jax.nn.tree import unflatten
 from moss_jax.tools.bench import Options, Row, compare
-from moss_jax.transformer import MOSS_SPEECH_8B, TINY, LayerSplitModel, TransformerConfig
+from moss_jax.transformer import MOSS_SPEECH_8B, TINY, TransformerConfig, model_shapes
 
 SIZES = {
     "full": MOSS_SPEECH_8B,
@@ -62,8 +62,7 @@ def run(options: Options) -> Iterator[Row]:
 
 def random_params(config: TransformerConfig) -> dict:
     """Random parameters, made on the device one by one."""
-    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    shapes = param_shapes(LayerSplitModel(config), grid, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    shapes = model_shapes(config)
 
     @partial(jax.jit, static_argnums=(1, 2))
     def draw(key, shape, dtype):
@@ -81,8 +80,7 @@ def random_params(config: TransformerConfig) -> dict:
 
 def step_bytes(config: TransformerConfig) -> int:
     """Bytes of weights that one step of a spoken reply reads: shared layers, audio layers, audio head."""
-    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    shapes = param_shapes(LayerSplitModel(config), grid, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    shapes = model_shapes(config)
     read = ("shared/layers/", "audio/layers/", "audio/head/")
     return sum(leaf.size * leaf.dtype.itemsize for path, leaf in shapes.items() if path.startswith(read))
 

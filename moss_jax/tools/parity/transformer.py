@@ -1,16 +1,15 @@
 """Parity of the language model: the plain Qwen3, its layer-split initialisation, and the layer-split forward pass."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.convert import layer_split
 from moss_jax.convert.tables import qwen3
 from moss_jax.convert.tables import transformer as released
 from moss_jax.errors import MossError
-from moss_jax.nn.tree import param_shapes, unflatten
+from moss_jax.nn.tree import unflatten
 from moss_jax.tools.parity.golden import Golden, Mismatch
-from moss_jax.transformer import LayerSplitModel, TransformerConfig, init_cache
+from moss_jax.transformer import LayerSplitModel, TransformerConfig, init_cache, model_shapes
 
 
 def read_config(golden: Golden) -> TransformerConfig:
@@ -21,15 +20,9 @@ def read_config(golden: Golden) -> TransformerConfig:
         raise Mismatch(str(error)) from error
 
 
-def shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Flat tree of the model's parameters."""
-    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    return param_shapes(LayerSplitModel(config), grid, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-
-
 def split_params(golden: Golden, config: TransformerConfig) -> dict:
     """The parameters of a layer-split golden, nested."""
-    flat = golden.params(released.table(config), shapes(config), golden.meta.get("weight_prefix", ""))
+    flat = golden.params(released.table(config), model_shapes(config), golden.meta.get("weight_prefix", ""))
     return unflatten(flat)
 
 
@@ -67,7 +60,7 @@ def plain(golden: Golden) -> dict:
     """Component lm.qwen3: the plain model on `input_ids`; the layer-split one made of its weights on `split_grid`."""
     config = read_config(golden)
     plain_config = layer_split.qwen3_config(config, golden.config.get("qwen3_vocab_size"))
-    tree = shapes(plain_config)
+    tree = model_shapes(plain_config)
     tied = bool(golden.config.get("tie_word_embeddings", False)) and "lm_head.weight" not in golden.weights
     if tied:
         del tree["text/head/kernel"]
@@ -92,7 +85,7 @@ def plain(golden: Golden) -> dict:
 
 
 def _new_tables(golden: Golden, config: TransformerConfig) -> dict[str, np.ndarray]:
-    tree = {path: leaf for path, leaf in shapes(config).items() if path in layer_split.AUDIO_TABLES}
+    tree = {path: leaf for path, leaf in model_shapes(config).items() if path in layer_split.AUDIO_TABLES}
     try:
         return released.table(config).to_ours(golden.new, tree, "new tensors")
     except MossError as error:
