@@ -69,10 +69,14 @@ def _readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(path.parent)):
+        if error.filename is not None and not _below(error.filename, path.parent):
             raise  # about some other file
         reason = error.strerror or str(error)
         raise MossError(f"{path}: cannot be written ({reason}); choose a place that exists and is writable") from error
+
+
+def _below(path: str | Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _sync(path: Path) -> None:

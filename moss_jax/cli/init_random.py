@@ -1,6 +1,6 @@
 """Write a complete system with random weights: no download, every part in its place, and what it says is noise.
 
-moss-jax init-random FOLDER                          a tiny one, 3 MB, for trying every verb
+moss-jax init-random FOLDER                          a tiny one, 4 MB, for trying every verb
 moss-jax init-random FOLDER --size 8b                the released sizes, 21 GB
 moss-jax init-random FOLDER --layout released        FOLDER/MOSS-Speech and FOLDER/MOSS-Speech-Codec as released
                                                      (needs torch and onnx: pip install 'moss-jax[convert]')

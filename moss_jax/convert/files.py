@@ -16,8 +16,18 @@ def carry_files(source: Path, target: Path, used: Iterable[str | Path] = ()) -> 
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_file() and path not in skip and not any(part.startswith(".") for part in relative.parts):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+            copy_file(path, target / relative)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies one file, making the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except PermissionError as error:
+        if error.filename == str(source):
+            raise MossError(f"{source}: cannot be read ({error.strerror})") from error
+        raise
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

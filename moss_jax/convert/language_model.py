@@ -4,7 +4,6 @@ Sources: the released checkpoint's documented layout (446 tensors, bf16, in shar
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.convert.files import carry_files, need_folder, update_json, write_json
+from moss_jax.convert.files import carry_files, copy_file, need_folder, update_json, write_json
 from moss_jax.convert.stream import Say, exported, import_tensors, write_source
 from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS
@@ -78,7 +77,7 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
         if changed:
             update_json(folder / "config.json", changed)
     else:
-        shutil.copyfile(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
         write_json(folder / "config.json", released_config(config))
     write_source(source, folder, metadata={"format": "pt"}, say=say)
 
@@ -145,8 +144,7 @@ def check_special(config: TransformerConfig, special: Mapping[str, int], folder:
 
 
 def copy_text_tokenizer(folder: Path, system: Path) -> None:
-    (system / "text_tokenizer").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json")
+    copy_file(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json")
 
 
 def tokenizer_size(path: Path) -> int:

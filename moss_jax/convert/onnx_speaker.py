@@ -132,14 +132,15 @@ class SpeakerGraph:
         convs = {bn: conv for conv, bn in _pairs(self.config) if bn in self.folded}
         for name, place in self.places.items():
             if not any(name == f"{bn}.bias" for bn in self.folded):
+                place = self._resolve(place)
                 values[place] = self._same(place, values, source.read(name), name)
         for bn, conv in convs.items():
             weight, bias = _fold(source, conv, bn)
-            values[self.places[f"{conv}.weight"]] = weight
-            values[self.places[f"{bn}.bias"]] = bias
+            for name, value in ((f"{conv}.weight", weight), (f"{bn}.bias", bias)):
+                values[self._resolve(self.places[name])] = value
         for place, value in values.items():
             if value.tobytes() != self._array(place).tobytes() or value.dtype != self._array(place).dtype:
-                tensor = self._tensors[self._resolve(place)]
+                tensor = self._tensors[place]
                 tensor.CopyFrom(self._onnx.numpy_helper.from_array(value, tensor.name))
         with atomic_file(path) as part:
             part.write_bytes(self.model.SerializeToString())
@@ -234,9 +235,8 @@ class SpeakerGraph:
             if floating and np.prod(tensor.dims) > 1 and name not in used and not self._is_trivial(name):
                 problems.append(f"unmapped: {name} {list(tensor.dims)}")
         for name, place in self.places.items():
-            given = self._resolve(place)
-            if given != name and given in self.places and self.places[given] != place:
-                problems.append(f"{name}: its place in the order holds {given}")
+            if place != name and name in self._tensors and place in self.places:
+                problems.append(f"{name}: its place in the order holds {place}")
         if problems:
             raise MossError("\n  ".join([f"{self.path}: the graph is not that of CAM++", *problems]))
 

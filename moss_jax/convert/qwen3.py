@@ -14,7 +14,7 @@ import numpy as np
 
 from moss_jax.checkpoint import TensorReader, TensorWriter, open_tensors, save_tensors
 from moss_jax.checkpoint.safetensors import TensorInfo
-from moss_jax.convert.files import carry_files, need_folder, update_json, write_json
+from moss_jax.convert.files import carry_files, copy_file, need_folder, update_json, write_json
 from moss_jax.convert.language_model import (
     check_special,
     compute_dtypes,
@@ -132,7 +132,7 @@ def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None)
             say("note: the text table and head are no longer equal; the Qwen3 is written untied")
             tied = False
     else:
-        (folder / "tokenizer.json").write_bytes((system / "text_tokenizer" / "tokenizer.json").read_bytes())
+        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
     source = TextPath(ours, config, rows, tied)
     values = {key: getattr(config, key) for key in (*SAME_KEYS, "head_dim")} | {
         "vocab_size": source.vocab_size, "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,

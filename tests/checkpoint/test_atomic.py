@@ -29,13 +29,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
-def test_unwritable_places(tmp_path):
+def test_unwritable_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("nowhere/a.txt", tmp_path / "nowhere" / "a.txt"):
+        with pytest.raises(MossError, match="cannot be written"):
+            write_text(path, "")
     (tmp_path / "file").write_text("")
-    with pytest.raises(MossError, match="cannot be written"):
-        write_text(tmp_path / "nowhere" / "a.txt", "")
     with pytest.raises(MossError, match="is a folder"):
         write_text(tmp_path, "")
-    with pytest.raises(MossError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
+    with pytest.raises(MossError, match="cannot be written"), atomic_folder("file/x"):
         pass
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "out"):
         (tmp_path.parent / "nowhere" / "else").read_text()

@@ -16,7 +16,7 @@ from moss_jax.convert.tables import speaker as speaker_table  # noqa: E402
 from moss_jax.errors import MossError  # noqa: E402
 from moss_jax.nn.tree import unflatten  # noqa: E402
 from moss_jax.speech_decoder.speaker import CAMPPlus  # noqa: E402
-from tests.convert.campplus_torch import SMALL, export, random_campplus, state  # noqa: E402
+from tests.convert.campplus_torch import SMALL, CampPlus, export, random_campplus, state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,21 @@ def test_an_exported_network_is_the_same_network(model, exports, folded):
     config = graph.config
     assert (config.dense_layers, config.dense_dilations, config.head_blocks) == ((2, 3, 2), (1, 2, 2), (2, 2))
     assert (config.bottleneck, config.context_reduction, config.segment_frames) == (8, 2, 100)
+
+
+def test_initialisers_that_the_exporter_shares(tmp_path):
+    """Equal tensors, such as the statistics of untrained BatchNorms, may be stored once and referred to."""
+    torch.manual_seed(0)
+    model = CampPlus(**SMALL).eval()
+    export(model, tmp_path / "shared.onnx", folded=False)
+    graph, expected = SpeakerGraph(tmp_path / "shared.onnx"), state(model)
+    assert len(graph.model.graph.initializer) < len(expected)
+    found = graph.tensors().tensors
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    graph.write(tmp_path / "again.onnx", MemoryTensors("x", expected))
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "shared.onnx").read_bytes()
+    with pytest.raises(MossError, match="shares its values with another tensor"):
+        graph.write(tmp_path / "other.onnx", MemoryTensors("x", state(random_campplus())))
 
 
 def test_kept_names_are_bit_identical(model, exports):
