@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from moss_jax.errors import MossError
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except MossError as error:
         print(f"moss-jax {args.verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"moss-jax {args.verb}: interrupted", file=sys.stderr)
         return 130

@@ -189,6 +189,11 @@ def test_qwen3_system(released, tmp_path, capsys):
     assert (config.num_shared_layers, config.eosp_id) == (3, 256)
     assert main(["convert", "--model", str(tmp_path / "system"), "--export", "qwen3", "-o", str(tmp_path / "q")]) == 0
     same_tensors(read_tensors(tmp_path / "q"), tensors)
+    system.export_released(tmp_path / "system", tmp_path / "r", quiet)
+    folders = [tmp_path / "r" / name for name in (system.MODEL_FOLDER, system.CODEC_FOLDER)]
+    system.convert_released(*folders, tmp_path / "again", quiet)
+    assert read_transformer_config(tmp_path / "again") == config
+    same_tensors(*(read_tensors(tmp_path / name / "transformer") for name in ("system", "again")))
 
 
 def test_verbs(tmp_path, capsys):
