@@ -15,7 +15,7 @@ from typing import Any
 
 from moss_jax.checkpoint import open_tensors
 from moss_jax.convert.codec_config import flow_config, released_tokenizer_config, released_yaml, vocoder_config
-from moss_jax.convert.files import carry_files, need_folder, write_json
+from moss_jax.convert.files import carry_files, need_folder, tell_unknown, write_json
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.onnx_write import write_speaker_graph
 from moss_jax.convert.parts import Shapes, flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
@@ -34,6 +34,22 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 CHUNK_FILE = re.compile(r"flow-chunk-(\d+)\.pt")
 NEEDED = ("config.json", "model.safetensors", "flow/flow.pt", "flow/hift.pt", "flow/campplus.onnx")
+# Of config.json: what decides the codes, what concerns training, and what every Whisper has.
+KNOWN_KEYS = {
+    "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers", "num_mel_bins",
+    "max_source_positions", "activation_function", "encoder_causal_attention", "encoder_causal_convolution",
+    "pooling_kernel_size", "pooling_type", "pooling_position", "quantize_vocab_size", "quantize_position",
+    "quantize_encoder_only", "quantize_causal_encoder", "quantize_causal_block_size", "quantize_commit_coefficient",
+    "quantize_ema_decay", "quantize_loss_scale", "quantize_restart_interval", "architectures", "model_type",
+    "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "vocab_size", "num_hidden_layers",
+    "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "decoder_start_token_id",
+    "encoder_layerdrop", "use_cache", "is_encoder_decoder", "dropout", "attention_dropout", "activation_dropout",
+    "init_std", "scale_embedding", "max_target_positions", "max_length", "pad_token_id", "bos_token_id",
+    "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "use_weighted_layer_sum",
+    "classifier_proj_size", "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
+    "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks", "median_filter_width",
+    "skip_language_detection",
+}  # fmt: skip
 NOTES = "carried/codec.json"
 
 
@@ -57,6 +73,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
             missing = []
         if missing:
             raise MossError(f"{folder}: not a whole released codec, missing: {', '.join(missing)}")
+    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     carried, unused = system / "carried", system / "carried" / "unused"
     tokenizer = tokenizer_table.config_from_released(read_json(folder / "config.json"), str(folder / "config.json"))
     target = system / "speech_tokenizer"

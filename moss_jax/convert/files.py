@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def update_json(path: Path, values: Mapping[str, Any]) -> None:
     """Sets keys of a JSON file."""
     write_json(path, read_json(path) | dict(values))
+
+
+def tell_unknown(path: Path, known: Iterable[str], say: Callable[[str], None]) -> None:
+    """Says which keys of a config.json nothing here understands; they are carried and never an error."""
+    if unknown := sorted(set(read_json(path)) - set(known)):
+        say(f"note: {path} has keys that are carried but not understood: {', '.join(unknown)}")
 
 
 def need_folder(path: str | Path, what: str) -> Path:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.convert.files import carry_files, copy_file, need_folder, update_json, write_json
+from moss_jax.convert.files import carry_files, copy_file, need_folder, tell_unknown, update_json, write_json
 from moss_jax.convert.stream import Say, exported, import_tensors, write_source
 from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS
@@ -49,8 +49,7 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
             names that are unmapped, missing or misshapen.
     """
     folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
-    if unknown := sorted(set(read_json(folder / "config.json")) - KNOWN_KEYS):
-        say(f"note: {folder / 'config.json'} has keys that are carried but not understood: {', '.join(unknown)}")
+    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     config, reader = language_config(folder), open_tensors(folder)
     config = replace(config, **compute_dtypes(reader))
     target = system / "transformer"

@@ -64,6 +64,8 @@ def import_qwen3(
         audio_branch: "copy" of the text branch, or "random" (for comparison).
         seed: of the new audio table and head, and of a random branch.
     """
+    if audio_branch not in AUDIO_BRANCH:
+        raise MossError(f"audio branch {audio_branch!r}: unknown, there are {', '.join(AUDIO_BRANCH)}")
     folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
     reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
     config, vocab = _split_config(folder, special, modality_layers, codes)

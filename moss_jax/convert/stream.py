@@ -6,7 +6,7 @@ one tensor of it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,17 +36,6 @@ class MemoryTensors:
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
-
-
-class Subset:
-    """Some tensors of a source under other names: {new name: name in the source}."""
-
-    def __init__(self, source: Source, names: Mapping[str, str]):
-        self.path, self._source, self._names = source.path, source, dict(names)
-        self.tensors = {new: source.tensors[old] for new, old in names.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._source.read(self._names[name])
 
 
 def found_shapes(source: Source) -> dict[str, tuple[int, ...]]:
@@ -164,11 +153,6 @@ def write_source(
         for name, tensor in source.tensors.items():
             writer.write(name, source.read(name))
             progress.add(tensor)
-
-
-def read_all(source: Source) -> Iterator[tuple[str, np.ndarray]]:
-    for name in source.tensors:
-        yield name, source.read(name)
 
 
 @dataclasses.dataclass

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moss_jax.checkpoint import atomic_folder
-from moss_jax.convert.codec import export_codec, import_codec, read_codec_configs
+from moss_jax.convert.codec import export_codec, import_codec
 from moss_jax.convert.files import need_folder, write_json
-from moss_jax.convert.language_model import export_language_model, import_language_model, read_transformer_config
+from moss_jax.convert.language_model import export_language_model, import_language_model
 from moss_jax.convert.qwen3 import CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
 from moss_jax.errors import MossError
@@ -157,9 +157,3 @@ def _fingerprint(*folders: Path) -> str:
                 status = path.stat()
                 digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]
-
-
-__all__ = [
-    "check_system", "convert_qwen3", "convert_released", "export_released", "export_text_path", "locate",
-    "read_codec_configs", "read_transformer_config", "resolve",
-]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,9 @@ def released(tmp_path_factory):
 
 def test_round_trip(released, tmp_path):
     folder, files = released
-    codec = import_codec(folder, tmp_path / "system", quiet)
+    said = []
+    codec = import_codec(folder, tmp_path / "system", said.append)
+    assert not any("not understood" in line for line in said)
     assert codec == read_codec_configs(tmp_path / "system")
     assert codec.tokenizer == TOKENIZER
     expected = replace(TINY.flow, codebook_size=96, **{k: getattr(RELEASED.flow, k) for k in ("chunk", "noise_frames")})
@@ -148,8 +151,6 @@ def template(released):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_release_is_refused(template, tmp_path, kind):
-    import shutil
-
     folder = tmp_path / "released"
     shutil.copytree(template, folder)
     damage, message = DAMAGE[kind]
@@ -200,6 +201,14 @@ hift: !new:a.E
         "hift.istft.hop": 4,
     }  # fmt: skip
     assert yaml_values(":::\n\t- [") == {}
+
+
+def test_unknown_config_keys_are_told(template, tmp_path):
+    path, said = tmp_path / "released" / "config.json", []
+    shutil.copytree(template, path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_groups": 2}))
+    import_codec(path.parent, tmp_path / "system", said.append)
+    assert "quantize_groups" in said[0]
 
 
 def test_a_config_that_was_changed_by_hand_is_refused(released, tmp_path):
