@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -219,3 +220,14 @@ def test_a_config_that_was_changed_by_hand_is_refused(released, tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(MossError, match=r"speech_decoder/config.json: .*mel_bins"):
         read_codec_configs(tmp_path / "system")
+
+
+@pytest.mark.parametrize(("module", "file"), [("torch", "flow.pt"), ("onnx", "campplus.onnx")])
+def test_what_is_not_installed_is_named(released, monkeypatch, module, file):
+    from moss_jax.convert.onnx_speaker import SpeakerGraph
+    from moss_jax.convert.torch_file import read_torch
+
+    monkeypatch.setitem(sys.modules, module, None)
+    read = {"torch": read_torch, "onnx": SpeakerGraph}[module]
+    with pytest.raises(MossError, match=r"not installed, .* pip install 'moss-jax\[convert\]'"):
+        read(released[0] / "flow" / file)
