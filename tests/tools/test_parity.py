@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moss_jax.cli import main
+from moss_jax.errors import MossError
 from moss_jax.tools import parity
 
 
@@ -90,3 +91,16 @@ def test_an_unreadable_file_is_two_and_the_others_still_run(echo, tmp_path, caps
     assert "cut.safetensors: not a readable safetensors file" in captured.err
     assert "none.safetensors: no such file" in captured.err
     assert "2 outputs compared, 0 missed" in captured.out
+
+
+@pytest.mark.parametrize("problem", ["missing", "contradicting"])
+def test_a_config_that_does_not_describe_a_model_is_a_miss(echo, monkeypatch, tmp_path, capsys, problem):
+    def run(golden):
+        if problem == "missing":
+            return golden.config["size"]
+        raise MossError("size is 3, expected an even number")
+
+    monkeypatch.setitem(sys.modules["moss_jax.tools.parity.echo"].COMPONENTS, "test.echo", run)
+    assert main(["parity", write(tmp_path / "a.safetensors")]) == 1
+    expected = {"missing": "MISS config has no 'size'", "contradicting": "MISS size is 3, expected an even number"}
+    assert expected[problem] in capsys.readouterr().out

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moss_jax.errors import MossError
 from moss_jax.tools.parity.golden import Golden, Mismatch, read_golden
 
 __all__ = ["Check", "Golden", "Mismatch", "check_golden", "read_golden"]
@@ -65,7 +66,7 @@ def check_golden(golden: Golden) -> Iterator[Check]:
         if not golden.final:
             raise Mismatch("metadata 'final' names no output to compare")
         results = component(golden.component)(golden)
-    except Mismatch as error:
+    except (Mismatch, MossError) as error:
         yield Check("-", False, note=str(error))
         return
     for name, tolerance in golden.final.items():

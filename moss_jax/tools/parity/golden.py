@@ -18,6 +18,13 @@ class Mismatch(Exception):
     """The file can be read but does not hold what its component needs: a failed check, not an unreadable file."""
 
 
+class Config(dict):
+    """A JSON object of the metadata; a key that a component needs and that is not there is a Mismatch."""
+
+    def __missing__(self, key: str):
+        raise Mismatch(f"config has no {key!r}, only {', '.join(sorted(self)) or 'nothing'}")
+
+
 @dataclass(frozen=True)
 class Golden:
     """The content of one golden file.
@@ -85,7 +92,7 @@ def read_golden(path: str | Path) -> Golden:
     if meta.get("format") != FORMAT:
         raise MossError(f"{path}: metadata 'format' is {meta.get('format')!r}, expected {FORMAT!r}")
     try:
-        decoded = {key: json.loads(meta.get(key, "{}")) for key in ("config", "final", "contract")}
+        decoded = {key: json.loads(meta.get(key, "{}"), object_hook=Config) for key in ("config", "final", "contract")}
         final = {name: (float(atol), float(rtol)) for name, (atol, rtol) in decoded["final"].items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise MossError(
