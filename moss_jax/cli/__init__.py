@@ -10,12 +10,14 @@ from moss_jax.errors import MossError
 
 VERBS = {
     "bench": "time a part beside a PyTorch peer",
+    "chat": "ask a question, spoken or written, and get an answer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
     "convert": "checkpoints into a system folder, and back",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
     "encode": "turn recordings into codes",
     "parity": "compare components with golden files",
+    "voice": "enrol a voice from a recording",
 }
 
 

@@ -4,6 +4,7 @@ A conversation keeps its caches from turn to turn, so that a question costs only
 the oldest turns after the system turn go, and what is left passes the model once more.
 """
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,12 +88,18 @@ class LanguageModel:
     Args:
         config, params: of LayerSplitModel; params are nested.
         context: rows that a conversation may have, replies included; None for what the model was made for.
+        mesh: the devices that params lie on; None for one device.
     """
 
     def __init__(
-        self, config: TransformerConfig, params: Any, text_tokenizer: TextTokenizer, context: int | None = None
+        self,
+        config: TransformerConfig,
+        params: Any,
+        text_tokenizer: TextTokenizer,
+        context: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
-        self.config, self.params, self.text_tokenizer = config, params, text_tokenizer
+        self.config, self.params, self.text_tokenizer, self.mesh = config, params, text_tokenizer, mesh
         self.context = min(CONTEXT, config.max_position_embeddings) if context is None else context
         if not 0 < self.context <= config.max_position_embeddings:
             limit = config.max_position_embeddings
@@ -155,7 +162,7 @@ class LanguageModel:
         starts = np.cumsum([0, *map(len, whole)]).astype(np.int32)
         capacity = capacity_for(columns + len(new) + settings.max_new_tokens, self.context)
         if state is None:
-            state = new_state(self.config, 1, capacity)
+            state = self._new_state(1, capacity)
         elif state.capacity < capacity:
             state = with_capacity(state, capacity)
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array([request])), replies)
@@ -195,12 +202,13 @@ class LanguageModel:
         grid, valid = pad_left([*grids, *[np.zeros((0, 2), np.int32)] * spare], self.config)
         capacity = capacity_for(grid.shape[1] + settings.max_new_tokens, self.context)
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array(requests + [0] * spare)), 0)
-        return self._prefill(new_state(self.config, len(grid), capacity), grid, valid, keys), grid.shape[1]
+        return self._prefill(self._new_state(len(grid), capacity), grid, valid, keys), grid.shape[1]
 
     def go_on(self, state: GenerationState, settings: GenerationSettings, k: int) -> GenerationState:
         """Up to `k` rows more. Returns before they are computed."""
         settings = settings.replace(text_size=self.text_tokenizer.size)
-        return decode_chunk(self.params, state, settings, k, config=self.config)
+        with self._on_mesh():
+            return decode_chunk(self.params, state, settings, k, config=self.config)
 
     def resume(self, path: str | Path) -> Conversation:
         """Reads what `Conversation.save` wrote.
@@ -239,9 +247,16 @@ class LanguageModel:
     def _prefill(self, state: GenerationState, rows: np.ndarray, valid: np.ndarray, keys) -> GenerationState:
         count = rows.shape[1]
         room = ((0, 0), (0, state.capacity - count))
-        return prefill(
-            self.params, state, np.pad(rows, (*room, (0, 0))), np.pad(valid, room), count, keys, config=self.config
-        )
+        rows, valid = np.pad(rows, (*room, (0, 0))), np.pad(valid, room)
+        with self._on_mesh():
+            return prefill(self.params, state, rows, valid, count, keys, config=self.config)
+
+    def _new_state(self, batch: int, capacity: int) -> GenerationState:
+        with self._on_mesh():
+            return new_state(self.config, batch, capacity)
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _closing(self, conversation: Conversation) -> np.ndarray:
         """The rows [N, 2] that are missing after the latest reply: the end of speech that was cut, the turn's end."""

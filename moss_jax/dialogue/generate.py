@@ -67,6 +67,7 @@ class GenerationState:
         return self.grid.shape[1]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def new_state(config: TransformerConfig, batch: int, capacity: int) -> GenerationState:
     """The state of `batch` conversations in which nobody has said anything, with room for `capacity` columns."""
     vocab = {"text": config.text_vocab_size, "audio": config.audio_vocab_size}

@@ -1,7 +1,7 @@
 """The text tokenizer: a byte-level BPE read from `tokenizer.json`, with a twin that knows no special tokens."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from moss_jax.errors import MossError
@@ -70,16 +70,21 @@ class TextTokenizer:
         """The text of ids, without special tokens and without ids that no token has."""
         return self._with_specials.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def decode_stream(self, pieces: Iterable[Iterable[int]]) -> Iterator[str]:
-        """Text of ids that arrive in pieces; a character is held back until all its bytes are there.
 
-        The yielded strings, one for each piece and one for what is left, join to `decode` of all ids.
-        """
-        ids, told = [], 0
-        for piece in pieces:
-            ids.extend(piece)
-            text = self.decode(ids)
-            ready = len(text.rstrip("\ufffd"))  # bytes of a character whose end has not come yet
-            yield text[told:ready]
-            told = max(told, ready)
-        yield self.decode(ids)[told:]
+class TextStream:
+    """Text of ids that arrive in portions; a character is held back until all its bytes are there."""
+
+    def __init__(self, text_tokenizer: TextTokenizer):
+        self._text_tokenizer, self._ids, self._told = text_tokenizer, [], 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete."""
+        self._ids.extend(ids)
+        text = self._text_tokenizer.decode(self._ids)
+        ready = max(self._told, len(text.rstrip("\ufffd")))  # the bytes of a character may be half here
+        piece, self._told = text[self._told : ready], ready
+        return piece
+
+    def finish(self) -> str:
+        """What is left; all strings together are `decode` of all ids."""
+        return self._text_tokenizer.decode(self._ids)[self._told :]

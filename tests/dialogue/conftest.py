@@ -41,7 +41,11 @@ def text_tokenizer():
 
 @pytest.fixture(scope="session")
 def params():
-    """Random weights whose heads favour the ids that open speech, end speech and end a reply."""
+    return random_params()
+
+
+def random_params():
+    """Random weights of TINY whose heads favour the ids that open speech, end speech and end a reply."""
     init = jax.jit(LayerSplitModel(TINY).init)
     grid = jnp.zeros((1, 1, 2), jnp.int32)
     params = nn.unbox(init(jax.random.key(1), grid, grid[..., 0]))["params"]

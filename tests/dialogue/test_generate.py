@@ -52,6 +52,11 @@ def forward():
     return jax.jit(LayerSplitModel(TINY).apply)
 
 
+@functools.partial(jax.jit, static_argnames="channel")
+def drawn(scores, key, step, channel, settings):
+    return sampling.draw(scores, sampling.draw_keys(key[None], step, channel), settings)[0]
+
+
 def plain(params, rows, chosen, key):
     """One reply to one prompt under the fixed rules, with no cache and nothing skipped."""
     rows = [tuple(row) for row in rows.tolist()]
@@ -76,8 +81,7 @@ def plain(params, rows, chosen, key):
         def draw(logits, seen, channel, settings, step=step):
             penalty = settings.repetition_penalty
             scores = np.where(seen & (logits > 0), logits / penalty, np.where(seen, logits * penalty, logits))
-            keys = sampling.draw_keys(key[None], jnp.int32(step), channel)
-            return int(sampling.draw(jnp.array(scores), keys, settings)[0])
+            return int(drawn(scores, key, step, channel, settings))
 
         if mode == 1:
             row = PAD, draw(audio_logits, audio_seen, 1, chosen.audio)

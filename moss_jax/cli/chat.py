@@ -1,0 +1,184 @@
+"""Ask a question, spoken or written, and get a spoken or written answer.
+
+  moss-jax chat QUESTION.wav --model FOLDER -o ANSWER.wav
+  moss-jax chat --text "How are you?" --model FOLDER --reply text
+  moss-jax chat QUESTION.wav --model FOLDER --stream -o - | aplay -t raw -f S16_LE -r 24000
+  moss-jax chat --jsonl QUESTIONS.jsonl --model FOLDER -o ANSWERS/
+
+A written reply goes to stdout (or to the file of -o), a spoken one to a wav or flac file; `-o -` writes raw 16-bit
+samples to stdout, with --stream as they come. A line of QUESTIONS.jsonl is {"text": ...}, {"audio": FILE} or
+{"turns": [{"role": "user", "audio": FILE}, ...]}, each with an optional "id"; the answers are JSON lines on stdout, and
+spoken ones lie in ANSWERS/ID.wav. Everything that is not the answer goes to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.errors import MossError
+
+
+def add_arguments(parser):
+    parser.add_argument("question", nargs="?", metavar="QUESTION.wav", help="a recording (wav, flac, mp3, ogg, m4a)")
+    parser.add_argument("--text", metavar="TEXT", help="a written question in place of a recording")
+    parser.add_argument("--jsonl", metavar="QUESTIONS.jsonl", help="many questions, answered in batches")
+    add_system_arguments(parser)
+    parser.add_argument("-o", "--out", metavar="OUT", help="where the reply goes; needed for a spoken one")
+    parser.add_argument("--reply", default="speech", help="speech (default) or text")
+    parser.add_argument("--voice", help="of the reply: a name in the system, or a file that `moss-jax voice` wrote")
+    parser.add_argument("--system", metavar="TEXT", help="the system turn, in place of the released driver's")
+    parser.add_argument("--stream", action="store_true", help="speak and write while the rest is being thought of")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time with --jsonl, default 8")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same reply, default 0")
+    sampling = parser.add_argument_group("sampling, for text and codes alike; the defaults are the released driver's")
+    sampling.add_argument("--max-new-tokens", type=int, default=500, help="rows at most, 12.5 a second, default 500")
+    sampling.add_argument("--min-new-tokens", type=int, default=0, help="speech does not end before, default 0")
+    sampling.add_argument("--temperature", type=float, default=0.6, help="default 0.6")
+    sampling.add_argument("--top-p", type=float, default=0.95, help="default 0.95; 1 is off")
+    sampling.add_argument("--top-k", type=int, default=20, help="default 20; 0 is off")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1; 1 is off")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest, no sampling")
+
+
+SAMPLING = (
+    "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "greedy",
+)  # fmt: skip
+
+
+def run(args) -> int:
+    if sum(x is not None for x in (args.question, args.text, args.jsonl)) != 1:
+        raise MossError("the question: expected one of QUESTION.wav, --text and --jsonl")
+    _check_out(args)
+    from moss_jax.audio.wave import load_audio
+    from moss_jax.dialogue.questions import read_questions
+    from moss_jax.dialogue.system import generation_settings, load
+    from moss_jax.dialogue.turns import Turn, check_turns
+
+    generation_settings(**{name: getattr(args, name) for name in SAMPLING})
+    if args.jsonl is not None:
+        questions = read_questions(args.jsonl, args.system)
+        return _batch(load(system_folder(args)), questions, args)
+    if args.question is None:
+        turns = [Turn("user", text=args.text)]
+    else:
+        wave, rate = load_audio(args.question)
+        turns = [Turn("user", audio=wave, sample_rate=rate)]
+    if args.system is not None:
+        turns.insert(0, Turn("system", text=args.system))
+    check_turns(turns)
+    system = load(system_folder(args))
+    if args.stream:
+        return _stream(system, turns, args)
+    reply = system.reply(turns, progress=_progress, **_options(args))
+    _tell(reply.notices)
+    if args.reply == "text":
+        _write_text(reply.text, args.out)
+    elif args.out == "-":
+        _write_samples(reply.wave)
+    else:
+        reply.save(args.out)
+        _summary(reply, args.out)
+    return 0
+
+
+def _stream(system, turns, args) -> int:
+    stream = system.stream(turns, **_options(args))
+    for piece in stream:
+        if args.reply == "text" and args.out in (None, "-"):
+            print(piece.text, end="", flush=True)
+        elif args.out == "-":
+            _write_samples(piece.wave)
+        elif piece.wave.size:
+            say(f"{piece.wave.size / stream.sample_rate:.2f} s of speech")
+    reply = stream.reply
+    _tell(reply.notices)
+    if args.reply == "text" and args.out in (None, "-"):
+        print()
+    elif args.reply == "text":
+        _write_text(reply.text, args.out)
+    elif args.out != "-":
+        reply.save(args.out)
+        _summary(reply, args.out)
+    return 0
+
+
+def _batch(system, questions, args) -> int:
+    folder = None if args.out is None else Path(args.out)
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MossError(f"{folder}: cannot be made ({error.strerror})") from error
+    turns = [question.turns for question in questions]
+    replies = system.reply_batch(turns, batch_size=args.batch_size, progress=_progress, **_options(args))
+    for number, (question, reply) in enumerate(zip(questions, replies, strict=True), 1):
+        answer = {"id": question.name, "text": reply.text, "codes": reply.codes.tolist()}
+        if args.reply == "speech" and reply.wave.size:
+            answer["audio"] = str(folder / f"{question.name}.wav")
+            reply.save(answer["audio"])
+        print(json.dumps({**answer, "complete": reply.complete, "notices": reply.notices}, ensure_ascii=False))
+        sys.stdout.flush()
+        say(f"{number} of {len(questions)} replies")
+    return 0
+
+
+def _options(args) -> dict:
+    options = {name: getattr(args, name) for name in (*SAMPLING, "reply", "seed")}
+    return options | {"voice": args.voice}
+
+
+def _check_out(args) -> None:
+    """Before anything is loaded: a place where the reply can go."""
+    if args.reply not in ("speech", "text"):
+        raise MossError(f"--reply {args.reply}: expected speech or text")
+    if args.batch_size < 1:
+        raise MossError(f"--batch-size {args.batch_size}: expected at least 1")
+    if args.out is None:
+        if args.reply == "speech":
+            what = "a folder" if args.jsonl is not None else "a wav or flac file, or - for raw samples on stdout"
+            raise MossError(f"-o is needed for a spoken reply: {what}")
+        return
+    out = Path(args.out)
+    if args.out == "-" or args.jsonl is not None:
+        if args.out == "-" and args.jsonl is not None:
+            raise MossError("-o -: with --jsonl a folder is needed")
+        return
+    if args.reply == "speech" and out.suffix.lower() not in (".wav", ".flac"):
+        raise MossError(f"{out}: cannot write {out.suffix or 'a file without an ending'}, expected .wav or .flac")
+    if not out.parent.is_dir():
+        raise MossError(f"{out}: there is no folder {out.parent}, expected a place that exists")
+    if out.is_dir():
+        raise MossError(f"{out}: is a folder, expected a file name")
+
+
+def _write_text(text: str, out: str | None) -> None:
+    if out in (None, "-"):
+        print(text)
+        return
+    from moss_jax.checkpoint import write_text
+
+    write_text(out, text + "\n")
+
+
+def _write_samples(wave) -> None:
+    import numpy as np
+
+    sys.stdout.buffer.write((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
+    sys.stdout.buffer.flush()
+
+
+def _summary(reply, out: str) -> None:
+    if reply.text:
+        print(reply.text)
+    say(f"{out}: {reply.wave.size / reply.sample_rate:.2f} s, {len(reply.codes)} codes")
+
+
+def _tell(notices) -> None:
+    for notice in notices:
+        say(f"note: {notice}")
+
+
+def _progress(rows: int, most: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{rows} of at most {most} rows ", end="" if rows < most else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+"""Enrol a voice from a recording: some seconds of clear speech by one person.
+
+  moss-jax voice RECORDING.wav --model FOLDER -o VOICE.safetensors
+  moss-jax voice RECORDING.wav --model FOLDER --name anna --default
+
+The file is for `moss-jax chat --voice VOICE.safetensors`. --name stores the voice in the system, for `--voice anna`;
+with --default the system speaks so from now on. Enrol only people who agree to it.
+"""
+
+from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.errors import MossError
+
+
+def add_arguments(parser):
+    parser.add_argument("recording", metavar="RECORDING", help="a recording (wav, flac, mp3, ogg, m4a)")
+    add_system_arguments(parser)
+    parser.add_argument("-o", "--out", metavar="VOICE.safetensors", help="the file to write")
+    parser.add_argument("--name", help="store the voice in the system under this name")
+    parser.add_argument("--default", action="store_true", help="with --name: the voice of replies without --voice")
+
+
+def run(args) -> int:
+    if args.out is None and args.name is None:
+        raise MossError("where to: expected -o VOICE.safetensors, or --name NAME to store it in the system")
+    if args.default and args.name is None:
+        raise MossError("--default: only a stored voice can be the default, give --name too")
+    from moss_jax.dialogue.system import System
+    from moss_jax.dialogue.voice import save_voice
+
+    system = System(system_folder(args))
+    stored = None if args.name is None else system.folder.voice_path(args.name)
+    voice = system.enrol(args.recording)
+    for path in filter(None, (args.out, stored)):
+        save_voice(path, voice)
+        say(f"{path}: {len(voice.codes)} codes, {len(voice.codes) / system.speech_decoder.config.code_rate:.1f} s")
+    if args.default:
+        system.folder.set_default_voice(args.name)
+    return 0

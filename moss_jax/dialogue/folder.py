@@ -1,0 +1,133 @@
+"""A system's folder on disk: where each part lies, its config and its parameters.
+
+FOLDER/system.json                {"format": "moss-jax-1", "default_voice": name or null}
+       transformer/               config.json, *.safetensors
+       speech_tokenizer/          config.json, model.safetensors
+       speech_decoder/            config.json, flow*.safetensors, vocoder.safetensors, speaker.safetensors
+       text_tokenizer/            tokenizer.json
+       voices/                    NAME.safetensors
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moss_jax.checkpoint import load_tree, write_text
+from moss_jax.dialogue.text_tokenizer import TextTokenizer
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_config, read_json
+from moss_jax.nn.tree import param_axes, param_shapes
+from moss_jax.sharding import shardings_for
+from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.flow.model import FlowModel
+from moss_jax.speech_decoder.speaker import CAMPPlus
+from moss_jax.speech_decoder.vocoder import HiFT
+from moss_jax.transformer import LayerSplitModel, TransformerConfig
+
+FORMAT = "moss-jax-1"
+SYSTEM = "system.json"
+VOICE_NAME = re.compile(r"[\w][\w.-]*")
+
+
+class SystemFolder:
+    """Reads one folder; nothing is loaded before it is asked for. Raises MossError when it is no system's folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise MossError(f"{path}: no such folder, expected a system (moss-jax convert or init-random makes one)")
+        if not (self.path / SYSTEM).is_file():
+            raise MossError(f"{path}: no {SYSTEM} in it, expected a system (moss-jax convert or init-random makes one)")
+        self.settings = read_json(self.path / SYSTEM)
+        if self.settings.get("format") != FORMAT:
+            found = self.settings.get("format")
+            raise MossError(f"{self.path / SYSTEM}: format is {found!r}, expected {FORMAT!r}")
+
+    def room(self, name: str) -> Path:
+        """The folder of `transformer`, `speech_tokenizer` or `speech_decoder`."""
+        path = self.path / name
+        if not (path / "config.json").is_file():
+            raise MossError(f"{self.path}: has no {name}/config.json; convert the system with all its parts")
+        return path
+
+    def config(self, room: str, cls: type) -> Any:
+        """The config of a room."""
+        path = self.room(room) / "config.json"
+        return read_config(cls, read_json(path), str(path))
+
+    def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[TransformerConfig, dict[str, Any]]:
+        """Config and nested parameters, on one device or laid out on a mesh."""
+        config = self.config("transformer", TransformerConfig)
+        grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        model = LayerSplitModel(config)
+        shapes, where = param_shapes(model, *grid), None
+        if mesh is not None:
+            where = shardings_for(param_axes(model, *grid), shapes, mesh)
+        return config, load_tree(self.path / "transformer", shapes, where)
+
+    def speech_decoder(self) -> tuple[SpeechDecoderConfig, "DecoderParts"]:
+        """Config and parameters by part, each loaded when it is first asked for."""
+        config = self.config("speech_decoder", SpeechDecoderConfig)
+        return config, DecoderParts(self.path / "speech_decoder", config)
+
+    def text_tokenizer(self, config: TransformerConfig) -> TextTokenizer:
+        path = self.path / "text_tokenizer" / "tokenizer.json"
+        tokenizer = TextTokenizer.from_file(path)
+        tokenizer.check(config, str(path))
+        return tokenizer
+
+    def voices(self) -> list[str]:
+        """Names of the voices that are stored here."""
+        return sorted(path.stem for path in (self.path / "voices").glob("*.safetensors"))
+
+    def voice_path(self, name: str) -> Path:
+        """Where the voice `name` lies or would lie; raises MossError for what is not a plain name."""
+        if not VOICE_NAME.fullmatch(name):
+            raise MossError(f"voice name {name!r}: expected letters, digits, '_', '-' and '.' only")
+        return self.path / "voices" / f"{name}.safetensors"
+
+    def set_default_voice(self, name: str) -> None:
+        """From now on the system speaks with this stored voice unless told otherwise."""
+        if name not in self.voices():
+            raise MossError(f"{self.path}: no voice {name!r}, there are: {', '.join(self.voices()) or 'none'}")
+        self.settings = {**self.settings, "default_voice": name}
+        write_text(self.path / SYSTEM, json.dumps(self.settings, indent=2) + "\n")
+
+
+class DecoderParts(Mapping):
+    """The parameters of the speech decoder by part: "flow", "flow_chunk_5", "vocoder", "speaker", ..."""
+
+    def __init__(self, folder: Path, config: SpeechDecoderConfig):
+        self._folder, self._config, self._loaded = folder, config, {}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name not in self._loaded:
+            path = self._folder / f"{name}.safetensors"
+            if not path.is_file():
+                raise KeyError(name)
+            self._loaded[name] = load_tree(path, self._shapes(name))
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.stem for path in self._folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _shapes(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+        config = self._config
+        if name.startswith("flow"):
+            return param_shapes(FlowModel(config.flow))
+        if name == "vocoder":
+            vocoder = dataclasses.replace(config.vocoder, weight_norm=True)
+            mel = jax.ShapeDtypeStruct((1, 4, vocoder.mel_bins), jnp.float32)
+            noise = jax.ShapeDtypeStruct((1, 4 * vocoder.hop, vocoder.harmonics), jnp.float32)
+            return param_shapes(HiFT(vocoder), mel, noise)
+        features = jax.ShapeDtypeStruct((1, 200, config.speaker.num_mel_bins), jnp.float32)
+        return param_shapes(CAMPPlus(config.speaker), features)

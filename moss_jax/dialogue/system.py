@@ -1,0 +1,379 @@
+"""The whole pipeline: recordings and text in, speech and text out.
+
+system = load("FOLDER")
+reply = system.reply([Turn("user", audio="QUESTION.wav")])
+reply.save("ANSWER.wav")
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.audio.wave import load_audio, resample, save_audio
+from moss_jax.dialogue.conversation import Conversation, LanguageModel
+from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.dialogue.generate import GenerationSettings
+from moss_jax.dialogue.grid import REPLIES, read_reply
+from moss_jax.dialogue.sampling import ChannelSettings
+from moss_jax.dialogue.text_tokenizer import TextStream
+from moss_jax.dialogue.turns import Turn, check_turns
+from moss_jax.dialogue.voice import enrol, load_voice
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.decoder import SpeechDecoder
+from moss_jax.speech_decoder.voice import Voice
+from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
+ROWS = 25  # of a reply between two reports of progress, or two pieces of streamed text
+SILENCE = np.zeros(0, np.float32)
+Progress = Callable[[int, int], None]  # (rows so far, rows at most)
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What the assistant says.
+
+    Attributes:
+        text: what it writes; usually empty in a spoken reply.
+        codes: int32 [N], what it says.
+        wave: float32 [samples_per_code * N], or None for a written reply.
+        sample_rate: of the wave, Hz.
+        complete: False when the reply was cut off by its greatest length.
+        notices: one line for each thing that the person should know.
+        conversation: to ask on with; None in a batch.
+    """
+
+    text: str
+    codes: np.ndarray
+    wave: np.ndarray | None
+    sample_rate: int
+    complete: bool
+    notices: tuple[str, ...] = ()
+    conversation: Conversation | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the wave as wav or flac, whole or not at all; MossError when there is nothing to hear."""
+        if self.wave is None or not self.wave.size:
+            kind = "a written one" if self.wave is None else "one without any speech"
+            raise MossError(f"{path}: not written, the reply is {kind}")
+        save_audio(path, self.wave, self.sample_rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a streamed reply: text, or a wave float32 [samples]; one of them may be empty."""
+
+    text: str
+    wave: np.ndarray
+
+
+class ReplyStream:
+    """An iterator over the pieces of a reply as they come. `reply` is the whole of it once it has ended."""
+
+    def __init__(self, pieces: Iterator[Piece | Reply], sample_rate: int):
+        self._pieces = pieces
+        self.sample_rate = sample_rate
+        self.reply: Reply | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        for piece in self._pieces:
+            if isinstance(piece, Reply):
+                self.reply = piece
+            else:
+                yield piece
+
+
+def generation_settings(
+    *,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    repetition_penalty: float = 1.1,
+    greedy: bool = False,
+    max_new_tokens: int = 500,
+    min_new_tokens: int = 0,
+) -> GenerationSettings:
+    """Settings for both channels, with the released driver's defaults. Raises MossError for what makes no sense."""
+    for name, value, right, what in (
+        ("temperature", temperature, temperature > 0, "a number above 0 (greedy takes the likeliest)"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or a whole number above"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "a number above 0 (1 is off)"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= max_new_tokens, f"0 to {max_new_tokens}"),
+    ):
+        if not right:
+            raise MossError(f"{name} is {value}, expected {what}")
+    channel = ChannelSettings(
+        temperature=float(temperature), top_p=float(top_p), repetition_penalty=float(repetition_penalty),
+        top_k=int(top_k), greedy=bool(greedy),
+    )  # fmt: skip
+    return GenerationSettings(
+        text=channel, audio=channel, max_new_tokens=int(max_new_tokens), min_new_tokens=int(min_new_tokens)
+    )
+
+
+class System:
+    """Language model, ears, voice and voices of one folder, each loaded when it is first needed.
+
+    Args are those of `load`, which loads the language model at once.
+    """
+
+    def __init__(self, folder: str | Path, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None):
+        self.folder, self._context, self._mesh = SystemFolder(folder), context, mesh
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        config, params = self.folder.transformer(self._mesh)
+        return LanguageModel(config, params, self.folder.text_tokenizer(config), self._context, self._mesh)
+
+    @cached_property
+    def speech_tokenizer(self) -> SpeechTokenizer:
+        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+
+    @cached_property
+    def speech_decoder(self) -> SpeechDecoder:
+        return SpeechDecoder(*self._decoder_parts)
+
+    @cached_property
+    def _decoder_parts(self):
+        return self.folder.speech_decoder()
+
+    def encode(self, recordings: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+        """Recordings (wave float32 [samples], rate in Hz) -> speech codes int32 [N] each."""
+        rate = self.speech_tokenizer.config.sample_rate
+        return self.speech_tokenizer.encode([resample(wave, own, rate) for wave, own in recordings])
+
+    def enrol(self, recording: str | Path | tuple[np.ndarray, int]) -> Voice:
+        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz)."""
+        wave, rate = recording if isinstance(recording, tuple) else load_audio(recording)
+        config, parts = self._decoder_parts
+        try:
+            return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"])
+        except MossError as error:
+            raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
+
+    def voice(self, voice: Voice | str | Path | None = None) -> tuple[Voice, list[str]]:
+        """A voice by name, by file or as it is; None is the folder's default. And what there is to say about it."""
+        config = self.speech_decoder.config
+        if isinstance(voice, Voice):
+            return voice, []
+        if voice is None:
+            voice = self.folder.settings.get("default_voice")
+            if voice is None:
+                zero = Voice.zero(config.flow.mel_bins, config.flow.speaker_size)
+                return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
+        if str(voice) in self.folder.voices():
+            return load_voice(self.folder.voice_path(str(voice)), config), []
+        if Path(voice).is_file():
+            return load_voice(voice, config), []
+        known = ", ".join(self.folder.voices()) or "none"
+        raise MossError(f"voice {str(voice)!r}: neither a file nor a voice of the system, which has: {known}")
+
+    def reply(
+        self,
+        turns: Sequence[Turn],
+        *,
+        reply: str = "speech",
+        voice: Voice | str | Path | None = None,
+        conversation: Conversation | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Reply:
+        """The assistant's reply to turns that end with the user's.
+
+        Args:
+            turns: without `conversation` the whole conversation so far, the system turn optional; with it what is new.
+            reply: "speech" or "text".
+            voice: of a spoken reply; a Voice, a name, a file, or None for the system's default.
+            conversation: `Reply.conversation` of the reply before; it can be used once.
+            seed: the same seed gives the same reply.
+            progress: called now and then with the rows so far and the most there may be.
+            sampling: keywords of `generation_settings`.
+
+        Raises:
+            MossError: bad turns, recordings or settings, or a context that is too short.
+        """
+        settings, voice, notices = self._prepared(reply, voice, sampling)
+        (turns,) = self._with_codes([turns])
+        begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
+        while True:
+            begun = begun.replace(state=self.language_model.go_on(begun.state, settings, ROWS))
+            rows, goes_on = self._so_far(begun, settings)
+            if progress is not None:
+                progress(len(rows), settings.max_new_tokens)
+            if not goes_on:
+                break
+        answer = self._read(rows, reply, not begun.running, settings)
+        wave = self._speak(answer.codes, voice, seed) if reply == "speech" else None
+        return replace(answer, wave=wave, conversation=begun, notices=(*notices, *told, *answer.notices))
+
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        *,
+        reply: str = "speech",
+        voice: Voice | str | Path | None = None,
+        conversation: Conversation | None = None,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> ReplyStream:
+        """As `reply`, but in pieces while the rest is still being thought of. The arguments are checked at once."""
+        settings, voice, notices = self._prepared(reply, voice, sampling)
+        (turns,) = self._with_codes([turns])
+        decoder = self.speech_decoder if reply == "speech" else None
+        begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
+        rate = decoder.config.sample_rate if decoder else 0
+        pieces = self._pieces(begun, reply, settings, decoder, voice, seed, [*notices, *told])
+        return ReplyStream(pieces, rate)
+
+    def _pieces(self, begun, reply, settings, decoder, voice, seed, notices) -> Iterator[Piece | Reply]:
+        speech = decoder.stream(voice, seed) if decoder else None
+        text = TextStream(self.language_model.text_tokenizer)
+        ids_told, codes_told, waves = 0, 0, []
+        # The first piece of speech needs a chunk and the codes that the decoder looks ahead.
+        step = decoder.config.streaming()[1].chunk if decoder else ROWS
+        k = step + decoder.config.flow.lookahead if decoder else ROWS
+        goes_on = True
+        begun = begun.replace(state=self.language_model.go_on(begun.state, settings, k))
+        while goes_on:
+            rows, goes_on = self._so_far(begun, settings)
+            said = read_reply(rows, self.language_model.config)
+            wave = SILENCE
+            if speech and len(said.codes) > codes_told:
+                wave, codes_told = speech.push(said.codes[codes_told:]), len(said.codes)
+            if speech and codes_told and (said.complete or not goes_on):
+                wave, speech = np.concatenate([wave, speech.finish()]), None
+            if goes_on:  # the transformer thinks while the listener hears this piece
+                begun = begun.replace(state=self.language_model.go_on(begun.state, settings, step))
+            waves.append(wave)
+            piece, ids_told = text.push(said.text_ids[ids_told:]), len(said.text_ids)
+            if not goes_on:
+                piece += text.finish()
+            if piece or wave.size:
+                yield Piece(piece, wave)
+        answer = self._read(rows, reply, not begun.running, settings)
+        wave = np.concatenate(waves) if decoder else None
+        yield replace(answer, wave=wave, conversation=begun, notices=(*notices, *answer.notices))
+
+    def reply_batch(
+        self,
+        questions: Sequence[Sequence[Turn]],
+        *,
+        reply: str = "speech",
+        voice: Voice | str | Path | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Iterator[Reply]:
+        """Replies to independent conversations, `batch_size` of them at a time, in their order.
+
+        Arguments are those of `reply`; question i draws as request i of the seed, whatever the batch is.
+        """
+        settings, voice, notices = self._prepared(reply, voice, sampling)
+        for turns in questions:
+            check_turns(turns)
+        return self._batches(questions, reply, voice, batch_size, seed, progress, settings, notices)
+
+    def _batches(self, questions, reply, voice, batch_size, seed, progress, settings, notices) -> Iterator[Reply]:
+        for first in range(0, len(questions), batch_size):
+            part = self._with_codes(questions[first : first + batch_size])
+            state, begin = self.language_model.begin_batch(
+                part, reply, settings, seed=seed, requests=range(first, first + len(part)),
+                rows=min(batch_size, len(questions)),
+            )  # fmt: skip
+            done, running = 0, True
+            while running and done < settings.max_new_tokens:
+                state = self.language_model.go_on(state, settings, ROWS)
+                done, running = int(state.step), bool(np.asarray(state.running).any())
+                if progress is not None:
+                    progress(done, settings.max_new_tokens)
+            grid, lengths, cut = (np.asarray(x) for x in (state.grid, state.lengths, state.running))
+            del state
+            for row in range(len(part)):
+                answer = self._read(grid[row, begin : begin + lengths[row]], reply, not cut[row], settings)
+                wave = self._speak(answer.codes, voice, seed) if reply == "speech" else None
+                yield replace(answer, wave=wave, notices=(*notices, *answer.notices))
+
+    def resume(self, path: str | Path) -> Conversation:
+        """A conversation that `Conversation.save` wrote, to ask on with."""
+        return self.language_model.resume(path)
+
+    def _prepared(self, reply: str, voice, sampling) -> tuple[GenerationSettings, Voice | None, list[str]]:
+        if reply not in REPLIES:
+            raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
+        settings = generation_settings(**sampling)
+        if reply == "text":
+            return settings, None, []
+        voice, notices = self.voice(voice)
+        most = self.speech_decoder.config.flow.max_codes - len(voice.codes)
+        if settings.max_new_tokens > most:
+            raise MossError(
+                f"max_new_tokens is {settings.max_new_tokens}, expected at most {most} with this voice: the decoder's "
+                "noise is no longer"
+            )
+        return settings, voice, notices
+
+    def _with_codes(self, questions: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
+        """The same conversations, their recordings encoded to codes together."""
+        for turns in questions:
+            check_turns(turns)
+        questions = [list(turns) for turns in questions]
+        spoken = [(turns, i) for turns in questions for i, turn in enumerate(turns) if turn.audio is not None]
+        codes = self.encode([_recording(turns[i]) for turns, i in spoken]) if spoken else []
+        for (turns, i), part in zip(spoken, codes, strict=True):
+            turns[i] = Turn(turns[i].role, codes=part)
+        return questions
+
+    def _so_far(self, begun: Conversation, settings: GenerationSettings) -> tuple[np.ndarray, bool]:
+        """The rows of the reply, and whether more will come. Waits for the device."""
+        rows = begun.rows
+        room = int(begun.state.filled) < begun.state.capacity
+        return rows, begun.running and room and len(rows) < settings.max_new_tokens
+
+    def _read(self, rows: np.ndarray, reply: str, ended: bool, settings: GenerationSettings) -> Reply:
+        said = read_reply(rows, self.language_model.config)
+        notices = []
+        if not ended:
+            notices.append(
+                f"the reply was cut off after {len(rows)} rows (max_new_tokens is {settings.max_new_tokens})"
+            )
+        if reply == "speech" and not len(said.codes):
+            notices.append("the reply holds no speech: it ended before the first code")
+        rate = self.speech_decoder.config.sample_rate if reply == "speech" else 0
+        text = self.language_model.text_tokenizer.decode(said.text_ids)
+        return Reply(text, said.codes, None, rate, ended, tuple(notices))
+
+    def _speak(self, codes: np.ndarray, voice: Voice, seed: int) -> np.ndarray:
+        return self.speech_decoder.decode(codes, voice, seed) if len(codes) else SILENCE
+
+
+def load(folder: str | Path, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None) -> System:
+    """A system from its folder, ready to answer.
+
+    Args:
+        context: rows that a conversation may have at most; None for what the model was tuned on.
+        mesh: lays the language model out over several devices (`moss_jax.sharding.make_mesh`).
+
+    Raises:
+        MossError: not a system's folder, or a part of it is missing or damaged.
+    """
+    system = System(folder, context=context, mesh=mesh)
+    _ = system.language_model
+    return system
+
+
+def _recording(turn: Turn) -> tuple[np.ndarray, int]:
+    if not isinstance(turn.audio, np.ndarray):
+        return load_audio(turn.audio)
+    wave = turn.audio.mean(1) if turn.audio.ndim == 2 else turn.audio
+    if wave.ndim != 1 or not wave.size or not np.issubdtype(wave.dtype, np.floating):
+        raise MossError(f"turn of {turn.role}: audio is {list(turn.audio.shape)} {turn.audio.dtype}, expected "
+                        "float samples [T] or [T, channels], at least one")  # fmt: skip
+    return wave.astype(np.float32), turn.sample_rate

@@ -1,0 +1,90 @@
+"""Voices: enrolled once from a recording, kept in one small safetensors file (codec specification, section 4)."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.audio.features import MEL_24K, MelConfig, mel_24k
+from moss_jax.audio.wave import resample
+from moss_jax.checkpoint import open_tensors, save_tensors
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.decoder import check_voice
+from moss_jax.speech_decoder.speaker import speaker_embedding
+from moss_jax.speech_decoder.voice import Voice
+from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
+FORMAT = "moss-jax-voice-1"
+
+
+def enrol(
+    wave: np.ndarray, rate: int, tokenizer: SpeechTokenizer, config: SpeechDecoderConfig, speaker_params: Any
+) -> Voice:
+    """A voice from a recording of some seconds of clear speech by one person.
+
+    The codes come from the recording resampled straight to the speech tokenizer's rate; the mel from the decoder's
+    rate; the speaker embedding from 16 kHz by way of the decoder's rate, as the reference has it.
+
+    Args:
+        wave: float32 [samples], mono, at `rate` Hz.
+        tokenizer, config, speaker_params: of the system that will speak; the latter of CAM++.
+
+    Raises:
+        MossError: the recording is too short, or holds NaN or infinite samples.
+    """
+    (codes,) = tokenizer.encode([resample(wave, rate, tokenizer.config.sample_rate)])
+    at_decoder = resample(wave, rate, config.sample_rate)
+    mel = log_mel(at_decoder, config)
+    count = min(len(mel) // config.flow.frames_per_code, len(codes))
+    if count < 1:
+        seconds = 1 / config.code_rate
+        raise MossError(f"a recording of {len(wave)} samples at {rate} Hz is too short, expected {seconds} s or more")
+    embedding = speaker_embedding(config.speaker, speaker_params, resample(at_decoder, config.sample_rate, 16000))
+    return Voice(codes[:count], mel[: count * config.flow.frames_per_code], embedding)
+
+
+def log_mel(wave: np.ndarray, config: SpeechDecoderConfig) -> np.ndarray:
+    """The decoder's mel of a wave float32 [samples] at its rate: float32 [frames, M]. Few lengths are compiled."""
+    hop = config.vocoder.hop
+    sizes = replace(
+        MEL_24K, sample_rate=config.sample_rate, hop_length=hop, n_fft=4 * hop, num_mel_bins=config.flow.mel_bins
+    )
+    if len(wave) < sizes.n_fft:
+        raise MossError(f"a wave of {len(wave)} samples is too short for a mel, expected at least {sizes.n_fft}")
+    bucket = 2 * config.sample_rate
+    while bucket < len(wave):
+        bucket *= 2
+    padded = np.zeros((1, bucket), np.float32)
+    padded[0, : len(wave)] = wave
+    return np.asarray(_log_mel(padded, np.array([len(wave)], np.int32), sizes))[0, : len(wave) // hop]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _log_mel(wave: jax.Array, length: jax.Array, config: MelConfig) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return mel_24k(wave, length, config)
+
+
+def save_voice(path: str | Path, voice: Voice) -> None:
+    """Writes one safetensors file, whole or not at all."""
+    tensors = {name: np.asarray(getattr(voice, name)) for name in ("codes", "mel", "embedding")}
+    save_tensors(path, tensors, {"format": FORMAT})
+
+
+def load_voice(path: str | Path, config: SpeechDecoderConfig) -> Voice:
+    """Reads what `save_voice` wrote. Raises MossError when it is no voice, or none for this decoder."""
+    reader = open_tensors(path)
+    expected = {"codes": np.int32, "mel": np.float32, "embedding": np.float32}
+    found = {name: info.dtype for name, info in reader.tensors.items()}
+    if reader.metadata.get("format") != FORMAT or found != expected:
+        raise MossError(f"{path}: not a voice, expected a file that `moss-jax voice` wrote")
+    voice = Voice(**{name: np.array(reader.read(name)) for name in expected})
+    try:
+        check_voice(config, voice)
+    except MossError as error:
+        raise MossError(f"{path}: {error}") from error
+    return voice

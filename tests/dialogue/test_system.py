@@ -1,0 +1,255 @@
+"""The whole pipeline on a tiny random system: four pairings, streams, voices, conversations, batches, the verbs."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+
+import moss_jax
+from moss_jax.audio.features import mel_24k
+from moss_jax.audio.wave import load_audio, resample
+from moss_jax.cli import main
+from moss_jax.convert.random_system import init_random
+from moss_jax.dialogue.system import Reply, generation_settings
+from moss_jax.dialogue.turns import Turn
+from moss_jax.dialogue.voice import enrol, load_voice, log_mel, save_voice
+from moss_jax.errors import MossError
+
+WRITTEN = Turn("user", text="How are you? <think>")
+SHORT = {"max_new_tokens": 14, "min_new_tokens": 14}  # of a spoken reply: 14 codes
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("systems") / "tiny"
+    init_random(path, say=lambda line: None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def system(folder):
+    return moss_jax.load(folder, context=512)
+
+
+@pytest.fixture(scope="session")
+def recording_file(tmp_path_factory):
+    """1.1 s of two tones at 22050 Hz, stereo."""
+    time = np.arange(24255) / 22050
+    wave = 0.3 * np.sin(2 * np.pi * 220 * time) + 0.1 * np.sin(2 * np.pi * 1310 * time)
+    path = tmp_path_factory.mktemp("audio") / "question.wav"
+    soundfile.write(path, np.stack([wave, 0.5 * wave], 1), 22050)
+    return path
+
+
+@pytest.fixture(scope="session")
+def spoken(recording_file):
+    return Turn("user", audio=recording_file)
+
+
+def test_speech_to_speech_whole_and_streamed(system, spoken, tmp_path):
+    reply = system.reply([spoken], seed=1, **SHORT)
+    assert len(reply.codes) == 14 and reply.wave.shape == (14 * 1920,) and reply.sample_rate == 24000
+    assert not reply.complete
+    assert len(reply.notices) == 2
+    assert "speaking with the zero voice" in reply.notices[0]
+    assert reply.notices[1] == "the reply was cut off after 14 rows (max_new_tokens is 14)"
+    reply.save(tmp_path / "answer.wav")
+    assert soundfile.info(tmp_path / "answer.wav").frames == 14 * 1920
+    stream = system.stream([spoken], seed=1, **SHORT)
+    pieces = [piece.wave for piece in stream]
+    assert len(pieces) > 1
+    np.testing.assert_array_equal(stream.reply.codes, reply.codes)
+    np.testing.assert_array_equal(np.concatenate(pieces), stream.reply.wave)
+    assert stream.reply.wave.shape == reply.wave.shape
+    assert stream.reply.notices == reply.notices
+    assert not np.array_equal(system.reply([spoken], seed=2, **SHORT).codes, reply.codes)
+
+
+def test_text_to_text_whole_and_streamed(system):
+    reply = system.reply([WRITTEN], reply="text", max_new_tokens=40)
+    assert reply.text and reply.wave is None
+    stream = system.stream([WRITTEN], reply="text", max_new_tokens=40)
+    assert "".join(piece.text for piece in stream) == reply.text == stream.reply.text
+    with pytest.raises(MossError, match="not written, the reply is a written one"):
+        reply.save("x.wav")
+
+
+def test_three_turns_of_every_kind_and_a_saved_conversation(system, spoken, tmp_path):
+    first = system.reply([spoken], reply="text", max_new_tokens=9)
+    second = system.reply([WRITTEN], conversation=first.conversation, **SHORT)
+    second.conversation.save(tmp_path / "talk.safetensors")
+    stream = system.stream([spoken], conversation=second.conversation, **SHORT)
+    assert sum(piece.wave.size for piece in stream) == 14 * 1920
+    third = system.reply([spoken], conversation=system.resume(tmp_path / "talk.safetensors"), **SHORT)
+    np.testing.assert_array_equal(third.codes, stream.reply.codes)
+    assert third.conversation.roles.tolist() == [0, 1, 2, 1, 2, 1, 2]
+    with pytest.raises(MossError, match="already gone on"):
+        system.reply([WRITTEN], conversation=second.conversation)
+
+
+def test_a_batch_in_order(system, spoken):
+    questions = [[WRITTEN], [spoken], [WRITTEN, Turn("assistant", codes=[1, 2]), spoken]]
+    replies = list(system.reply_batch(questions, batch_size=2, seed=5, **SHORT))
+    assert [len(reply.codes) for reply in replies] == [14] * 3
+    alone = system.reply([WRITTEN], seed=5, **SHORT)
+    np.testing.assert_array_equal(replies[0].codes, alone.codes)
+    np.testing.assert_allclose(replies[0].wave, alone.wave, atol=1e-5)
+
+
+def test_an_array_is_as_good_as_a_file(system, spoken, recording_file):
+    wave, rate = soundfile.read(recording_file)
+    array = Turn("user", audio=wave, sample_rate=rate)
+    (from_file,), (from_array,) = system._with_codes([[spoken]]), system._with_codes([[array]])
+    np.testing.assert_array_equal(from_file[0].codes, from_array[0].codes)
+    for bad in (np.zeros(0), np.zeros((2, 2, 2)), np.zeros(9, int)):
+        with pytest.raises(MossError, match="expected float samples"):
+            system.reply([Turn("user", audio=bad, sample_rate=16000)])
+
+
+def test_a_voice_is_enrolled_kept_and_used(system, recording_file, tmp_path):
+    voice = system.enrol(recording_file)
+    wave, rate = load_audio(recording_file)
+    (codes,) = system.speech_tokenizer.encode([resample(wave, rate, 16000)])
+    mel = np.asarray(mel_24k(jnp.array(resample(wave, rate, 24000))[None]))[0]
+    count = min(len(codes), len(mel) // 4)
+    np.testing.assert_array_equal(voice.codes, codes[:count])
+    np.testing.assert_allclose(voice.mel, mel[: 4 * count], atol=1e-4)
+    assert voice.embedding.shape == (192,)
+    save_voice(tmp_path / "voice.safetensors", voice)
+    again = load_voice(tmp_path / "voice.safetensors", system.speech_decoder.config)
+    for name in ("codes", "mel", "embedding"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(voice, name))
+    plain = system.reply([WRITTEN], **SHORT)
+    own = system.reply([WRITTEN], voice=tmp_path / "voice.safetensors", **SHORT)
+    np.testing.assert_array_equal(own.codes, plain.codes)
+    assert np.abs(own.wave - plain.wave).max() > 1e-3
+    assert not any("voice" in notice for notice in own.notices)
+
+
+def test_voices_that_are_none(system, tmp_path):
+    with pytest.raises(MossError, match="neither a file nor a voice of the system, which has: none"):
+        system.reply([WRITTEN], voice="anna")
+    config, parts = system._decoder_parts
+    for samples in (1, 1900):
+        with pytest.raises(MossError, match="too short"):
+            enrol(np.zeros(samples, np.float32), 24000, system.speech_tokenizer, config, parts["speaker"])
+    shutil.copy(system.folder.path / "speech_decoder" / "speaker.safetensors", tmp_path / "no.safetensors")
+    with pytest.raises(MossError, match="not a voice"):
+        load_voice(tmp_path / "no.safetensors", config)
+
+
+def test_the_mel_of_a_padded_wave_is_its_own(system):
+    wave = np.random.default_rng(0).normal(0, 0.1, 30011).astype(np.float32)
+    expected = np.asarray(mel_24k(jnp.array(wave)[None]))[0]
+    np.testing.assert_allclose(log_mel(wave, system.speech_decoder.config), expected, atol=1e-4)
+
+
+def test_a_reply_without_speech(system, tmp_path):
+    config = system.language_model.config
+    rows = np.array([[config.modality_pad_id, config.eosp_id], [config.im_end_id, config.audio_pad_id]], np.int32)
+    said = system._read(rows, "speech", True, generation_settings())
+    assert said.complete and said.notices == ("the reply holds no speech: it ended before the first code",)
+    reply = Reply("", said.codes, system._speak(said.codes, None, 0), 24000, True)
+    with pytest.raises(MossError, match="not written, the reply is one without any speech"):
+        reply.save(tmp_path / "answer.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"temperature": 0}, "temperature is 0, expected a number above 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"min_new_tokens": 501}, "min_new_tokens is 501, expected 0 to 500"),
+        ({"max_new_tokens": 4000}, "expected at most 3750 with this voice"),
+        ({"reply": "song"}, "reply: 'song'"),
+        ({"turns": []}, "the list is empty"),
+        ({"turns": [Turn("user", codes=[300])]}, "300 is not a speech code"),
+        ({"turns": [Turn("user", audio="none.wav")]}, "none.wav: no such file"),
+        ({"turns": [Turn("user", codes=[1] * 600)]}, "expected at most 512; shorten the turn"),
+    ],
+)
+def test_bad_requests(system, keywords, message):
+    with pytest.raises(MossError, match=message):
+        system.reply(**{"turns": [WRITTEN], **keywords})
+
+
+@pytest.mark.parametrize("broken", ["system.json", "text_tokenizer/tokenizer.json", "transformer/config.json"])
+def test_a_folder_that_lacks_something(folder, tmp_path, broken):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / broken).unlink()
+    with pytest.raises(MossError, match=broken.rpartition("/")[2]):
+        moss_jax.load(copy)
+    with pytest.raises(MossError, match="no such folder"):
+        moss_jax.load(tmp_path / "none")
+
+
+def run(capfd, *arguments):
+    code = main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_the_verbs(folder, recording_file, tmp_path, capfd):
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    model = ("--model", mine, "--max-new-tokens", 14, "--min-new-tokens", 14)
+    code, out, err = run(capfd, "chat", "--text", "Hi", *model, "--stream", "-o", tmp_path / "b.flac")
+    assert code == 0 and soundfile.info(tmp_path / "b.flac").frames == 14 * 1920
+    assert err.count("s of speech") >= 2 and "zero voice" in err
+    code, out, err = run(capfd, "voice", recording_file, "--model", mine, "--name", "anna", "--default")
+    assert code == 0 and "anna.safetensors: 13 codes" in err
+    assert json.loads((mine / "system.json").read_text())["default_voice"] == "anna"
+    code, out, err = run(capfd, "chat", recording_file, *model, "-o", tmp_path / "a.wav")
+    assert code == 0 and out == "" and "1.12 s, 14 codes" in err and "cut off" in err and "voice" not in err
+    code, out, err = run(capfd, "chat", "--text", "Hi", *model, "--reply", "text", "--seed", 3)
+    assert code == 0 and out.strip()
+    code, streamed, err = run(capfd, "chat", "--text", "Hi", *model, "--reply", "text", "--seed", 3, "--stream")
+    assert code == 0 and streamed == out
+    (tmp_path / "questions.jsonl").write_text('{"text": "Hi", "id": "x"}\n{"text": "Ho"}\n')
+    code, out, err = run(capfd, "chat", "--jsonl", tmp_path / "questions.jsonl", *model, "-o", tmp_path / "answers")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["id"] for answer in answers] == ["x", "00002"]
+    assert all(soundfile.info(answer["audio"]).frames == 14 * 1920 for answer in answers)
+    assert "2 of 2 replies" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "-o", "a.wav"], "expected one of QUESTION.wav, --text and --jsonl"),
+        (["chat", "q.wav", "--text", "x", "-o", "a.wav"], "expected one of QUESTION.wav, --text and --jsonl"),
+        (["chat", "none.wav", "-o", "a.wav"], "none.wav: no such file"),
+        (["chat", "text.wav", "-o", "a.wav"], "text.wav: not an audio file"),
+        (["chat", "--text", "x"], "-o is needed for a spoken reply"),
+        (["chat", "--text", "", "-o", "a.wav"], "empty text"),
+        (["chat", "--text", "x", "-o", "a.mp3"], "a.mp3: cannot write .mp3, expected .wav or .flac"),
+        (["chat", "--text", "x", "-o", "nowhere/a.wav"], "there is no folder nowhere"),
+        (["chat", "--text", "x", "--reply", "song"], "--reply song: expected speech or text"),
+        (["chat", "--text", "x", "-o", "a.wav", "--voice", "anna"], "voice 'anna': neither a file nor a voice"),
+        (["chat", "--text", "x", "-o", "a.wav", "--temperature", "-1"], "temperature is -1.0"),
+        (["chat", "--text", "x", "-o", "a.wav", "--max-new-tokens", "99999"], "max_new_tokens is 99999"),
+        (["chat", "--jsonl", "none.jsonl", "-o", "answers"], "none.jsonl: no such file"),
+        (["chat", "--jsonl", "text.wav", "-o", "-"], "with --jsonl a folder is needed"),
+        (["voice", "none.wav", "-o", "v.safetensors"], "none.wav: no such file"),
+        (["voice", "text.wav"], "expected -o VOICE.safetensors, or --name"),
+        (["voice", "text.wav", "-o", "v.safetensors", "--default"], "give --name too"),
+        (["voice", "text.wav", "--name", "../x"], "voice name '../x'"),
+    ],
+)
+def test_bad_input_to_the_verbs(folder, tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.wav").write_text("this is no sound, only words about it")
+    code, out, err = run(capfd, *arguments, "--model", folder)
+    assert code == 2 and out == ""
+    first = err.splitlines()[0]
+    assert first.startswith(f"moss-jax {arguments[0]}: ") and message in first
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.wav"]
