@@ -29,9 +29,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids=None, implem
 
 def fastest(backend: str, q: jax.Array) -> str:
     """The name of the implementation to use on `backend` ("cpu", "gpu", "tpu") for queries like q [B, T, N, H]."""
-    if backend == "tpu" and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[3] % SPLASH_BLOCK == 0:
+    if backend == "tpu" and _divides(q, SPLASH_BLOCK, SPLASH_BLOCK):
         return "splash"
-    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0:
+    # cuDNN: half precision, small heads, and in the backward pass of packed rows an even length
+    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _divides(q, 2, 8) and q.shape[3] <= 128:
         return "cudnn"
     return "xla"
 
@@ -61,6 +62,10 @@ def cached_attention(
     total = past.sum(-1) + new.sum(-1)  # [B, K, G, T]
     y = _weighted(past, past_v) + _weighted(new, v)
     return _ungrouped(y / total.transpose(0, 3, 1, 2)[..., None], v.dtype)
+
+
+def _divides(q, length: int, size: int) -> bool:
+    return q.shape[1] % length == 0 and q.shape[3] % size == 0
 
 
 def _xla(q, k, v, segment_ids=None):

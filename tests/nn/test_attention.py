@@ -87,7 +87,8 @@ def test_the_backend_and_the_shapes_pick_the_implementation():
 
     assert pick("tpu", 1024, 128, jnp.bfloat16) == "splash"
     assert pick("tpu", 1000, 128, jnp.bfloat16) == pick("tpu", 1024, 64, jnp.bfloat16) == "xla"
-    assert pick("gpu", 1000, 128, jnp.bfloat16) == pick("gpu", 7, 64, jnp.float16) == "cudnn"
+    assert pick("gpu", 1000, 128, jnp.bfloat16) == pick("gpu", 8, 64, jnp.float16) == "cudnn"
+    assert pick("gpu", 999, 128, jnp.bfloat16) == pick("gpu", 1000, 256, jnp.bfloat16) == "xla"
     assert pick("gpu", 1000, 128, jnp.float32) == pick("cpu", 1024, 128, jnp.bfloat16) == "xla"
 
 
