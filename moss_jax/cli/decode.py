@@ -1,0 +1,75 @@
+"""Turn codes into sound: 24 kHz, 1920 samples for each code.
+
+  moss-jax decode CODES.jsonl --model FOLDER --voice VOICE -o OUT.wav
+  moss-jax decode CODES.npy --model FOLDER -o OUT.wav --stream
+
+CODES is what `moss-jax encode` writes, or a .npy with one row of integers. For several recordings -o names a new
+folder, which gets one wav for each. Without --voice the system's default voice speaks, or the zero voice. With --stream
+the codes are decoded chunk by chunk, as a conversation does it; it takes longer and sounds a little different.
+"""
+
+from pathlib import Path
+
+from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.errors import MossError
+
+
+def add_arguments(parser):
+    parser.add_argument("codes", metavar="CODES", help="JSON lines from `moss-jax encode`, or a .npy")
+    add_system_arguments(parser)
+    parser.add_argument("--voice", help="a name in the system, or a file that `moss-jax voice` wrote")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT.wav", help="a wav or flac file, or a new folder")
+    parser.add_argument("--stream", action="store_true", help="decode chunk by chunk")
+    parser.add_argument("--chunk", type=int, help="with --stream: codes in a chunk, 5 or 25 in the released system")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise in the voice, default 0")
+
+
+def run(args) -> int:
+    from moss_jax.audio.wave import WRITABLE, save_audio
+    from moss_jax.checkpoint import atomic_folder
+    from moss_jax.dialogue.system import System
+    from moss_jax.speech_decoder.codes import read_codes
+
+    items, out = read_codes(args.codes), Path(args.out)
+    if not 0 <= args.seed < 2**32:
+        raise MossError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
+    if args.chunk is not None and not args.stream:
+        raise MossError("--chunk: only a stream has chunks, give --stream too")
+    if len(items) == 1 and out.suffix.lower() not in WRITABLE:
+        raise MossError(f"{out}: expected the name of a .wav or .flac file")
+    if len(items) > 1 and (out.suffix.lower() in WRITABLE or out.exists()):
+        raise MossError(f"{out}: {len(items)} recordings in {args.codes}, expected the name of a new folder")
+    system = System(system_folder(args))
+    decoder = system.speech_decoder
+    voice, notices = system.voice(args.voice)
+
+    def decode(index: int):
+        codes = items[index][1]
+        if args.stream:
+            wave = _stream(decoder.stream(voice, args.seed, chunk=args.chunk), codes, decoder.config.code_rate)
+        else:
+            wave = decoder.decode(codes, voice, args.seed)
+        say(f"{index + 1} of {len(items)}: {len(wave) / decoder.config.sample_rate:.2f} s")
+        return wave, decoder.config.sample_rate
+
+    if len(items) == 1:
+        save_audio(out, *decode(0))
+    else:
+        digits = len(str(len(items)))
+        with atomic_folder(out) as part:
+            for index, (name, _) in enumerate(items):
+                save_audio(part / f"{index + 1:0{digits}}-{name}.wav", *decode(index))
+    for notice in notices:
+        say(f"note: {notice}")
+    return 0
+
+
+def _stream(stream, codes, code_rate: float):
+    import numpy as np
+
+    step = max(int(code_rate), 1)
+    waves = []
+    for start in range(0, len(codes), step):
+        waves.append(stream.push(codes[start : start + step]))
+        say(f"{min(start + step, len(codes)) / code_rate:.1f} of {len(codes) / code_rate:.1f} s")
+    return np.concatenate([*waves, stream.finish()])
