@@ -59,7 +59,7 @@ def delivered(flow, voice, codes, portions=()):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cached_is_the_prefix_run(flow, reference, data):
-    prompt, count = data.draw(st.integers(0, 42)), data.draw(st.integers(1, 36))
+    prompt, count = data.draw(st.integers(0, 27)), data.draw(st.integers(1, 50))
     portions = sorted(data.draw(st.lists(st.integers(0, count), max_size=4)))
     voice, codes = make_voice(TINY, prompt), make_codes(TINY, count)
     expected, ours = reference(codes, voice), delivered(flow, voice, codes, portions)
@@ -91,17 +91,16 @@ def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, refer
 
 def test_growing_changes_nothing(params, reference, monkeypatch):
     monkeypatch.setattr(stream, "FIRST_CODES", 10)
-    voice, codes = make_voice(TINY, 7), make_codes(TINY, 60)
+    voice, codes = make_voice(TINY, 7), make_codes(TINY, 36)
     flow = stream.CachedFlow(params, TINY)
     request = flow.stream(flow.prefill(voice))
     mels, slots = [], []
-    for part in np.split(codes, 6):
+    for part in np.split(codes, 4):
         mels.append(request.push(part))
         slots.append(request.state.cache.slots)
-    assert slots[0] < slots[-1] < 3 * 60 // TINY.chunk, slots
-    np.testing.assert_allclose(
-        np.concatenate([*mels, request.finish()], 1), reference(codes, voice), atol=1e-5, rtol=1e-5
-    )
+    assert slots == [4, 4, 8, 8]
+    mel = np.concatenate(mels, 1)
+    np.testing.assert_allclose(mel, reference(codes, voice)[:, : mel.shape[1]], atol=1e-5, rtol=1e-5)
 
 
 def windowed(params, slots, **options):
@@ -109,38 +108,47 @@ def windowed(params, slots, **options):
 
 
 def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, flow):
-    voice, codes = make_voice(TINY, 13), make_codes(TINY, 120)  # 2 chunks prefilled, 1 that straddles: pinned
+    voice, codes = make_voice(TINY, 13), make_codes(TINY, 75)  # 2 chunks prefilled, 1 that straddles: pinned
     small = windowed(params, 6)
     request, exact = small.stream(small.prefill(voice)), flow.stream(flow.prefill(voice))
     sizes, held, differences = set(), [], []
-    for part in np.split(codes, 24):
+    for part in np.split(codes, 15):
         ours, theirs = request.push(part), exact.push(part)
         differences.append(float(jnp.abs(ours - theirs).max()) if ours.size else 0.0)
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)))
         held.append(np.asarray(request.state.cache.chunks).tolist())
     assert len(sizes) == 1
-    assert small._step._cache_size() == 1
     assert max(differences[:6]) < 1e-5, "exact while everything fits"
     assert differences[12] > 1e-5, "then older context is gone"
     last = int(request.state.chunk) - 1
     assert held[-1][0] == 2 and sorted(held[-1][1:]) == list(range(last - 4, last + 1))
-    mel = request.finish()
-    assert np.isfinite(mel).all() and mel.shape[1] == 4 * (13 + 120 - 5 * int(request.state.chunk))
 
 
 def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
-    voice, codes = make_voice(TINY, 13), make_codes(TINY, 40)
+    voice, codes = make_voice(TINY, 0), make_codes(TINY, 40)
     half = stream.CachedFlow(params, TINY, dtype="bfloat16")
     assert 2 * stream.chunk_bytes(TINY, "bfloat16") == stream.chunk_bytes(TINY)
-    exact, near = delivered(flow, voice, codes), delivered(half, voice, codes)
+    exact, near = flow.stream(flow.prefill(voice)), half.stream(half.prefill(voice))
+    assert near.state.cache.k.dtype == jnp.bfloat16
+    exact, near = exact.push(codes), near.push(codes)
     assert 0 < np.abs(exact - near).max() < 0.1 * np.abs(exact).max()
-    assert half.stream(half.prefill(voice)).state.cache.k.dtype == jnp.bfloat16
 
 
 def test_the_cache_has_the_bytes_that_are_claimed():
     cache = jax.eval_shape(lambda: stream.empty(TINY, 3)).cache
     bytes = sum(leaf.size * leaf.dtype.itemsize for name, leaf in vars(cache).items() if name != "chunks")
     assert bytes == 3 * stream.chunk_bytes(TINY)
+
+
+def test_temporaries_stay_small_beside_the_cache(params):
+    """The cache is read in place and written in place: nothing of its size is copied."""
+    flow = stream.CachedFlow(params, TINY, memory=2**40)
+    state, shared = jax.eval_shape(lambda: (stream.empty(TINY, 60), stream.empty(TINY, 4).cache))
+    compiled = flow._step.lower(params, flow.noise, shared, state, np.zeros((1, 8), np.int32)).compile()
+    cache = 60 * stream.chunk_bytes(TINY)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache, "the state is updated in place"
+    assert memory.temp_size_in_bytes < cache / 4
 
 
 def test_bad_streams_are_refused(params, flow):

@@ -19,7 +19,7 @@ A `FlowState` is a pytree. Its cache is only read inside the Euler steps and lay
 the scans and are written once at the end, into a donated buffer.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -267,6 +267,37 @@ def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_
     )
 
 
+@lru_cache(maxsize=8)
+def _compiled(config: FlowConfig):
+    """The jitted functions of a config: one chunk, a piece of a prompt, the end, the speaker projection."""
+
+    def highest(function):
+        def run(*inputs):
+            with jax.default_matmul_precision("highest"):
+                return function(*inputs)
+
+        return run
+
+    def step(params, noise, shared, state, codes):
+        return extend(params, config, noise, state, codes, codes.shape[1], 1, shared)
+
+    def piece(params, noise, state, codes, count, chunks, prompt_mel):
+        return extend(params, config, noise, state, codes, count, chunks, None, prompt_mel)[1]
+
+    def last(params, noise, shared, state, codes, count):
+        return conclude(params, config, noise, state, codes, count, shared)
+
+    def project(params, embedding):
+        return FlowModel(config).apply({"params": params}, embedding, method="speaker_projection")
+
+    return (
+        jax.jit(highest(step), donate_argnums=3),
+        jax.jit(highest(piece), donate_argnums=2),
+        jax.jit(highest(last)),
+        jax.jit(highest(project)),
+    )
+
+
 class CachedFlow:
     """The compiled functions of one set of parameters, for all voices and requests.
 
@@ -290,29 +321,7 @@ class CachedFlow:
         beyond = (PREFILL_CODES + config.chunk) * config.frames_per_code * 2
         self.noise = jnp.pad(noise(config.noise_frames, config.mel_bins), ((0, 0), (0, beyond), (0, 0)))
 
-        def highest(function):
-            def run(*inputs):
-                with jax.default_matmul_precision("highest"):
-                    return function(*inputs)
-
-            return run
-
-        def step(params, noise, shared, state, codes):
-            return extend(params, config, noise, state, codes, codes.shape[1], 1, shared)
-
-        def piece(params, noise, state, codes, count, chunks, prompt_mel):
-            return extend(params, config, noise, state, codes, count, chunks, None, prompt_mel)[1]
-
-        def last(params, noise, shared, state, codes, count):
-            return conclude(params, config, noise, state, codes, count, shared)
-
-        def project(params, embedding):
-            return FlowModel(config).apply({"params": params}, embedding, method="speaker_projection")
-
-        self._step = jax.jit(highest(step), donate_argnums=3)
-        self._piece = jax.jit(highest(piece), donate_argnums=2)
-        self._last = jax.jit(highest(last))
-        self._project = jax.jit(highest(project))
+        self._step, self._piece, self._last, self._project = _compiled(config)
 
     def prefill(self, voice: Any) -> "Prompt":
         """Computes the part of a voice's prompt that does not depend on what is said.
