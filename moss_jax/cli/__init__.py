@@ -13,9 +13,9 @@ VERBS = {
     "chat": "ask a question, spoken or written, and get an answer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
     "convert": "checkpoints into a system folder, and back",
+    "encode": "turn recordings into codes",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
-    "encode": "turn recordings into codes",
     "parity": "compare components with golden files",
     "voice": "enrol a voice from a recording",
 }
