@@ -14,9 +14,9 @@ VERBS = {
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
     "convert": "checkpoints into a system folder, and back",
     "decode": "turn codes into sound",
+    "encode": "turn recordings into codes",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
-    "encode": "turn recordings into codes",
     "parity": "compare components with golden files",
     "voice": "enrol a voice from a recording",
 }

@@ -11,14 +11,15 @@ sound again.
 
 import json
 import sys
-from pathlib import Path
+
+from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
 
 FILES = 32  # read and encoded at a time
 
 
 def add_arguments(parser):
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a converted system")
+    add_system_arguments(parser)
     parser.add_argument("-o", "--out", metavar="CODES.jsonl", help="the file to write (default: standard output)")
 
 
@@ -27,7 +28,7 @@ def run(args) -> int:
     from moss_jax.checkpoint import atomic_file
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-    speech_tokenizer = SpeechTokenizer.load(Path(args.model) / "speech_tokenizer")
+    speech_tokenizer = SpeechTokenizer.load(system_folder(args) / "speech_tokenizer")
     rate = speech_tokenizer.config.sample_rate
 
     def lines():
@@ -39,7 +40,7 @@ def run(args) -> int:
                 done += len(wave) / rate
                 yield json.dumps({"path": path, "seconds": round(len(wave) / rate, 3), "codes": codes.tolist()}) + "\n"
             count = min(start + FILES, len(args.audio))
-            print(f"{count} of {len(args.audio)} recordings, {done:.1f} s of sound", file=sys.stderr, flush=True)
+            say(f"{count} of {len(args.audio)} recordings, {done:.1f} s of sound")
 
     if args.out is None:
         sys.stdout.write("".join(lines()))

@@ -19,6 +19,7 @@ from moss_jax.speech_tokenizer.encoder import init_params
 def system(tmp_path_factory):
     folder = tmp_path_factory.mktemp("system") / "speech_tokenizer"
     folder.mkdir()
+    (folder.parent / "system.json").write_text('{"format": "moss-jax-1", "default_voice": null}')
     (folder / "config.json").write_text(json.dumps(write_config(TINY)))
     save_tree(folder, jax.jit(lambda: init_params(TINY, jax.random.key(0)))())
     return folder.parent
@@ -49,7 +50,7 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(system, tmp_path, 
     model = str(tmp_path / "nothing") if wrong == "model" else str(system)
     out = tmp_path / "no_such_folder" / "codes.jsonl" if wrong == "out" else tmp_path / "codes.jsonl"
     assert main(["encode", *audio, "--model", model, "-o", str(out)]) == 2
-    message = {"audio": "text.wav: not an audio file", "model": "no such file", "out": "cannot be written"}[wrong]
+    message = {"audio": "text.wav: not an audio file", "model": "no such folder", "out": "cannot be written"}[wrong]
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("moss-jax encode: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "text.wav"]
@@ -66,6 +67,7 @@ def test_a_damaged_folder_is_refused(system, tmp_path, capsys):
     save_audio(tmp_path / "a.wav", noise(1000), 16000)
     folder = tmp_path / "system" / "speech_tokenizer"
     folder.mkdir(parents=True)
+    (folder.parent / "system.json").write_text('{"format": "moss-jax-1", "default_voice": null}')
     (folder / "config.json").write_text(json.dumps(write_config(TINY) | {"d_model": 31}))
     assert main(["encode", str(tmp_path / "a.wav"), "--model", str(tmp_path / "system")]) == 2
     assert "d_model 31 is not a multiple of encoder_attention_heads 2" in capsys.readouterr().err
