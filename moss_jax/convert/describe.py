@@ -14,7 +14,7 @@ from moss_jax.convert.files import need_folder
 from moss_jax.convert.language_model import read_transformer_config, tokenizer_size
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.stream import found_shapes
-from moss_jax.convert.system import SYSTEM, check_system
+from moss_jax.convert.system import check_system
 from moss_jax.convert.table import PLACEHOLDER, Table
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import qwen3 as qwen3_table
@@ -23,6 +23,7 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch
+from moss_jax.dialogue.folder import SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_json
 from moss_jax.speech_decoder.config import RELEASED

@@ -13,7 +13,7 @@ from moss_jax.convert.files import write_json
 from moss_jax.convert.language_model import model_shapes
 from moss_jax.convert.parts import flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
 from moss_jax.convert.stream import Progress, Say
-from moss_jax.convert.system import FORMAT, SYSTEM, export_released
+from moss_jax.convert.system import export_released
 from moss_jax.convert.table import Entry, Table
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speaker as speaker_table
@@ -21,6 +21,7 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
+from moss_jax.dialogue.folder import FORMAT, SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder import config as decoder_config

@@ -12,16 +12,14 @@ from pathlib import Path
 
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.convert.codec import export_codec, import_codec
-from moss_jax.convert.files import need_folder, write_json
+from moss_jax.convert.files import write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model
 from moss_jax.convert.qwen3 import CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
+from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.transformer.config import TransformerConfig
 
-FORMAT = "moss-jax-1"
-SYSTEM = "system.json"
 MODEL_FOLDER, CODEC_FOLDER = "MOSS-Speech", "MOSS-Speech-Codec"  # what an export to the released layouts makes
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -71,12 +69,7 @@ def export_text_path(system: str | Path, out: str | Path, say: Say) -> None:
 
 def check_system(system: str | Path) -> Path:
     """The folder, when it is a system of a format that we read."""
-    system = need_folder(system, "a system folder")
-    if not (system / SYSTEM).is_file():
-        raise MossError(f"{system}: no {SYSTEM}, not a system folder; `moss-jax convert` makes one from a release")
-    if (found := read_json(system / SYSTEM).get("format")) != FORMAT:
-        raise MossError(f"{system / SYSTEM}: format {found!r}, expected {FORMAT!r}")
-    return system
+    return SystemFolder(system).path
 
 
 def resolve(model: str | Path, codec: str | Path | None, cache: Path, say: Say) -> Path:
