@@ -11,7 +11,7 @@ extra packages of `pip install 'moss-jax[convert]'`.
 back bit for bit. What does not fit is listed in full, and nothing is written then.
 """
 
-from moss_jax.cli.system_arguments import say
+from moss_jax.cli.system_arguments import progress
 from moss_jax.errors import MossError
 
 EXPORTS = ("released", "qwen3")
@@ -41,15 +41,17 @@ def run(args) -> int:
         if args.model is None or args.codec or args.from_qwen3:
             raise MossError("--export: give the system as --model, without --codec and --from-qwen3")
         export = system.export_released if args.export == "released" else system.export_text_path
-        export(args.model, args.output, say)
+        export(args.model, args.output, progress)
     elif args.from_qwen3:
         if args.model is not None:
             raise MossError("--from-qwen3: starts a language model of its own; leave --model out")
-        qwen3, codec = system.locate(args.from_qwen3, say), args.codec and system.locate(args.codec, say)
-        system.convert_qwen3(qwen3, args.output, say, args.split, codec, args.audio_branch, args.seed)
+        qwen3, codec = system.locate(args.from_qwen3, progress), args.codec and system.locate(args.codec, progress)
+        system.convert_qwen3(qwen3, args.output, progress, args.split, codec, args.audio_branch, args.seed)
     else:
         if args.model is None or args.codec is None:
             raise MossError("give --model and --codec, or --from-qwen3, or --model and --export; see --help")
-        system.convert_released(system.locate(args.model, say), system.locate(args.codec, say), args.output, say)
+        system.convert_released(
+            system.locate(args.model, progress), system.locate(args.codec, progress), args.output, progress
+        )
     print(args.output)
     return 0

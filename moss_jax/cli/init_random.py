@@ -6,7 +6,7 @@ moss-jax init-random FOLDER --layout released        FOLDER/MOSS-Speech and FOLD
                                                      (needs torch and onnx: pip install 'moss-jax[convert]')
 """
 
-from moss_jax.cli.system_arguments import say
+from moss_jax.cli.system_arguments import progress
 
 
 def add_arguments(parser):
@@ -19,6 +19,6 @@ def add_arguments(parser):
 def run(args) -> int:
     from moss_jax.convert.random_system import init_random
 
-    init_random(args.folder, args.size, args.layout, args.seed, say)
+    init_random(args.folder, args.size, args.layout, args.seed, progress)
     print(args.folder)
     return 0

@@ -24,7 +24,7 @@ def system_folder(args) -> Path:
     """The system folder that the arguments mean; converts a released pair on first use."""
     from moss_jax.convert.system import resolve
 
-    return resolve(args.model, args.codec, cache_folder(), say)
+    return resolve(args.model, args.codec, cache_folder(), progress)
 
 
 def cache_folder() -> Path:
@@ -32,5 +32,12 @@ def cache_folder() -> Path:
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr; stdout is for results."""
+    """Everything that is no result goes to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def progress(line: str) -> None:
+    """How far long work is: for a person who watches. Notes are for everybody, so that an error stays the first line
+    of what a program reads on stderr."""
+    if line.startswith("note:") or sys.stderr.isatty():
+        say(line)

@@ -73,7 +73,6 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
             missing = []
         if missing:
             raise MossError(f"{folder}: not a whole released codec, missing: {', '.join(missing)}")
-    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     carried, unused = system / "carried", system / "carried" / "unused"
     tokenizer = tokenizer_table.config_from_released(read_json(folder / "config.json"), str(folder / "config.json"))
     target = system / "speech_tokenizer"
@@ -118,6 +117,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
         code_rate=tokenizer.code_rate,
     )  # fmt: skip
     write_json(target / "config.json", write_config(decoder))
+    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     if not chunks:
         say(f"note: {folder / 'flow'} has no flow-chunk-*.pt: streams will use the offline flow")
     used = [f"flow/{file}" for file in (*files.values(), "hift.pt")]

@@ -49,7 +49,6 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
             names that are unmapped, missing or misshapen.
     """
     folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
-    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     config, reader = language_config(folder), open_tensors(folder)
     config = replace(config, **compute_dtypes(reader))
     target = system / "transformer"
@@ -58,6 +57,7 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
     write_json(target / "config.json", write_config(config))
     copy_text_tokenizer(folder, system)
     carry_files(folder, system / "carried" / "model", reader.files())
+    tell_unknown(folder / "config.json", KNOWN_KEYS, say)  # last: before an error it would be in the way
     return config
 
 
