@@ -150,7 +150,7 @@ RATES = [(44100, 16000), (48000, 16000), (24000, 16000), (44100, 24000), (16000,
 
 
 @pytest.mark.parametrize("rates", RATES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(length=st.integers(0, 1500))
 def test_resample_is_the_published_formula(rates, length):
     wave = np.random.default_rng(length).normal(0, 0.3, length).astype(np.float32)

@@ -48,7 +48,7 @@ def cut(x, sizes):
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     frames=st.sampled_from([1, 7, 8, 13, 100, 121, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 49]),
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=5),
@@ -85,7 +85,7 @@ def voice(samples, seed=0):
     )  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     samples=st.sampled_from([1, 150, 1279, 1280, 19200, 19201, 19300, 47003]),
     sizes=st.lists(st.integers(1, 20000), min_size=1, max_size=4),
