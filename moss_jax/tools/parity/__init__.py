@@ -69,6 +69,9 @@ def check_golden(golden: Golden) -> Iterator[Check]:
     except (Mismatch, MossError) as error:
         yield Check("-", False, note=str(error))
         return
+    except Exception as error:  # whatever a file brings, it fails alone and the next ones are still compared
+        yield Check("-", False, note=f"{golden.component} failed: {type(error).__name__}: {error}".partition("\n")[0])
+        return
     for name, tolerance in golden.final.items():
         yield _compare(name, golden, results, tolerance)
 
