@@ -14,7 +14,8 @@ from moss_jax.nn.rope import apply_rope, rope_angles
 
 
 def heads(seed, batch, length, heads, size, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), (batch, length, heads, size), dtype)
+    x = np.random.default_rng(seed).standard_normal((batch, length, heads, size), np.float32)
+    return jnp.asarray(x.astype(dtype))
 
 
 def definition(q, k, v, mask):
