@@ -46,12 +46,12 @@ class CachedStream:
             MossError: the stream is finished, codes out of range, or more than the flow's noise reaches.
         """
         self._check_open()
-        return self._vocode(np.asarray(self._flow.push(np.asarray(codes))[0]), False)
+        return self._vocode(self._flow.push(np.asarray(codes))[0], False)
 
     def finish(self) -> np.ndarray:
         """The rest of the speech, continued to the end. Raises MossError when there were no codes, or when repeated."""
         self._check_open()
-        mel = np.asarray(self._flow.finish()[0])
+        mel = self._flow.finish()[0]
         self._finished = True
         return self._vocode(mel, True)
 

@@ -15,8 +15,7 @@ from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import RELEASED, TINY, SpeechDecoderConfig
-from moss_jax.speech_decoder.decoder import SpeechDecoder, vocode
-from moss_jax.speech_decoder.flow import sampler
+from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.tools.parity import check_golden, read_golden
@@ -73,21 +72,11 @@ def test_offline_decode(decoder, compilations):
     assert not compilations
 
 
-def test_the_bucket_changes_nothing(decoder):
-    mel = np.random.default_rng(0).normal(-2, 1, (33, TINY.vocoder.mel_bins)).astype(np.float32)
-    run = jax.jit(lambda params, *xs: reference_stream.HiFT(decoder.vocoder_config).apply({"params": params}, *xs)[0])
-    noise = np.asarray(reference_stream.sine_noise(TINY.vocoder, jax.random.key(1), 0, 33))
-    exact = run(decoder.vocoder_params, mel[None], noise[None])[0]
-    ours = vocode(decoder.vocoder_params, decoder.vocoder_config, mel, 1)
-    assert sampler.bucket(33, 1000) > 33
-    np.testing.assert_allclose(ours, exact, atol=2e-5)
-
-
 def test_one_code_without_a_voice(decoder):
     assert decoder.decode(CODES[:1], ZERO).shape == (1920,)
 
 
-@pytest.mark.parametrize("prompt, codes", [(7, 23), (0, 13), (3, 1)])
+@pytest.mark.parametrize("prompt, codes", [(7, 13), (3, 1)])
 def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
     stream = decoder.stream(voice(prompt), mode="reference")
     waves = [stream.push(part) for part in np.array_split(CODES[:codes], 3)] + [stream.finish()]
@@ -97,7 +86,7 @@ def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
         assert np.isfinite(waves[-1]).all() and noise.shape == (1920, 9)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([0, 7, 10]), st.integers(1, 21), st.lists(st.integers(0, 9), max_size=6))
 @example(7, 1, [])
 @example(10, 13, [1] * 13)

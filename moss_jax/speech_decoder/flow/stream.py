@@ -378,7 +378,7 @@ class FlowStream:
         own = empty(config, slots, flow.dtype)
         self.state = begin(prompt.state, own, jnp.asarray(prompt.codes.size, jnp.int32), config.chunk)
 
-    def push(self, codes: np.ndarray) -> jax.Array:
+    def push(self, codes: np.ndarray) -> np.ndarray:
         """Codes int [n] -> mel float32 [1, 4m, M] of the frames that they complete; m >= 0.
 
         Raises:
@@ -397,9 +397,9 @@ class FlowStream:
             mel, self.state = flow._step(flow.params, flow.noise, self.prompt.state.cache, self.state, ids)
             self._chunks += 1
             mels.append(self._speech(mel, config.chunk))
-        return jnp.concatenate(mels, 1) if mels else jnp.zeros((1, 0, config.mel_bins))
+        return np.concatenate([np.zeros((1, 0, config.mel_bins), np.float32), *mels], 1)
 
-    def finish(self) -> jax.Array:
+    def finish(self) -> np.ndarray:
         """The mel of the codes that still waited for what follows them. The stream is over then.
 
         Raises:
@@ -412,12 +412,12 @@ class FlowStream:
         mel = flow._last(flow.params, flow.noise, self.prompt.state.cache, self.state, ids, count)
         return self._speech(mel, int(count))
 
-    def _speech(self, mel: jax.Array, codes: int) -> jax.Array:
+    def _speech(self, mel: jax.Array, codes: int) -> np.ndarray:
         """Cuts the prompt's part and the padding off the mel of the next `codes` codes, which wait no longer."""
         frames, prompt = self.flow.config.frames_per_code, min(self._prompt_waiting, codes)
         self._waiting = self._waiting[codes:]
         self._prompt_waiting -= prompt
-        return mel[:, prompt * frames : codes * frames]
+        return np.asarray(mel)[:, prompt * frames : codes * frames]  # on the host: a slice there compiles nothing
 
 
 def grown(state: FlowState, slots: int) -> FlowState:
