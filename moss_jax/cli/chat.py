@@ -12,6 +12,7 @@ spoken ones lie in ANSWERS/ID.wav. Everything that is not the answer goes to std
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -150,6 +151,8 @@ def _check_out(args) -> None:
         raise MossError(f"{out}: there is no folder {out.parent}, expected a place that exists")
     if out.is_dir():
         raise MossError(f"{out}: is a folder, expected a file name")
+    if not os.access(out.parent, os.W_OK):
+        raise MossError(f"{out}: the folder {out.parent} is not writable, expected a place that is")
 
 
 def _write_text(text: str, out: str | None) -> None:
