@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_system_arguments, progress, say, system_folder
 from moss_jax.errors import MossError
 
 
@@ -72,14 +72,13 @@ def run(args) -> int:
     if args.stream:
         return _stream(system, turns, args)
     reply = system.reply(turns, progress=_progress, **_options(args))
-    _tell(reply.notices)
     if args.reply == "text":
         _write_text(reply.text, args.out)
     elif args.out == "-":
         _write_samples(reply.wave)
     else:
-        reply.save(args.out)
-        _summary(reply, args.out)
+        _save(reply, args.out)
+    _tell(reply.notices)
     return 0
 
 
@@ -91,16 +90,15 @@ def _stream(system, turns, args) -> int:
         elif args.out == "-":
             _write_samples(piece.wave)
         elif piece.wave.size:
-            say(f"{piece.wave.size / stream.sample_rate:.2f} s of speech")
+            progress(f"{piece.wave.size / stream.sample_rate:.2f} s of speech")
     reply = stream.reply
-    _tell(reply.notices)
     if args.reply == "text" and args.out in (None, "-"):
         print()
     elif args.reply == "text":
         _write_text(reply.text, args.out)
     elif args.out != "-":
-        reply.save(args.out)
-        _summary(reply, args.out)
+        _save(reply, args.out)
+    _tell(reply.notices)
     return 0
 
 
@@ -120,7 +118,7 @@ def _batch(system, questions, args) -> int:
             reply.save(answer["audio"])
         print(json.dumps({**answer, "complete": reply.complete, "notices": reply.notices}, ensure_ascii=False))
         sys.stdout.flush()
-        say(f"{number} of {len(questions)} replies")
+        progress(f"{number} of {len(questions)} replies")
     return 0
 
 
@@ -171,7 +169,8 @@ def _write_samples(wave) -> None:
     sys.stdout.buffer.flush()
 
 
-def _summary(reply, out: str) -> None:
+def _save(reply, out: str) -> None:
+    reply.save(out)
     if reply.text:
         print(reply.text)
     say(f"{out}: {reply.wave.size / reply.sample_rate:.2f} s, {len(reply.codes)} codes")
