@@ -12,10 +12,11 @@ spoken ones lie in ANSWERS/ID.wav. Everything that is not the answer goes to std
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_system_arguments, progress, say, system_folder
 from moss_jax.errors import MossError
 
 
@@ -71,14 +72,13 @@ def run(args) -> int:
     if args.stream:
         return _stream(system, turns, args)
     reply = system.reply(turns, progress=_progress, **_options(args))
-    _tell(reply.notices)
     if args.reply == "text":
         _write_text(reply.text, args.out)
     elif args.out == "-":
         _write_samples(reply.wave)
     else:
-        reply.save(args.out)
-        _summary(reply, args.out)
+        _save(reply, args.out)
+    _tell(reply.notices)
     return 0
 
 
@@ -90,16 +90,15 @@ def _stream(system, turns, args) -> int:
         elif args.out == "-":
             _write_samples(piece.wave)
         elif piece.wave.size:
-            say(f"{piece.wave.size / stream.sample_rate:.2f} s of speech")
+            progress(f"{piece.wave.size / stream.sample_rate:.2f} s of speech")
     reply = stream.reply
-    _tell(reply.notices)
     if args.reply == "text" and args.out in (None, "-"):
         print()
     elif args.reply == "text":
         _write_text(reply.text, args.out)
     elif args.out != "-":
-        reply.save(args.out)
-        _summary(reply, args.out)
+        _save(reply, args.out)
+    _tell(reply.notices)
     return 0
 
 
@@ -119,7 +118,7 @@ def _batch(system, questions, args) -> int:
             reply.save(answer["audio"])
         print(json.dumps({**answer, "complete": reply.complete, "notices": reply.notices}, ensure_ascii=False))
         sys.stdout.flush()
-        say(f"{number} of {len(questions)} replies")
+        progress(f"{number} of {len(questions)} replies")
     return 0
 
 
@@ -150,6 +149,8 @@ def _check_out(args) -> None:
         raise MossError(f"{out}: there is no folder {out.parent}, expected a place that exists")
     if out.is_dir():
         raise MossError(f"{out}: is a folder, expected a file name")
+    if not os.access(out.parent, os.W_OK):
+        raise MossError(f"{out}: the folder {out.parent} is not writable, expected a place that is")
 
 
 def _write_text(text: str, out: str | None) -> None:
@@ -168,7 +169,8 @@ def _write_samples(wave) -> None:
     sys.stdout.buffer.flush()
 
 
-def _summary(reply, out: str) -> None:
+def _save(reply, out: str) -> None:
+    reply.save(out)
     if reply.text:
         print(reply.text)
     say(f"{out}: {reply.wave.size / reply.sample_rate:.2f} s, {len(reply.codes)} codes")

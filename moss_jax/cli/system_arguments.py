@@ -21,9 +21,15 @@ def add_system_arguments(parser) -> None:
 
 
 def system_folder(args) -> Path:
-    """The system folder that the arguments mean; converts a released pair on first use."""
+    """The system folder that the arguments mean; converts a released pair on first use.
+
+    What is compiled is kept beside the conversions, so that the next run starts sooner.
+    """
+    import jax
+
     from moss_jax.convert.system import resolve
 
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     return resolve(args.model, args.codec, cache_folder(), progress)
 
 

@@ -22,7 +22,7 @@ from flax import struct
 from moss_jax.dialogue import sampling
 from moss_jax.dialogue.grid import positions_of
 from moss_jax.dialogue.sampling import ChannelSettings
-from moss_jax.dialogue.state_machine import AUDIO, RUNNING, TEXT, initial_mode, next_mode, stop_reason
+from moss_jax.dialogue.state_machine import AUDIO, RUNNING, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
 from moss_jax.transformer import KVCache, LayerSplitModel, TransformerConfig, init_cache
 
 BRANCHES = {"text": TEXT, "audio": AUDIO}
@@ -147,7 +147,7 @@ def prefill(
     columns = jnp.where(jnp.arange(width) < count, columns, capacity)  # the others fall off the end
     valid = valid & (jnp.arange(width) < count)
     text, audio = rows[..., 0], rows[..., 1]
-    spoken = text == config.modality_pad_id
+    spoken = embeds_audio(text, config)
     counts = (valid, valid) if compat else (valid & ~spoken, valid & spoken)
     seen = {
         name: state.seen[name] | sampling.seen_ids(ids, count, state.seen[name].shape[1])
@@ -167,7 +167,17 @@ def prefill(
         stop=jnp.full(batch, RUNNING, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    return _pass_shared(LayerSplitModel(config), params, state, state.filled - 1, min(chunk, capacity))
+    chunk, last = min(chunk, capacity), state.filled - 1
+    run = functools.partial(_run_columns, LayerSplitModel(config), params, state, positions_of(state.valid), "shared")
+
+    def pass_chunk(carry):
+        done, cache, hidden = carry
+        start, y, cache = run(done, cache, chunk)
+        return jnp.minimum(start + chunk, last), cache, jax.lax.dynamic_update_slice_in_dim(hidden, y, start, 1)
+
+    carry = state.done["shared"], state.caches["shared"], state.hidden
+    done, cache, hidden = jax.lax.while_loop(lambda carry: carry[0] < last, pass_chunk, carry)
+    return state.replace(hidden=hidden, caches=state.caches | {"shared": cache}, done=state.done | {"shared": done})
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
@@ -201,7 +211,13 @@ def _step(model, params, state: GenerationState, settings: GenerationSettings, c
     config, compat = model.config, settings.compat
     last = jax.lax.dynamic_index_in_dim(state.grid, state.filled - 1, 1, keepdims=False)
     mode = next_mode(state.mode, last[:, 0], last[:, 1], config, compat)
-    state = _pass_shared(model, params, state, state.filled, 1)
+    run = functools.partial(_run_columns, model, params, state, positions_of(state.valid))
+    _, hidden, cache = run("shared", state.filled - 1, state.caches["shared"], 1)
+    state = state.replace(
+        hidden=jax.lax.dynamic_update_slice_in_dim(state.hidden, hidden, state.filled - 1, 1),
+        caches=state.caches | {"shared": cache},
+        done=state.done | {"shared": state.filled},
+    )
     step = state.step + 1
     forbidden = {
         "text": False if compat else sampling.forbid_text(settings.text_size, config),
@@ -210,18 +226,15 @@ def _step(model, params, state: GenerationState, settings: GenerationSettings, c
     drawn, logits, done, caches = {}, {}, dict(state.done), dict(state.caches)
     for branch, channel in BRANCHES.items():
         channel_settings = getattr(settings, branch)
-        asked = jnp.array(True) if compat else (state.running & (mode == channel)).any()
-        y, done[branch], caches[branch] = _pass_branch(model, params, state, branch, asked, chunk)
 
-        def draw(y=y, branch=branch, channel=channel, settings=channel_settings):
+        def draw(y, branch=branch, channel=channel, settings=channel_settings):
             logits = model.apply({"params": params}, branch, y, method="logits")[:, 0]
             scores = sampling.penalise(logits, state.seen[branch], forbidden[branch], settings.repetition_penalty)
             return logits, sampling.draw(scores, sampling.draw_keys(state.keys, step, channel), settings)
 
-        def skip(branch=branch):
-            return jnp.zeros_like(state.logits[branch]), jnp.zeros_like(mode)
-
-        logits[branch], drawn[branch] = draw() if compat else jax.lax.cond(asked, draw, skip)
+        asked = jnp.array(True) if compat else (state.running & (mode == channel)).any()
+        drawing = _pass_branch(model, params, state, branch, asked, chunk, draw)
+        done[branch], caches[branch], logits[branch], drawn[branch] = drawing
 
     speaking, running = mode == AUDIO, state.running
     text = jnp.where(speaking, config.modality_pad_id, drawn["text"])
@@ -253,50 +266,41 @@ def _step(model, params, state: GenerationState, settings: GenerationSettings, c
     )
 
 
-def _pass_shared(model, params, state: GenerationState, to: jax.Array, width: int) -> GenerationState:
-    """Runs the columns up to `to` (exclusive) that the shared block has not seen, `width` at a time."""
-    positions = positions_of(state.valid)
+def _pass_branch(model, params, state: GenerationState, branch: str, asked: jax.Array, chunk: int, draw):
+    """If `asked`, runs all columns that the branch has not seen, in chunks those before the last one, and draws.
 
-    def body(carry):
-        done, cache, hidden = carry
-        # A slice must not run over the end. Starting earlier repeats columns, which changes nothing.
-        start = jnp.minimum(done, state.capacity - width)
-        x = model.apply({"params": params}, _columns(state.grid, start, width), method="embed")
-        y, cache = _block(model, params, "shared", x, _columns(positions, start, width), cache, start, state.valid)
-        return jnp.minimum(start + width, to), cache, jax.lax.dynamic_update_slice_in_dim(hidden, y, start, 1)
-
-    carry = state.done["shared"], state.caches["shared"], state.hidden
-    done, cache, hidden = jax.lax.while_loop(lambda carry: carry[0] < to, body, carry)
-    return state.replace(
-        hidden=hidden, caches=state.caches | {"shared": cache}, done=state.done | {"shared": done.astype(jnp.int32)}
-    )
-
-
-def _pass_branch(model, params, state: GenerationState, branch: str, asked: jax.Array, chunk: int):
-    """If `asked`, runs all columns that the branch has not seen: in chunks those before the last one, then that one.
-
-    Loops rather than conditionals, because their buffers stay in place. Returns (y [B, 1, D] of the last column, done,
-    cache).
+    Loops rather than conditionals, because their buffers stay in place. Returns (done, cache, logits, ids).
     """
-    positions, last = positions_of(state.valid), state.filled - 1
+    last = state.filled - 1
+    run = functools.partial(_run_columns, model, params, state, positions_of(state.valid), branch)
 
-    def body(width, carry):
-        done, cache, _ = carry
-        start = jnp.minimum(done, state.capacity - width)
+    def catch_up(carry):
+        start, _, cache = run(*carry, chunk)
+        return jnp.minimum(start + chunk, last), cache
+
+    def answer(carry):
+        _, y, cache = run(*carry[:2], 1)
+        return last + 1, cache, *draw(y)
+
+    done, cache = state.done[branch], state.caches[branch]
+    done, cache = jax.lax.while_loop(lambda carry: asked & (carry[0] < last), catch_up, (done, cache))
+    silent = jnp.zeros_like(state.logits[branch]), jnp.zeros_like(state.lengths)
+    return jax.lax.while_loop(lambda carry: asked & (carry[0] <= last), answer, (done, cache, *silent))
+
+
+def _run_columns(model, params, state: GenerationState, positions, name: str, done, cache: KVCache, width: int):
+    """Runs `width` columns from `done` on through a block. Returns (first column, y [B, width, D], cache)."""
+    # A slice must not run over the end. Starting earlier repeats columns, which changes nothing.
+    start = jnp.minimum(done, state.capacity - width)
+    if name == "shared":
+        x = model.apply({"params": params}, _columns(state.grid, start, width), method="embed")
+    else:
         x = _columns(state.hidden, start, width)
-        y, cache = _block(model, params, branch, x, _columns(positions, start, width), cache, start, state.valid)
-        return jnp.minimum(start + width, last if width > 1 else last + 1), cache, y[:, -1:]
-
-    carry = state.done[branch], state.caches[branch], jnp.zeros_like(state.hidden[:, :1])
-    carry = jax.lax.while_loop(lambda carry: asked & (carry[0] < last), functools.partial(body, chunk), carry)
-    done, cache, y = jax.lax.while_loop(lambda carry: asked & (carry[0] <= last), functools.partial(body, 1), carry)
-    return y, done, cache
-
-
-def _block(model, params, name, x, positions, cache, start, valid):
-    return model.apply(
-        {"params": params}, name, x, positions, cache=cache, index=start, valid=valid, method="block"
+    y, cache = model.apply(
+        {"params": params}, name, x, _columns(positions, start, width), cache=cache, index=start, valid=state.valid,
+        method="block",
     )  # fmt: skip
+    return start, y, cache
 
 
 def _columns(x: jax.Array, start: jax.Array, width: int) -> jax.Array:

@@ -13,7 +13,7 @@ RUNNING, IM_END, ENDOFTEXT = 0, 1, 2  # stop reasons; a reply that is cut by its
 
 def initial_mode(text, audio, config, compat: bool = False):
     """The mode that the last prompt row (text, audio) leaves behind, before `next_mode` is applied to that row."""
-    spoken = text == config.modality_pad_id
+    spoken = embeds_audio(text, config)
     if compat:
         spoken &= audio != config.audio_pad_id
     return jnp.where(spoken, AUDIO, TEXT)

@@ -2,12 +2,13 @@
 
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.transformer import TINY, LayerSplitModel
 
 
@@ -46,12 +47,12 @@ def params():
 
 def random_params():
     """Random weights of TINY whose heads favour the ids that open speech, end speech and end a reply."""
-    init = jax.jit(LayerSplitModel(TINY).init)
-    grid = jnp.zeros((1, 1, 2), jnp.int32)
-    params = nn.unbox(init(jax.random.key(1), grid, grid[..., 0]))["params"]
-    scale = {"text": jnp.full(320, 30.0), "audio": jnp.full(96, 30.0)}
-    scale["text"] = scale["text"].at[jnp.array([TINY.sosp_id, TINY.im_end_id, TINY.modality_pad_id])].multiply(1.5)
-    scale["audio"] = scale["audio"].at[TINY.eosp_id].multiply(2)
-    for branch, factors in scale.items():
-        params[branch]["head"]["kernel"] = params[branch]["head"]["kernel"] * factors
-    return params
+    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    rng, params = np.random.default_rng(1), {}
+    for path, leaf in param_shapes(LayerSplitModel(TINY), *grid).items():
+        size = {"scale": 0.0, "embedding": 0.02}.get(path.rpartition("/")[2], 0.1)
+        params[path] = rng.normal(path.endswith("scale"), size, leaf.shape).astype(np.float32)
+    for branch, ids in {"text": [TINY.sosp_id, TINY.im_end_id, TINY.modality_pad_id], "audio": [TINY.eosp_id]}.items():
+        params[f"{branch}/head/kernel"] *= 6
+        params[f"{branch}/head/kernel"][:, ids] *= 1.5 if branch == "text" else 2
+    return unflatten(jax.tree.map(jnp.asarray, params))

@@ -197,13 +197,14 @@ def run(capfd, *arguments):
     return code, out, err
 
 
-def test_the_verbs(folder, recording_file, tmp_path, capfd):
+def test_the_verbs(folder, recording_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MOSS_JAX_CACHE", str(tmp_path / "cache"))
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
     model = ("--model", mine, "--max-new-tokens", 14, "--min-new-tokens", 14)
     code, out, err = run(capfd, "chat", "--text", "Hi", *model, "--stream", "-o", tmp_path / "b.flac")
     assert code == 0 and soundfile.info(tmp_path / "b.flac").frames == 14 * 1920
-    assert err.count("s of speech") >= 2 and "zero voice" in err
+    assert "1.12 s, 14 codes" in err and "zero voice" in err
     code, out, err = run(capfd, "voice", recording_file, "--model", mine, "--name", "anna", "--default")
     assert code == 0 and "anna.safetensors: 13 codes" in err
     assert json.loads((mine / "system.json").read_text())["default_voice"] == "anna"
@@ -218,7 +219,6 @@ def test_the_verbs(folder, recording_file, tmp_path, capfd):
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [answer["id"] for answer in answers] == ["x", "00002"]
     assert all(soundfile.info(answer["audio"]).frames == 14 * 1920 for answer in answers)
-    assert "2 of 2 replies" in err
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,7 @@ def test_the_verbs(folder, recording_file, tmp_path, capfd):
 )
 def test_bad_input_to_the_verbs(folder, tmp_path, monkeypatch, capfd, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOSS_JAX_CACHE", str(folder.parent / "cache"))
     (tmp_path / "text.wav").write_text("this is no sound, only words about it")
     code, out, err = run(capfd, *arguments, "--model", folder)
     assert code == 2 and out == ""

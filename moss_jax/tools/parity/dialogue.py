@@ -88,7 +88,7 @@ def generate(golden: Golden) -> dict:
     params = split_params(golden, config)
     cases = _listed(golden, "cases")
     longest = max(value.shape[-2] for name, value in golden.inputs.items() if name.endswith("grid"))
-    capacity = longest + max(case["max_new_tokens"] for case in cases)
+    capacity = -(-(longest + max(case["max_new_tokens"] for case in cases)) // 64) * 64
     for case in cases:
         name = case["name"]
         if case.get("do_sample", False):
