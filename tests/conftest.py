@@ -1,9 +1,14 @@
 """Where the larger references are, for the tests that use them when they are present."""
 
+import os
 from pathlib import Path
 
-import jax
-import pytest
+# Most of the time goes into compiling tiny models: half of it is saved by not optimising them.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+import jax  # noqa: E402, after the flags
+import pytest  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
