@@ -15,6 +15,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Keeps what the verbs convert and compile out of the home directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSS_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Path of a golden file, such as golden("lm/split_forward"); the test is skipped where there is none."""

@@ -75,7 +75,8 @@ def _read_sndfile(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _reason(error) -> str:
-    return str(error.error_string).removeprefix("Error :").strip().rstrip(".").lower()
+    reason = str(error.error_string).removeprefix("Error :").strip().rstrip(".").lower()
+    return "format not recognised" if "regular file" in reason else reason  # said of an .mp3 without a frame
 
 
 def _absent_bytes(path: Path) -> int:

@@ -22,10 +22,17 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 a check failed, 2 bad input (one line on stderr says what)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moss-jax", description="MOSS-Speech in JAX: speech in, speech out.",
         epilog="`moss-jax VERB --help` explains a verb.",
     )  # fmt: skip

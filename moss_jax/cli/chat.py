@@ -131,6 +131,8 @@ def _check_out(args) -> None:
     """Before anything is loaded: a place where the reply can go."""
     if args.reply not in ("speech", "text"):
         raise MossError(f"--reply {args.reply}: expected speech or text")
+    if not 0 <= args.seed < 2**32:
+        raise MossError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
     if args.batch_size < 1:
         raise MossError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.out is None:

@@ -29,6 +29,7 @@ def run(args) -> int:
     from moss_jax.checkpoint import atomic_folder
     from moss_jax.dialogue.system import System
     from moss_jax.speech_decoder.codes import read_codes
+    from moss_jax.speech_decoder.flow.sampler import check_codes
 
     items, out = read_codes(args.codes), Path(args.out)
     if not 0 <= args.seed < 2**32:
@@ -42,6 +43,11 @@ def run(args) -> int:
     system = System(system_folder(args))
     decoder = system.speech_decoder
     voice, notices = system.voice(args.voice)
+    for name, codes in items:
+        try:
+            check_codes(decoder.config.flow, codes, len(voice.codes))
+        except MossError as error:
+            raise MossError(f"{args.codes}, {name}: {error}") from error
 
     def decode(index: int):
         codes = items[index][1]

@@ -7,6 +7,8 @@ The file is for `moss-jax chat --voice VOICE.safetensors`. --name stores the voi
 with --default the system speaks so from now on. Enrol only people who agree to it.
 """
 
+from pathlib import Path
+
 from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
 from moss_jax.errors import MossError
 
@@ -24,6 +26,8 @@ def run(args) -> int:
         raise MossError("where to: expected -o VOICE.safetensors, or --name NAME to store it in the system")
     if args.default and args.name is None:
         raise MossError("--default: only a stored voice can be the default, give --name too")
+    if args.out is not None and not Path(args.out).parent.is_dir():
+        raise MossError(f"{args.out}: there is no folder {Path(args.out).parent}, expected a place that exists")
     from moss_jax.dialogue.system import System
     from moss_jax.dialogue.voice import save_voice
 

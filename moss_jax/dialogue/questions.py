@@ -41,7 +41,9 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Question
             continue
         try:
             question = _question(json.loads(line), number, path.parent, system)
-        except ValueError as error:  # JSON's own, and MossError
+        except json.JSONDecodeError as error:
+            raise MossError(f"{path} line {number}: not JSON ({error}), expected an object") from error
+        except MossError as error:
             raise MossError(f"{path} line {number}: {error}") from error
         if question.name in questions:
             raise MossError(f"{path} line {number}: the id {question.name!r} is there twice")

@@ -55,6 +55,10 @@ class TextTokenizer:
             found, expected = self._with_specials.token_to_id(string), getattr(config, field)
             if found != expected:
                 raise MossError(f"{where}: {string} has id {found}, but the model's config says {field} = {expected}")
+            if self.encode_template(string) != [expected]:
+                raise MossError(
+                    f"{where}: {string} is not among the added tokens, expected it there with id {expected}"
+                )
         if self.size > config.text_vocab_size:
             raise MossError(f"{where}: ids reach {self.size - 1}, but text_vocab_size is {config.text_vocab_size}")
 

@@ -26,7 +26,8 @@ def read_config(cls: type[T], data: Mapping[str, Any], where: str | Path) -> T:
     problems: list[str] = []
     fields = _fields(cls, data, "", problems)
     if problems:
-        raise MossError("\n  ".join([f"{where}: not a {cls.__name__}", *problems]))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise MossError("\n  ".join([f"{where}: not a {cls.__name__}, {problems[0]}{more}", *problems[1:]]))
     try:
         config = _build(cls, fields)
     except ValueError as error:

@@ -60,8 +60,9 @@ class SpeechDecoder:
         """
         config = self.config
         check_voice(config, voice)
-        mel = sampler.decode(self._part(flow_stem()), config.flow, codes, voice)
-        return vocode(self.vocoder_params, self.vocoder_config, np.asarray(mel[0]), seed)
+        flow, vocoder = self._part(flow_stem()), self.vocoder_params
+        mel = sampler.decode(flow, config.flow, codes, voice)
+        return vocode(vocoder, self.vocoder_config, np.asarray(mel[0]), seed)
 
     def stream(
         self, voice: Voice, seed: int = 0, mode: str = "cached", chunk: int | None = None
@@ -101,7 +102,8 @@ class SpeechDecoder:
 
     def _part(self, name: str) -> Any:
         if name not in self._params:
-            raise MossError(f"speech decoder: there are no weights {name!r}, only: {', '.join(sorted(self._params))}")
+            there = ", ".join(f"{part}.safetensors" for part in sorted(self._params)) or "none"
+            raise MossError(f"speech decoder: {name}.safetensors is missing, there are: {there}")
         return self._params[name]
 
     @cached_property

@@ -59,6 +59,8 @@ class Request:
         for name in ("data", "fsdp", "batch", "context"):
             if getattr(self, name) < 1:
                 raise MossError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", self.topology):
+            raise MossError(f"unknown topology {self.topology!r}, expected one such as v5e:2x4, v6e:4x4 or v5p:2x2x1")
         if importlib.util.find_spec("libtpu") is None:
             raise MossError("libtpu is not installed, expected it for compiling without a TPU: pip install libtpu")
 

@@ -103,8 +103,7 @@ def flow_params():
     return unflatten(table.to_ours(draw_weights(table.shapes(tree), 12), tree, "weights"))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("finalize", [False, True])
+@pytest.mark.parametrize(("streaming", "finalize"), [(False, True), (True, False)])
 def test_flow(stored, flow_params, streaming, finalize):
     codes, prompt, mel, embedding = flow_inputs()
     ours = sampler.decode(

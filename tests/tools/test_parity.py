@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,3 +105,38 @@ def test_a_config_that_does_not_describe_a_model_is_a_miss(echo, monkeypatch, tm
     assert main(["parity", write(tmp_path / "a.safetensors")]) == 1
     expected = {"missing": "MISS config has no 'size'", "contradicting": "MISS size is 3, expected an even number"}
     assert expected[problem] in capsys.readouterr().out
+
+
+def test_a_component_that_breaks_fails_its_own_file_only(echo, monkeypatch, tmp_path, capsys):
+    def run(golden):
+        raise ValueError("shapes (2,) and (3,) do not fit")
+
+    monkeypatch.setitem(sys.modules["moss_jax.tools.parity.echo"].COMPONENTS, "test.echo", run)
+    files = [write(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    assert main(["parity", *files]) == 1
+    out = capsys.readouterr().out
+    assert out.count("test.echo failed: ValueError: shapes (2,) and") == 2 and "2 outputs compared, 2 missed" in out
+
+
+GOLDENS = [
+    f"codec/{name}" for name in (
+        "campplus", "cfm_estimator", "cfm_rand_noise", "encode_segments", "flow_inference", "hift", "kaldi_fbank",
+        "prompt_mel_24k", "resample", "token2wav_offline", "token2wav_streaming", "upsample_encoder", "vq_encoder",
+        "whisper_logmel",
+    )
+] + [
+    f"lm/{name}" for name in (
+        "fsm_table", "generate", "generate_quirks", "grids", "qwen3_forward", "sampler", "split_forward",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_weights_that_do_not_belong_or_are_not_there_fail(golden, name):
+    file = parity.read_golden(golden(name))
+    damaged = [file.weights | {"extra.weight": np.zeros(3, np.float32)}]
+    if file.weights:
+        damaged.append(dict(sorted(file.weights.items())[1:]))
+    for weights in damaged:
+        (check,) = parity.check_golden(replace(file, weights=weights))
+        assert not check.passed and "failed" not in check.note

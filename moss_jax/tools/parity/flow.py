@@ -124,6 +124,8 @@ def estimator(golden: Golden) -> dict[str, Any]:
 
 
 def flow_noise(golden: Golden) -> dict[str, Any]:
+    if golden.weights:
+        raise Mismatch(f"{golden.component} has no weights, but the file holds {', '.join(sorted(golden.weights))}")
     _, bins, frames = golden.config["shape"]
     if golden.config.get("seed", 0) != 0:
         raise Mismatch(f"the noise is that of seed 0, the file asks for seed {golden.config['seed']}")

@@ -1,0 +1,381 @@
+"""Bad input over all verbs: exit code 2, a first line that says what is wrong and where, no traceback, nothing written.
+
+And odd but legal input, which works. One tiny system serves all; a case that damages it gets a copy of links.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import load_file, save_file
+
+from moss_jax.cli import main
+
+RATE = 16000
+ONE_CODE = '{"codes": [1]}'
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors") / "system"
+    assert main(["init-random", str(folder)]) == 0
+    return folder
+
+
+class Workshop:
+    """An empty folder, where a case makes the files that it needs."""
+
+    def __init__(self, folder: Path, system: Path):
+        self.folder, self.system = folder, system
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def file(self, name: str, content: bytes | str) -> str:
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        self.path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return name
+
+    def wave(self, name: str = "question.wav", samples=None, rate: int = RATE, subtype: str | None = None) -> str:
+        samples = 0.1 * np.sin(np.arange(RATE // 2) / 20) if samples is None else np.asarray(samples)
+        soundfile.write(self.path(name), samples, rate, subtype=subtype)
+        return name
+
+    def copy(self, name: str = "damaged") -> Path:
+        """The system again; its files are links, so a file must be replaced, not written into."""
+        return Path(shutil.copytree(self.system, self.path(name), copy_function=os.link))
+
+    def replaced(self, inside: str, change: Callable[[bytes], bytes | str]) -> str:
+        path = self.copy() / inside
+        content = path.read_bytes()
+        path.unlink()
+        self.file(str(path.relative_to(self.folder)), change(content))
+        return "damaged"
+
+    def config(self, room: str, **fields) -> str:
+        return self.replaced(f"{room}/config.json", lambda old: json.dumps(json.loads(old) | fields))
+
+    def without(self, inside: str) -> str:
+        path = self.copy() / inside
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return "damaged"
+
+    def tensors(self, inside: str, change: Callable[[dict], dict]) -> str:
+        path = self.copy() / inside
+        tensors = change(load_file(path))
+        path.unlink()
+        save_file(tensors, path)
+        return "damaged"
+
+    def sharded(self) -> str:
+        """The language model in two shards, of which one is not there."""
+        room = self.copy() / "transformer"
+        (room / "model.safetensors").rename(room / "model-00001-of-00002.safetensors")
+        names = sorted(load_file(room / "model-00001-of-00002.safetensors"))
+        files = {name: f"model-0000{1 + (name == names[-1])}-of-00002.safetensors" for name in names}
+        (room / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        return "damaged"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`arguments(workshop)` is the command line; the first line on stderr holds every one of `says`."""
+
+    name: str
+    arguments: Callable[[Workshop], list[str]]
+    says: tuple[str, ...]
+
+
+def case(name: str, arguments: Callable[[Workshop], str | list[str]], *says: str) -> Case:
+    def split(shop: Workshop) -> list[str]:
+        words = arguments(shop)
+        return [word.format(system=shop.system) for word in (words.split() if isinstance(words, str) else words)]
+
+    return Case(name, split, says)
+
+
+def chat(name: str, flags: str, *says: str) -> Case:
+    return case(name, lambda shop: f"chat --text Hello --model {shop.system} --reply text {flags}", *says)
+
+
+def chat_with(name: str, model: Callable[[Workshop], str], *says: str) -> Case:
+    return case(name, lambda shop: f"chat --text Hello --model {model(shop)} --reply text", *says)
+
+
+def ask(name: str, wave: Callable[[Workshop], str], *says: str) -> Case:
+    return case(name, lambda shop: f"chat {wave(shop)} --model {shop.system} -o answer.wav", *says)
+
+
+def decode(name: str, codes, *says: str, flags: str = "") -> Case:
+    def arguments(shop: Workshop) -> str:
+        np.save(shop.path("codes.npy"), np.asarray(codes))
+        return f"decode codes.npy --model {shop.system} -o out.wav {flags}"
+
+    return case(name, arguments, *says)
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def truncated(shop: Workshop) -> str:
+    shop.wave("whole.flac", 0.3 * np.random.default_rng(0).standard_normal(RATE), subtype="PCM_16")
+    content = shop.path("whole.flac").read_bytes()
+    shop.path("whole.flac").unlink()
+    return shop.file("cut.flac", half(content))
+
+
+def released(shop: Workshop) -> str:
+    return str(Path(shop.file("MOSS-Speech/config.json", '{"model_type": "moss_speech"}')).parent)
+
+
+def lines(*content: str) -> Callable[[Workshop], str]:
+    return lambda shop: (
+        f"chat --jsonl {shop.file('questions.jsonl', chr(10).join(content))} --model {{system}} -o answers"
+    )
+
+
+def no_special_tokens(content: bytes) -> str:
+    return json.dumps(json.loads(content) | {"added_tokens": []})
+
+
+CASES = [
+    # recordings
+    ask("no such recording", lambda shop: "nowhere.wav", "nowhere.wav", "no such file"),
+    ask("a folder as recording", lambda shop: str(shop.folder), "expected"),
+    ask("no samples", lambda shop: shop.wave(samples=[]), "question.wav", "0 samples|no samples"),
+    ask("NaN samples", lambda shop: shop.wave(samples=[0, np.nan] * 800, subtype="FLOAT"), "question.wav", "NaN"),
+    ask("a text called wav", lambda shop: shop.file("note.wav", "Dear diary\n"), "note.wav"),
+    ask("an empty file", lambda shop: shop.file("empty.wav", b""), "empty.wav"),
+    ask("a truncated flac", truncated, "cut.flac", "cut short|truncated|damaged|cannot"),
+    case("encode a text", lambda shop: f"encode {shop.file('a.mp3', 'no')} --model {{system}} -o codes.jsonl", "a.mp3"),
+    case(
+        "encode, the second is bad",
+        lambda shop: f"encode {shop.wave()} nowhere.wav --model {{system}} -o codes.jsonl", "nowhere.wav",
+    ),
+    # questions
+    case("no question", lambda shop: "chat --model {system} -o a.wav", "expected one of"),
+    case("text and file", lambda shop: f"chat {shop.wave()} --text Hi --model {{system}} -o a.wav", "expected one of"),
+    case("empty text", lambda shop: ["chat", "--text", "", "--model", "{system}", "--reply", "text"], "empty|text"),
+    case("white space", lambda shop: ["chat", "--text", " \n", "--model", "{system}", "--reply", "text"], "empty text"),
+    chat("unknown reply", "--reply song", "song", "speech or text"),
+    case("spoken without -o", lambda shop: "chat --text Hi --model {system}", "-o"),
+    case("out in no folder", lambda shop: "chat --text Hi --model {system} -o no/where/a.wav", "no/where"),
+    case("out of another kind", lambda shop: "chat --text Hi --model {system} -o answer.doc", ".doc", ".wav"),
+    case("text in no folder", lambda shop: "chat --text Hi --model {system} --reply text -o no/a.txt", "no"),
+    case("line 2 is not JSON", lines('{"text": "Hi"}', '{"text": '), "questions.jsonl line 2", "not JSON"),
+    case("line 1 is a list", lines("[1]"), "line 1", "expected an object"),
+    case("line 3 names no file", lines('{"text": "a"}', "", '{"audio": "b.wav"}'), "line 3", "b.wav", "no such file"),
+    case("line 1, unknown key", lines('{"txt": "a"}'), "line 1", "txt"),
+    case("the same id twice", lines('{"text": "a", "id": "x"}', '{"text": "b", "id": "x"}'), "line 2", "x"),
+    case("an id that leaves the folder", lines('{"text": "a", "id": "../x"}'), "line 1", "../x"),
+    case("no questions", lines(""), "questions.jsonl", "no question"),
+    # sampling
+    chat("temperature", "--temperature -0.5", "temperature", "-0.5", "above 0"),
+    chat("temperature NaN", "--temperature nan", "temperature", "nan"),
+    chat("temperature, no number", "--temperature warm", "--temperature", "warm"),
+    chat("top-p 0", "--top-p 0", "top_p|top-p", "at most 1"),
+    chat("top-p 1.5", "--top-p 1.5", "top_p|top-p", "1.5"),
+    chat("top-k", "--top-k -1", "top_k|top-k", "-1"),
+    chat("max-new-tokens", "--max-new-tokens 0", "max_new_tokens|max-new-tokens", "at least 1"),
+    chat("min over max", "--max-new-tokens 5 --min-new-tokens 6", "min_new_tokens|min-new-tokens", "0 to 5"),
+    chat("penalty", "--repetition-penalty 0", "repetition_penalty|repetition-penalty"),
+    chat("seed", "--seed -1", "seed", "-1"),
+    chat("unknown flag", "--tempo 3", "--tempo"),
+    case(
+        "longer than the noise", lambda shop: "chat --text Hi --model {system} -o a.wav --max-new-tokens 3751",
+        "3751", "3750",
+    ),
+    chat_with("context overflow", lambda shop: shop.config("transformer", max_position_embeddings=24), "24"),
+    # voices
+    case("unknown voice", lambda shop: "chat --text Hi --model {system} -o a.wav --voice anna", "anna", "neither"),
+    case(
+        "voice of another format",
+        lambda shop: f"chat --text Hi --model {{system}} -o a.wav --voice "
+        f"{shop.file('v.safetensors', (shop.system / 'speech_decoder/speaker.safetensors').read_bytes())}",
+        "v.safetensors", "voice",
+    ),
+    case(
+        "voice cut in half",
+        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} --model {{system}} -o a.wav --voice "
+        f"{shop.file('v.safetensors', half((shop.system / 'speech_decoder/speaker.safetensors').read_bytes()))}",
+        "v.safetensors",
+    ),
+    case("voice to nowhere", lambda shop: f"voice {shop.wave()} --model {{system}}", "-o VOICE.safetensors"),
+    case("voice in no folder", lambda shop: f"voice {shop.wave()} --model {{system}} -o no/v.safetensors", "no"),
+    case(
+        "voice from a click",
+        lambda shop: f"voice {shop.wave(samples=[0.1] * 200)} --model {{system}} -o v.safetensors",
+        "question.wav", "too short|expected at least",
+    ),
+    case("voice named as a path", lambda shop: f"voice {shop.wave()} --model {{system}} --name ../x", "../x"),
+    # codes
+    decode("codes out of range", [1, 256, 3], "codes.npy", "code 256 at position 1", "255"),
+    decode("negative codes", [-1], "-1"),
+    decode("broken codes", [0.5, 1.0], "codes.npy", "float64"),
+    decode("no codes", np.zeros(0, np.int32), "codes.npy", "at least one"),
+    decode("codes longer than the noise", np.zeros(3751, np.int32), "3751", "3750"),
+    decode("unknown chunk", [1, 2, 3], "7", "5", flags="--stream --chunk 7"),
+    decode("chunk without stream", [1, 2, 3], "--stream", flags="--chunk 5"),
+    case(
+        "codes, line 2",
+        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE + chr(10) + 'nothing')} --model {{system}} -o new",
+        "line 2",
+    ),
+    # systems
+    chat_with("no such system", lambda shop: "nowhere", "nowhere", "no such folder"),
+    chat_with("no system", lambda shop: str(shop.folder), "neither a system folder", "system.json"),
+    chat_with("a file as system", lambda shop: shop.wave(), "question.wav", "expected a folder"),
+    chat_with("a released model alone", released, "--codec"),
+    chat_with(
+        "older format", lambda shop: shop.replaced("system.json", lambda old: old.replace(b"jax-1", b"jax-0")),
+        "system.json", "moss-jax-0", "moss-jax-1",
+    ),
+    chat_with("system.json cut", lambda shop: shop.replaced("system.json", half), "system.json", "JSON"),
+    chat_with("no text tokenizer", lambda shop: shop.without("text_tokenizer"), "text_tokenizer"),
+    chat_with("text tokenizer cut", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", half), "r.json: not a"),
+    chat_with(
+        "no special tokens", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", no_special_tokens),
+        "added tokens",
+    ),
+    chat_with("no weights", lambda shop: shop.without("transformer/model.safetensors"), "transformer"),
+    chat_with("a missing shard", lambda shop: shop.sharded(), "model-00002-of-00002.safetensors"),
+    chat_with(
+        "a shard cut in half", lambda shop: shop.replaced("transformer/model.safetensors", half), "model.safetensors",
+        "cut|truncated|safetensors",
+    ),
+    chat_with(
+        "wrong shape",
+        lambda shop: shop.tensors("transformer/model.safetensors", lambda t: {k: v[..., :-1] for k, v in t.items()}),
+        "do not fit",
+    ),
+    chat_with(
+        "one tensor missing",
+        lambda shop: shop.tensors("transformer/model.safetensors", lambda t: {k: t[k] for k in sorted(t)[1:]}),
+        "1 parameter does not fit",
+    ),
+    chat_with("unknown field", lambda shop: shop.config("transformer", depth=3), "config.json", "depth"),
+    chat_with("wrong type", lambda shop: shop.config("transformer", hidden_size="64"), "config.json", "hidden_size"),
+    chat_with(
+        "contradicting config", lambda shop: shop.config("transformer", num_attention_heads=3),
+        "config.json", "3 attention heads",
+    ),
+    case(
+        "contradicting encoder",
+        lambda shop: f"encode {shop.wave()} --model {shop.config('speech_tokenizer', d_model=33)}", "d_model",
+    ),
+    case(
+        "no speech tokenizer", lambda shop: f"encode {shop.wave()} --model {shop.without('speech_tokenizer')}",
+        "speech_tokenizer",
+    ),
+    case(
+        "no vocoder",
+        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav "
+        f"--model {shop.without('speech_decoder/vocoder.safetensors')}", "vocoder.safetensors",
+    ),
+    # tools
+    case("unknown verb", lambda shop: "sing", "sing", "chat"),
+    case("init into a full folder", lambda shop: f"init-random {Path(shop.file('full/x', '')).parent}", "full"),
+    case("unknown size", lambda shop: "init-random new --size huge", "huge", "tiny"),
+    case("unknown layout", lambda shop: "init-random new --layout flat", "flat", "released"),
+    case(
+        "export into a full folder",
+        lambda shop: f"convert --model {{system}} --export qwen3 -o {Path(shop.file('full/x', '')).parent}", "full",
+    ),
+    case("convert what", lambda shop: "convert --model {system} -o new", "--codec"),
+    case("convert no release", lambda shop: "convert --model {system} --codec {system} -o new", "tokenizer.json"),
+    case("info of nothing", lambda shop: "info nowhere", "nowhere"),
+    case("info of a wave", lambda shop: f"info {shop.wave()}", "question.wav"),
+    case("unknown topology", lambda shop: "compile decode --topology tall", "tall", "v5e:2x4"),
+    case("unknown function", lambda shop: "compile dream", "dream", "decode"),
+    case("bench without reference", lambda shop: "bench flow --size tiny --reference nowhere", "nowhere"),
+    case("bench of an unknown size", lambda shop: "bench lm --size huge", "huge", "tiny"),
+    case("parity of nothing", lambda shop: "parity nowhere.safetensors", "nowhere.safetensors", "no such file"),
+    case("parity of a text", lambda shop: f"parity {shop.file('g.safetensors', 'x' * 99)}", "g.safetensors"),
+    case(
+        "parity of a voice",
+        lambda shop: f"parity {shop.system}/speech_decoder/speaker.safetensors", "speaker.safetensors", "golden-1",
+    ),
+]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stopped:  # argparse
+        return stopped.code
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(case, system, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    arguments = case.arguments(Workshop(tmp_path, system))
+    before, theirs = contents(tmp_path), contents(system)
+    code = run(arguments)
+    error = capfd.readouterr().err
+    print(error)
+    assert code == 2
+    assert error.startswith("moss-jax") and "Traceback" not in error
+    for pattern in case.says:
+        assert re.search(pattern, error.splitlines()[0]), f"{pattern!r} is not in the first line"
+    assert contents(tmp_path) == before and contents(system) == theirs
+
+
+@pytest.mark.parametrize("arguments", ["chat", "encode nowhere.wav --model .", "info nowhere", "chat --top-k many"])
+def test_a_real_process_shows_no_traceback(arguments, tmp_path):
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "moss_jax", *arguments.split()],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"moss-jax {arguments.split()[0]}: ")
+    assert not done.stdout and "Traceback" not in done.stderr and not contents(tmp_path)
+
+
+def sine(count: int, channels: int = 1):
+    return 0.1 * np.sin(np.arange(count * channels) / 20).reshape(count, channels)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "kind", "codes"),
+    [
+        (np.zeros((8000, 1)), RATE, "PCM_16", 7),  # silence
+        (sine(8000), RATE, "PCM_U8", 7),
+        (sine(48000, 6), 96000, "PCM_24", 7),
+        (sine(4000), 8000, "ULAW", 7),
+        (sine(1), RATE, "PCM_16", 1),
+        (3.0 * sine(8000), RATE, "FLOAT", 7),
+    ],
+    ids=["silence", "8 bits", "6 channels at 96 kHz", "telephone", "one sample", "loud"],
+)
+def test_odd_recordings_are_encoded(samples, rate, kind, codes, system, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    wave = Workshop(tmp_path, system).wave("odd.wav", samples, rate, kind)
+    assert run(["encode", wave, "--model", str(system)]) == 0
+    made = json.loads(capfd.readouterr().out)["codes"]
+    assert len(made) == codes and min(made) >= 0 and max(made) < 256
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|im_end|> <think><|object_ref_start|> <|endoftext|>", "word " * 180, "\u4f60\u597d \U0001f600 \x00"],
+    ids=["special strings", "long", "other scripts"],
+)
+def test_odd_texts_are_answered(text, system, capfd):
+    arguments = ["chat", "--text", text, "--model", str(system), "--reply", "text", "--max-new-tokens", "3"]
+    assert run(arguments) == 0
+    assert "Traceback" not in capfd.readouterr().err
