@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-QUERY_BLOCK = 256  # query rows whose scores are held at once in a long call without a cache
+QUERY_BLOCK = 1024  # the most query rows whose scores are held at once in a long call without a cache
 KEY_BLOCK = 256  # cached key rows that are read at once
 MASKED = -1e10  # the reference's score of a key that may not be seen; finite, so that no row becomes NaN
 
@@ -70,11 +70,12 @@ def _in_query_blocks(q, k, v, mask, turned, turn) -> jax.Array:
     """Exact attention without holding all scores: the memory grows with the keys, not with queries times keys."""
     rows = q.shape[2]
     blocks = -(-rows // QUERY_BLOCK)
+    size = -(-rows // blocks)
 
     def split(x, axis):
         pads = [(0, 0)] * x.ndim
-        pads[axis] = (0, blocks * QUERY_BLOCK - rows)
-        shape = (*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
+        pads[axis] = (0, blocks * size - rows)
+        shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(jnp.pad(x, pads).reshape(shape), axis, 0)
 
     def block(parts):
@@ -84,7 +85,7 @@ def _in_query_blocks(q, k, v, mask, turned, turn) -> jax.Array:
         return (weights @ v) / weights.sum(-1, keepdims=True)
 
     parts = (split(q, 2), split(mask, 1)) + (() if turned is None else (split(turned, 2),))
-    out = jnp.moveaxis(jax.lax.map(block, parts), 0, 2)  # [B, N, blocks, QUERY_BLOCK, H]
+    out = jnp.moveaxis(jax.lax.map(block, parts), 0, 2)  # [B, N, blocks, size, H]
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :rows]
 
 

@@ -110,8 +110,8 @@ def flow(
 
 
 def bucket(codes: int, most: int) -> int:
-    """The static length for so many codes: steps of an eighth of the power of two below (at least 8), up to `most`."""
-    step = max(8, 2 ** ((max(codes, 2) - 1).bit_length() - 4))
+    """The static length for so many codes: steps of a 16th of the power of two below (at least 8), up to `most`."""
+    step = max(8, 2 ** ((max(codes, 2) - 1).bit_length() - 5))
     return min(-(-codes // step) * step, most)
 
 
