@@ -91,7 +91,7 @@ def flow_encoder(golden: Golden) -> dict[str, Any]:
     for name, chunk in (("full", None), ("streaming", config.chunk)):
         if "xs" in golden.inputs:
             states, valid = run(golden.inputs["xs"], None, golden.inputs.get("xs_lens"), chunk)
-            results[f"{name}_h"] = (states, valid[..., None])
+            results[f"{name}_h"] = (states, golden.compared(f"{name}_h", valid))
             results[f"{name}_masks"] = valid[:, None].astype(np.int32)
         if "xs1" in golden.inputs:
             context, lengths = golden.inputs.get("context1"), golden.inputs.get("xs1_lens")

@@ -56,6 +56,15 @@ class Golden:
             raise Mismatch(f"input/{name} is missing")
         return self.inputs[name]
 
+    def compared(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The mask [B, T, 1...] of an output [B, T, ...]: the `rows` [B, T] that must be compared, and those beyond in
+        which the file stores something. There the reference's value is as definite, so it is compared as well."""
+        stored, rows = self.outputs.get(name), rows.astype(bool)
+        if stored is None or stored.shape[:2] != rows.shape:
+            return rows  # the comparison says what is wrong
+        axes = tuple(range(2, stored.ndim))
+        return (rows | (stored != 0).any(axes)).reshape(*rows.shape, *[1] * len(axes))
+
     def params(self, table: Table, tree: Mapping[str, Any], prefix: str = "", strip: str = "") -> dict[str, np.ndarray]:
         """The weights as a flat tree of ours, through the name table of the released checkpoint.
 

@@ -32,8 +32,8 @@ def _encoder(golden: Golden) -> dict:
     hidden = apply(codes, method="embed_codes")
     items = {f"tokens_{row}": codes[row][keep[row]] for row in range(len(codes))}
     return {
-        "pooled": (pooled, keep[..., None]),
-        "token_ids": (codes, keep),
+        "pooled": (pooled, golden.compared("pooled", keep)),
+        "token_ids": (codes, golden.compared("token_ids", keep)),
         "token_mask": token_mask,
         "last_hidden_state": (hidden, keep[..., None]),
         **items,
