@@ -10,6 +10,7 @@ graph), `unused/` (tensors that the models do not use), `codec.json` (counters i
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from moss_jax.convert.codec_config import flow_config, released_tokenizer_config
 from moss_jax.convert.files import carry_files, need_folder, tell_unknown, write_json
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.onnx_write import write_speaker_graph
-from moss_jax.convert.parts import Shapes, flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
 from moss_jax.convert.stream import Say, Source, Union, exported, found_shapes, import_tensors, write_source
 from moss_jax.convert.table import Table
 from moss_jax.convert.tables import flow as flow_table
@@ -30,7 +30,11 @@ from moss_jax.convert.yaml_values import yaml_values
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, read_json, write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
+from moss_jax.speech_decoder.flow.model import flow_shapes
+from moss_jax.speech_decoder.speaker import speaker_shapes
+from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
 CHUNK_FILE = re.compile(r"flow-chunk-(\d+)\.pt")
 NEEDED = ("config.json", "model.safetensors", "flow/flow.pt", "flow/hift.pt", "flow/campplus.onnx")
@@ -79,7 +83,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     target.mkdir(parents=True)
     reader = open_tensors(folder)
     import_tensors(
-        reader, tokenizer_table.table(tokenizer), tokenizer_shapes(tokenizer), target,
+        reader, tokenizer_table.table(tokenizer), encoder_shapes(tokenizer), target,
         carried=unused / "speech_tokenizer.safetensors", say=say,
     )  # fmt: skip
     write_json(target / "config.json", write_config(tokenizer))
@@ -142,7 +146,7 @@ def export_codec(system: str | Path, folder: Path, say: Say) -> None:
         write_json(folder / "preprocessor_config.json", {"feature_extractor_type": "WhisperFeatureExtractor"} | mel)
         (folder / "flow" / "config.yaml").write_text(released_yaml(codec.decoder.flow, codec.decoder.vocoder))
     tokenizer = _export_part(
-        system, "speech_tokenizer", "model", tokenizer_table.table(codec.tokenizer), tokenizer_shapes(codec.tokenizer)
+        system, "speech_tokenizer", "model", tokenizer_table.table(codec.tokenizer), encoder_shapes(codec.tokenizer)
     )
     write_source(tokenizer, folder, metadata={"format": "pt"}, say=say)
     flow = codec.decoder.flow
@@ -177,13 +181,13 @@ def read_codec_configs(system: Path) -> Codec:
     return Codec(tokenizer, decoder)
 
 
-def _import_part(source: Source, table: Table, shapes: Shapes, system: Path, stem: str, say: Say) -> None:
+def _import_part(source: Source, table: Table, shapes: Mapping[str, Any], system: Path, stem: str, say: Say) -> None:
     unused = system / "carried" / "unused" / f"{stem}.safetensors"
     import_tensors(source, table, shapes, system / "speech_decoder", stem, unused, say, shard_bytes=1 << 62)
     say(f"{stem.replace('_', ' ')}: done")
 
 
-def _export_part(system: Path, room: str, stem: str, table: Table, shapes: Shapes) -> Source:
+def _export_part(system: Path, room: str, stem: str, table: Table, shapes: Mapping[str, Any]) -> Source:
     part = exported(open_tensors(system / room / f"{stem}.safetensors"), table, shapes)
     unused = system / "carried" / "unused" / f"{room if stem == 'model' else stem}.safetensors"
     return Union(part, open_tensors(unused)) if unused.is_file() else part

@@ -6,12 +6,9 @@ Sources: the released checkpoint's documented layout (446 tensors, bf16, in shar
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
@@ -21,9 +18,8 @@ from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_fro
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, read_json, write_config
-from moss_jax.nn.tree import param_shapes
 from moss_jax.transformer.config import DTYPES, TransformerConfig
-from moss_jax.transformer.model import LayerSplitModel
+from moss_jax.transformer.model import model_shapes
 
 KEYS = CONFIG_KEYS | ID_KEYS  # our field -> key of the released config.json
 KNOWN_KEYS = {
@@ -32,13 +28,6 @@ KNOWN_KEYS = {
     "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "channels",
     "torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-
-
-@cache
-def model_shapes(config: TransformerConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Flat shapes of the language model's parameters."""
-    grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    return param_shapes(LayerSplitModel(config), grid, jax.ShapeDtypeStruct((1, 1), jnp.int32))
 
 
 def import_language_model(folder: str | Path, system: Path, say: Say) -> TransformerConfig:

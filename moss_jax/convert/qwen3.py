@@ -19,7 +19,6 @@ from moss_jax.convert.language_model import (
     check_special,
     compute_dtypes,
     copy_text_tokenizer,
-    model_shapes,
     read_transformer_config,
     special_ids,
     tokenizer_size,
@@ -30,6 +29,7 @@ from moss_jax.convert.table import Entry
 from moss_jax.convert.tables.qwen3 import table
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_json, write_config
+from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import TransformerConfig
 
 SAME_KEYS = (

@@ -10,8 +10,6 @@ import numpy as np
 
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.convert.files import write_json
-from moss_jax.convert.language_model import model_shapes
-from moss_jax.convert.parts import flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
 from moss_jax.convert.stream import Progress, Say
 from moss_jax.convert.system import export_released
 from moss_jax.convert.table import Entry, Table
@@ -27,8 +25,13 @@ from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder import speaker as speaker_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
+from moss_jax.speech_decoder.flow.model import flow_shapes
+from moss_jax.speech_decoder.speaker import speaker_shapes
+from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.encoder import encoder_shapes
+from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import MOSS_SPEECH_8B, TransformerConfig
 from moss_jax.transformer.config import TINY as TRANSFORMER_TINY
 
@@ -115,7 +118,7 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
     flow, flow_rows = flow_shapes(decoder.flow), flow_table.table(decoder.flow)
     parts = [
         ("transformer", "model", transformer_table.table(lm), model_shapes(lm)),
-        ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), tokenizer_shapes(tokenizer)),
+        ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), encoder_shapes(tokenizer)),
         *(("speech_decoder", flow_stem(chunk), flow_rows, flow) for chunk in (None, *decoder.chunks)),
         ("speech_decoder", "vocoder", vocoder_table.table(decoder.vocoder), vocoder_shapes(decoder.vocoder)),
         ("speech_decoder", "speaker", speaker_table.table(decoder.speaker), speaker_shapes(decoder.speaker)),

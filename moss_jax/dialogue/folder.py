@@ -8,7 +8,6 @@ FOLDER/system.json                {"format": "moss-jax-1", "default_voice": name
        voices/                    NAME.safetensors
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moss_jax.checkpoint import load_tree, write_text
 from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, read_json
-from moss_jax.nn.tree import param_axes, param_shapes
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
-from moss_jax.speech_decoder.flow.model import FlowModel
-from moss_jax.speech_decoder.speaker import CAMPPlus
-from moss_jax.speech_decoder.vocoder import HiFT
-from moss_jax.transformer import LayerSplitModel, TransformerConfig
+from moss_jax.speech_decoder.flow.model import flow_shapes
+from moss_jax.speech_decoder.speaker import speaker_shapes
+from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.transformer import TransformerConfig, model_axes, model_shapes
 
 FORMAT = "moss-jax-1"
 SYSTEM = "system.json"
@@ -64,11 +61,8 @@ class SystemFolder:
     def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[TransformerConfig, dict[str, Any]]:
         """Config and nested parameters, on one device or laid out on a mesh."""
         config = self.config("transformer", TransformerConfig)
-        grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        model = LayerSplitModel(config)
-        shapes, where = param_shapes(model, *grid), None
-        if mesh is not None:
-            where = shardings_for(param_axes(model, *grid), shapes, mesh)
+        shapes = model_shapes(config)
+        where = None if mesh is None else shardings_for(model_axes(config), shapes, mesh)
         return config, load_tree(self.path / "transformer", shapes, where)
 
     def speech_decoder(self) -> tuple[SpeechDecoderConfig, "DecoderParts"]:
@@ -123,11 +117,5 @@ class DecoderParts(Mapping):
     def _shapes(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
         config = self._config
         if name.startswith("flow"):
-            return param_shapes(FlowModel(config.flow))
-        if name == "vocoder":
-            vocoder = dataclasses.replace(config.vocoder, weight_norm=True)
-            mel = jax.ShapeDtypeStruct((1, 4, vocoder.mel_bins), jnp.float32)
-            noise = jax.ShapeDtypeStruct((1, 4 * vocoder.hop, vocoder.harmonics), jnp.float32)
-            return param_shapes(HiFT(vocoder), mel, noise)
-        features = jax.ShapeDtypeStruct((1, 200, config.speaker.num_mel_bins), jnp.float32)
-        return param_shapes(CAMPPlus(config.speaker), features)
+            return flow_shapes(config.flow)
+        return vocoder_shapes(config.vocoder) if name == "vocoder" else speaker_shapes(config.speaker)

@@ -9,7 +9,7 @@ Dimension letters: B batch, T frames, Q mel bins or what strides leave of them, 
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
 from moss_jax.errors import MossError
 from moss_jax.nn.conv import Conv1d
 from moss_jax.nn.layers import Linear, named
+from moss_jax.nn.tree import param_shapes
 
 EPSILON = 1e-5
 SHORTEST = 3  # frames: two after the stride, without which there is no standard deviation
@@ -264,3 +265,9 @@ def init_params(config: SpeakerConfig, key: jax.Array) -> dict[str, Any]:
     """Random parameters of CAM++, as a nested dictionary."""
     features = jnp.zeros((1, 2 * SHORTEST, config.num_mel_bins))
     return nn.unbox(CAMPPlus(config).init(key, features))["params"]
+
+
+@cache
+def speaker_shapes(config: SpeakerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: ShapeDtypeStruct} of the parameters."""
+    return param_shapes(CAMPPlus(config), jax.ShapeDtypeStruct((1, 200, config.num_mel_bins), jnp.float32))

@@ -7,7 +7,8 @@ the valid part is what the item gives alone. Layers see zeros after its end, as 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from moss_jax.errors import MossError
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
+from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_decoder.stft import istft, stft
 
 
@@ -345,3 +347,11 @@ def _to_fixed(turns: jax.Array) -> jax.Array:
 def _from_fixed(phases: jax.Array) -> jax.Array:
     """uint32 in 2^-32 turns -> float32 in turns, rounded down to 2^-24."""
     return (phases >> 8).astype(jnp.float32) * 2.0**-24
+
+
+@cache
+def vocoder_shapes(config: VocoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: ShapeDtypeStruct} of the parameters as they are stored: weight norm in two parts."""
+    mel = jax.ShapeDtypeStruct((1, 4, config.mel_bins), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1, 4 * config.hop, config.harmonics), jnp.float32)
+    return param_shapes(HiFT(replace(config, weight_norm=True)), mel, noise)

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from moss_jax.convert.language_model import model_shapes, released_config
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
+from moss_jax.transformer import model_shapes, released_config
 from moss_jax.transformer.config import TINY, TransformerConfig
 
 
@@ -86,16 +86,18 @@ def write_codec(folder: Path, spelling=None, seed=0):
     import torch
 
     from moss_jax.convert.codec_config import released_tokenizer_config, released_yaml
-    from moss_jax.convert.parts import flow_shapes, tokenizer_shapes, vocoder_shapes
     from moss_jax.convert.tables import flow as flow_table
     from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
     from moss_jax.convert.tables import vocoder as vocoder_table
     from moss_jax.speech_decoder.config import TINY as DECODER
+    from moss_jax.speech_decoder.flow.model import flow_shapes
+    from moss_jax.speech_decoder.vocoder import vocoder_shapes
     from moss_jax.speech_tokenizer.config import TINY as TOKENIZER
+    from moss_jax.speech_tokenizer.encoder import encoder_shapes
     from tests.convert.campplus_torch import export, random_campplus
 
     (folder / "flow").mkdir(parents=True)
-    shapes = tokenizer_table.table(TOKENIZER).shapes(tokenizer_shapes(TOKENIZER))
+    shapes = tokenizer_table.table(TOKENIZER).shapes(encoder_shapes(TOKENIZER))
     layer = {f"encoder.layers.{TOKENIZER.num_layers}.fc1.bias": (64,), "encoder.layer_norm.weight": (32,)}
     more = layer | {"encoder.ema_count": (96,), "encoder.ema_weight": (96, 32), "decoder.layers.0.fc1.bias": (3,)}
     files = {"model.safetensors": random_tensors(shapes | more, np.float32, seed)}

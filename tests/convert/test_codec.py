@@ -14,15 +14,18 @@ pytest.importorskip("onnx")
 
 from moss_jax.checkpoint import load_tree  # noqa: E402
 from moss_jax.convert.codec import export_codec, import_codec, read_codec_configs  # noqa: E402
-from moss_jax.convert.parts import flow_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes  # noqa: E402
 from moss_jax.convert.tables import flow as flow_table  # noqa: E402
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table  # noqa: E402
 from moss_jax.convert.tables import vocoder as vocoder_table  # noqa: E402
 from moss_jax.convert.yaml_values import yaml_values  # noqa: E402
 from moss_jax.errors import MossError  # noqa: E402
 from moss_jax.speech_decoder.config import RELEASED, TINY  # noqa: E402
+from moss_jax.speech_decoder.flow.model import flow_shapes  # noqa: E402
+from moss_jax.speech_decoder.speaker import speaker_shapes  # noqa: E402
+from moss_jax.speech_decoder.vocoder import vocoder_shapes  # noqa: E402
 from moss_jax.speech_tokenizer.config import MOSS_SPEECH_CODEC  # noqa: E402
 from moss_jax.speech_tokenizer.config import TINY as TOKENIZER  # noqa: E402
+from moss_jax.speech_tokenizer.encoder import encoder_shapes  # noqa: E402
 from tests.convert.checkpoints import read_tensors, same_tensors, write_codec  # noqa: E402
 
 OLD = vocoder_table.Spelling("generator.", "weight_g", "weight_v")
@@ -55,7 +58,7 @@ def test_round_trip(released, tmp_path):
     assert codec.decoder.flow == expected and codec.decoder.vocoder == TINY.vocoder
     assert codec.decoder.chunks == (5, 25)
     for part, shapes in {
-        "speech_tokenizer": tokenizer_shapes(TOKENIZER), "speech_decoder/flow.safetensors": flow_shapes(TINY.flow),
+        "speech_tokenizer": encoder_shapes(TOKENIZER), "speech_decoder/flow.safetensors": flow_shapes(TINY.flow),
         "speech_decoder/flow_chunk_5.safetensors": flow_shapes(TINY.flow),
         "speech_decoder/vocoder.safetensors": vocoder_shapes(TINY.vocoder),
         "speech_decoder/speaker.safetensors": speaker_shapes(codec.decoder.speaker),
@@ -169,7 +172,7 @@ def test_full_size_names_and_shapes():
     vocoder = vocoder_table.table(RELEASED.vocoder).shapes(vocoder_shapes(RELEASED.vocoder))
     assert len(vocoder) == 328
     assert 20.7e6 < sum(np.prod(shape) for shape in vocoder.values()) < 20.9e6
-    encoder = tokenizer_table.table(MOSS_SPEECH_CODEC).shapes(tokenizer_shapes(MOSS_SPEECH_CODEC))
+    encoder = tokenizer_table.table(MOSS_SPEECH_CODEC).shapes(encoder_shapes(MOSS_SPEECH_CODEC))
     assert len(encoder) == 4 + 1 + 16 * 15 + 2
     assert encoder["encoder.codebook.weight"] == (16384, 1280)
     assert encoder["encoder.layers.15.self_attn.k_proj.weight"] == (1280, 1280)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from moss_jax.checkpoint import load_tree
-from moss_jax.convert.language_model import export_language_model, import_language_model, model_shapes
+from moss_jax.convert.language_model import export_language_model, import_language_model
 from moss_jax.convert.qwen3 import export_qwen3, import_qwen3
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
+from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import TINY
 from tests.convert.checkpoints import read_tensors, same_tensors, write_language_model, write_qwen3
 

@@ -10,12 +10,14 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from moss_jax.convert.onnx_speaker import SpeakerGraph  # noqa: E402
 from moss_jax.convert.onnx_write import write_speaker_graph  # noqa: E402
-from moss_jax.convert.parts import speaker_shapes  # noqa: E402
 from moss_jax.convert.stream import MemoryTensors  # noqa: E402
 from moss_jax.convert.tables import speaker as speaker_table  # noqa: E402
 from moss_jax.errors import MossError  # noqa: E402
 from moss_jax.nn.tree import unflatten  # noqa: E402
-from moss_jax.speech_decoder.speaker import CAMPPlus  # noqa: E402
+from moss_jax.speech_decoder.speaker import (
+    CAMPPlus,
+    speaker_shapes,
+)
 from tests.convert.campplus_torch import SMALL, CampPlus, export, random_campplus, state  # noqa: E402
 
 

@@ -13,12 +13,16 @@ from moss_jax.convert import system
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.describe import describe
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.parts import flow_shapes, model_shapes, speaker_shapes, tokenizer_shapes, vocoder_shapes
 from moss_jax.convert.random_system import SIZES, Sizes, init_random, random_parameter
 from moss_jax.convert.text_tokenizer import SPECIAL_TOKENS, write_text_tokenizer
 from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
+from moss_jax.speech_decoder.flow.model import flow_shapes
+from moss_jax.speech_decoder.speaker import speaker_shapes
+from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_tokenizer.encoder import encoder_shapes
+from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import MOSS_SPEECH_8B, TINY
 from tests.convert.checkpoints import read_tensors, same_tensors, write_language_model, write_qwen3
 
@@ -54,7 +58,7 @@ def test_a_random_system_is_complete(random, tmp_path):
     config, codec = read_transformer_config(random), read_codec_configs(random)
     assert Sizes(config, codec.tokenizer, codec.decoder) == SIZES["tiny"]
     shapes = {
-        "transformer": model_shapes(config), "speech_tokenizer": tokenizer_shapes(codec.tokenizer),
+        "transformer": model_shapes(config), "speech_tokenizer": encoder_shapes(codec.tokenizer),
         **{f"speech_decoder/{stem}.safetensors": flow_shapes(codec.decoder.flow)
            for stem in ("flow", "flow_chunk_5", "flow_chunk_25")},
         "speech_decoder/vocoder.safetensors": vocoder_shapes(codec.decoder.vocoder),

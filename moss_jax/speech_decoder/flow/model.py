@@ -1,10 +1,13 @@
 """All parameters of the flow: code table, speaker projection, encoder, time embedding, velocity estimator."""
 
+from functools import cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moss_jax.nn.layers import Embed, Linear
+from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.encoder import Encoder
 from moss_jax.speech_decoder.flow.estimator import Estimator, TimeEmbedding
@@ -57,3 +60,9 @@ class FlowModel(nn.Module):
         speaker = self.speaker_projection(jnp.zeros((1, config.speaker_size)))
         valid = jnp.ones(mu.shape[:2], bool)
         return self.velocity(mu, mu, speaker, mu, self.time_embedding(jnp.zeros(1)), valid)[0]
+
+
+@cache
+def flow_shapes(config: FlowConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Flat {path: ShapeDtypeStruct} of the parameters."""
+    return param_shapes(FlowModel(config))
