@@ -14,10 +14,7 @@ from moss_jax.convert.stream import MemoryTensors  # noqa: E402
 from moss_jax.convert.tables import speaker as speaker_table  # noqa: E402
 from moss_jax.errors import MossError  # noqa: E402
 from moss_jax.nn.tree import unflatten  # noqa: E402
-from moss_jax.speech_decoder.speaker import (
-    CAMPPlus,
-    speaker_shapes,
-)
+from moss_jax.speech_decoder.speaker import CAMPPlus, speaker_shapes  # noqa: E402
 from tests.convert.campplus_torch import SMALL, CampPlus, export, random_campplus, state  # noqa: E402
 
 
