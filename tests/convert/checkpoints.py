@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from moss_jax.convert.language_model import released_config
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
-from moss_jax.transformer import model_shapes, released_config
+from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import TINY, TransformerConfig
 
 

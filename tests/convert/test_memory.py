@@ -19,6 +19,7 @@ CODE = """
 import re, sys
 from pathlib import Path
 from moss_jax.convert.language_model import import_language_model, language_config
+from moss_jax.transformer import model_shapes
 def memory(field):
     return 1024 * int(re.search(field + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 model_shapes(language_config(Path(sys.argv[1])))

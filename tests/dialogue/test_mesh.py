@@ -40,8 +40,8 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     tokenizer, params = TextTokenizer(tokenizer_json(TINY)), flatten(random_params())
     grid = jax.ShapeDtypeStruct((1, 1, 2), np.int32), jax.ShapeDtypeStruct((1, 1), np.int32)
-    channel = ChannelSettings(top_k=8, temperature=0.8)
-    settings = GenerationSettings(text=channel, audio=channel, max_new_tokens=16)
+    channel = ChannelSettings(top_k=8, temperature=2.0)
+    settings = GenerationSettings(text=channel, audio=channel, max_new_tokens=80)
     questions = [[Turn("user", text="hello " * i), Turn("user", codes=range(5 + i))] for i in range(8)]
 
     def said(model):

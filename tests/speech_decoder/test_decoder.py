@@ -156,7 +156,7 @@ def bad(name):
         ("negative code", "out of range"),
         ("floats", "integer"),
         ("too long", "at most 300"),
-        ("no part", "no weights 'flow'"),
+        ("no part", "flow.safetensors is missing"),
         ("voice mel", r"expected \[P\] and \[4 P, 8\]"),
         ("voice embedding", r"embedding is \[11\], expected \[12\]"),
         ("voice NaN", "not finite"),
