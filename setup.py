@@ -36,7 +36,15 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "m4a": M4A,
         "convert": CONVERT,
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", *M4A],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff==0.17.*",
+            "librosa>=0.10",
+            "transformers>=4.51",
+            *M4A,
+        ],
     },
     entry_points={"console_scripts": ["moss-jax = moss_jax.cli:main"]},
 )

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from moss_jax.transformer import TINY
 
 def warped(scores, temperature, top_k, top_p):
     """Probabilities by torch in float64: sort, cut, renormalise."""
+    torch = pytest.importorskip("torch")
     x = torch.tensor(scores, dtype=torch.float64) / temperature
     if top_k:
         x[x < x.sort(descending=True).values[min(top_k, len(x)) - 1]] = -torch.inf

@@ -58,7 +58,7 @@ def draws(frames, config=TINY, seed=1):
 
 @pytest.mark.parametrize("rate, width", [(8, 16), (5, 11), (3, 7), (2, 2), (4, 6)])
 def test_transposed_convolution_is_torchs(rate, width):
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(rate)
     x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 7, 6), (width, 6, 4), (4,)))
@@ -69,7 +69,7 @@ def test_transposed_convolution_is_torchs(rate, width):
 
 
 def test_stft_and_its_inverse_are_torchs():
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(0)
     wave = rng.normal(size=(2, 160)).astype(np.float32)
@@ -138,7 +138,7 @@ def test_weight_norm_in_the_model_and_folded_are_one(vocoder):
 
 
 def test_folding_is_torchs():
-    import torch
+    torch = pytest.importorskip("torch")
     from torch.nn.utils.parametrizations import weight_norm
 
     for module, layer in ((torch.nn.Conv1d(6, 4, 3), "conv_pre"), (torch.nn.ConvTranspose1d(6, 4, 3), "ups_0")):
