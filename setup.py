@@ -10,6 +10,9 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").re
 
 M4A = ["av>=12"]  # AAC in m4a; libsndfile, inside soundfile, reads the other formats
 CONVERT = ["torch>=2.4,<2.14", "onnx>=1.16"]  # newer torch: not tried yet
+TEST = [
+    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51", *M4A
+]  # fmt: skip
 
 setup(
     name="moss-jax",
@@ -36,15 +39,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "m4a": M4A,
         "convert": CONVERT,
-        "test": [
-            "pytest>=8",
-            "pytest-xdist>=3",
-            "hypothesis>=6",
-            "ruff==0.17.*",
-            "librosa>=0.10",
-            "transformers>=4.51",
-            *M4A,
-        ],
+        "test": TEST,
     },
     entry_points={"console_scripts": ["moss-jax = moss_jax.cli:main"]},
 )
