@@ -10,8 +10,12 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").re
 
 M4A = ["av>=12"]  # AAC in m4a; libsndfile, inside soundfile, reads the other formats
 CONVERT = ["torch>=2.4,<2.14", "onnx>=1.16"]  # newer torch: not tried yet
+TRAIN = [
+    "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
+    "matplotlib>=3.8",
+]  # fmt: skip
 TEST = [
-    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51", *M4A
+    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51", *M4A, *TRAIN
 ]  # fmt: skip
 
 setup(
@@ -38,6 +42,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "m4a": M4A,
+        "train": TRAIN,
         "convert": CONVERT,
         "test": TEST,
     },

@@ -19,8 +19,11 @@ ALLOWED = {
     **{model: GROUND for model in sorted(MODELS)},
     "dialogue": GROUND | MODELS,
     "convert": GROUND | MODELS | {"dialogue"},
-    "tools": GROUND | MODELS | {"dialogue", "convert"},
-    "cli": GROUND | MODELS | {"dialogue", "convert", "tools"},
+    "data": GROUND | MODELS | {"dialogue"},
+    "train": GROUND | MODELS | {"dialogue", "convert", "data"},
+    "evaluate": GROUND | MODELS | {"dialogue", "convert", "data"},
+    "tools": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate"},
+    "cli": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate", "tools"},
 }
 
 

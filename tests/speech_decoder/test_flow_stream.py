@@ -124,6 +124,31 @@ def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, fl
     assert held[-1][0] == 2 and sorted(held[-1][1:]) == list(range(last - 4, last + 1))
 
 
+def test_a_full_cache_is_narrowed_to_the_window(params, flow):
+    voice, codes = make_voice(TINY, 13), make_codes(TINY, 95)  # the first slot is pinned
+    small = windowed(params, 12, window=34)
+    assert (small.slots, small.window) == (12, 6)
+    request, exact = small.stream(small.prefill(voice)), flow.stream(flow.prefill(voice))
+    frames, before, sizes, differences = TINY.chunk_frames, None, [], []
+    for part in np.split(codes, 19):
+        cache = jax.tree.map(np.asarray, request.state.cache)
+        ours, theirs = request.push(part), exact.push(part)
+        differences.append(float(np.abs(ours - theirs).max()) if ours.size else 0.0)
+        if cache.slots == 12 and request.state.cache.slots == 6:
+            before = cache
+            after = jax.tree.map(np.asarray, request.state.cache)
+        sizes.append(request.state.cache.slots)
+    assert before is not None and sizes[-1] == 6 and sizes.index(6) == len(sizes) - sizes[::-1].index(12)
+    assert max(differences[: sizes.index(6)]) < 1e-5 < differences[-1]
+    # Prompt chunk 2 is pinned; chunks 3 .. 13 followed, of which the last 5 stayed, the oldest of them replaced by 14.
+    assert before.chunks.tolist() == list(range(2, 14))
+    assert after.chunks[0] == 2 and sorted(after.chunks[1:]) == [10, 11, 12, 13, 14]
+    for slot, chunk in enumerate(after.chunks):
+        if chunk < 14:
+            rows, old = slice(slot * frames, (slot + 1) * frames), int(chunk - 2) * frames
+            np.testing.assert_array_equal(after.k[..., rows, :], before.k[..., old : old + frames, :])
+
+
 def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
     voice, codes = make_voice(TINY, 0), make_codes(TINY, 40)
     half = stream.CachedFlow(params, TINY, dtype="bfloat16")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 QUERY_BLOCK = 1024  # the most query rows whose scores are held at once in a long call without a cache
-KEY_BLOCK = 256  # cached key rows that are read at once
+KEY_BLOCK = 128  # cached key rows that are read at once
 MASKED = -1e10  # the reference's score of a key that may not be seen; finite, so that no row becomes NaN
 
 

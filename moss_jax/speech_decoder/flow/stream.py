@@ -19,6 +19,7 @@ A `FlowState` is a pytree. Its cache is only read inside the Euler steps and lay
 the scans and are written once at the end, into a donated buffer.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,7 +37,8 @@ from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
 from moss_jax.speech_decoder.flow.sampler import check_codes, check_length, euler
 
-MEMORY = 4 * 2**30  # bytes of cache that a request may fill; then its oldest chunks are overwritten
+MEMORY = 4 * 2**30  # bytes of cache that a request may fill; beyond them it goes on with a window
+WINDOW = 96  # codes of left context, beside the prompt, that a request keeps once its cache is full
 FIRST_CODES = 80  # codes that a stream has room for before its cache first grows
 PREFILL_CODES = 20  # codes of a prompt that are computed at a time
 
@@ -304,12 +306,15 @@ class CachedFlow:
     Args:
         params: the parameters of `FlowModel`, nested; those of a checkpoint trained for chunks of `config.chunk`.
         memory: bytes of cache that one request may fill (its prompt's, shared by the requests of a voice, not counted).
-            While everything fits the stream is exact; then the oldest chunk that holds no prompt is overwritten, and
-            memory and time are constant.
+            While everything fits the stream is exact; then it keeps the last `window` codes and what holds some
+            prompt, each new chunk in the place of the oldest, and memory and time are constant.
+        window: codes; as many whole chunks as fit in them are kept, but no more than `memory` holds.
         dtype: of the cache, "float32" or "bfloat16".
     """
 
-    def __init__(self, params: Any, config: FlowConfig, *, memory: int = MEMORY, dtype: str = "float32"):
+    def __init__(
+        self, params: Any, config: FlowConfig, *, memory: int = MEMORY, window: int = WINDOW, dtype: str = "float32"
+    ):
         self.params, self.config, self.dtype = params, config, dtype
         self.slots = min(memory // chunk_bytes(config, dtype), -(-config.max_codes // config.chunk))
         least = last_chunks(config) + 2  # what may hold some prompt, and one chunk of speech
@@ -318,6 +323,7 @@ class CachedFlow:
                 f"flow cache: {memory} bytes hold {self.slots} chunks, expected at least {least} "
                 f"({least * chunk_bytes(config, dtype)} bytes)"
             )
+        self.window = min(max(window // config.chunk, least), self.slots)
         beyond = (PREFILL_CODES + config.chunk) * config.frames_per_code * 2
         self.noise = jnp.pad(noise(config.noise_frames, config.mel_bins), ((0, 0), (0, beyond), (0, 0)))
 
@@ -391,7 +397,9 @@ class FlowStream:
             self.codes += codes.size
         mels = []
         while self._waiting.size >= config.chunk + config.lookahead:
-            if self._chunks == self.state.cache.slots < flow.slots:
+            if self._chunks == flow.slots > flow.window:
+                self.state = narrowed(self.state, flow.window)
+            elif self._chunks == self.state.cache.slots < flow.slots:
                 self.state = grown(self.state, min(2 * self._chunks, flow.slots))
             ids = self._waiting[None, : config.chunk + config.lookahead]
             mel, self.state = flow._step(flow.params, flow.noise, self.prompt.state.cache, self.state, ids)
@@ -421,21 +429,39 @@ class FlowStream:
 
 
 def grown(state: FlowState, slots: int) -> FlowState:
-    """The state with a cache of more slots. The arrays grow one after the other, so that at most one is held twice."""
-    old = state.cache
+    """The state with a cache of more slots."""
+
+    def longer(buffer, axis):
+        room = [(0, 0)] * buffer.ndim
+        room[axis] = (0, buffer.shape[axis] // state.cache.slots * slots - buffer.shape[axis])
+        return jnp.pad(buffer, room)
+
+    return _moved(state, longer)
+
+
+def narrowed(state: FlowState, slots: int) -> FlowState:
+    """The state, whose cache is just full, with a cache of fewer slots: of the pinned chunks and the latest ones."""
+    old, pinned = state.cache.slots, int(state.pinned)
+    ring = slots - pinned
+    latest = np.arange(old - ring, old)
+    kept = np.arange(slots)  # which slot moves to each
+    kept[pinned + (latest - pinned) % ring] = latest
+
+    def shorter(buffer, axis):
+        rows = buffer.shape[axis] // old
+        return jnp.take(buffer, (kept[:, None] * rows + np.arange(rows)).reshape(-1), axis)
+
+    return _moved(state, shorter)
+
+
+def _moved(state: FlowState, move: Callable[[jax.Array, int], jax.Array]) -> FlowState:
+    """`move(buffer, axis of the slots)` of one array after the other, so that at most one is held twice."""
     parts = {}
     for name in ("k", "v", "code_k", "code_v", "frame_k", "frame_v"):
-        buffer = getattr(old, name)
-        rows = buffer.shape[-2] // old.slots * slots
-        parts[name] = (
-            jnp.zeros((*buffer.shape[:-2], rows, buffer.shape[-1]), buffer.dtype)
-            .at[..., : buffer.shape[-2], :]
-            .set(buffer)
-        )
-        parts[name].block_until_ready()
+        buffer = getattr(state.cache, name)
+        parts[name] = move(buffer, buffer.ndim - 2).block_until_ready()
         buffer.delete()
-    chunks = jnp.zeros(slots, jnp.int32).at[: old.slots].set(old.chunks)
-    return state.replace(cache=FlowCache(**parts, chunks=chunks))
+    return state.replace(cache=FlowCache(**parts, chunks=move(state.cache.chunks, 0)))
 
 
 def _padded(codes: np.ndarray, size: int) -> tuple[np.ndarray, np.int32]:
