@@ -150,10 +150,7 @@ class LanguageModel:
         kept = self._fit([len(piece) for piece in whole], roles, len(header) + settings.max_new_tokens)
         notices, state = [], None if conversation is None else conversation.state
         if len(kept) < len(whole):
-            dropped = len(whole) - len(kept)
-            notices.append(
-                f"the context of {self.context} rows is full: the oldest {dropped} turns after the system turn went"
-            )
+            notices.append(self._full(len(whole) - len(kept)))
             whole, roles = [whole[i] for i in kept], [roles[i] for i in kept]
             new, columns, state = [*whole, header], 0, None if state is None else emptied(state)
         else:
@@ -182,27 +179,34 @@ class LanguageModel:
         seed: int = 0,
         requests: Sequence[int] | None = None,
         rows: int | None = None,
-    ) -> tuple[GenerationState, int]:
+    ) -> tuple[GenerationState, int, list[list[str]]]:
         """Opens a reply to each question on one state of `rows` rows (at least as many as there are questions).
 
         Returns:
-            The state and its first generated column.
+            The state, its first generated column, and the notices of each question, as `begin` gives them.
+
+        Raises:
+            MossError: as `begin` does; it says which question, counted from 1 as `requests` do from 0.
         """
         header = reply_header(reply, self.text_tokenizer, self.config)
-        grids = []
-        for turns in questions:
+        requests = list(range(len(questions)) if requests is None else requests)
+        grids, notices = [], []
+        for request, turns in zip(requests, questions, strict=True):
             if turns[0].role != "system":
                 turns = [Turn("system", text=SYSTEM[reply]), *turns]
             pieces = [turn_rows(turn, self.text_tokenizer, self.config) for turn in turns]
             roles = [ROLES.index(turn.role) for turn in turns]
-            kept = self._fit([len(piece) for piece in pieces], roles, len(header) + settings.max_new_tokens)
+            try:
+                kept = self._fit([len(piece) for piece in pieces], roles, len(header) + settings.max_new_tokens)
+            except MossError as error:
+                raise MossError(f"question {request + 1}: {error}") from error
+            notices.append([self._full(len(pieces) - len(kept))] if len(kept) < len(pieces) else [])
             grids.append(np.concatenate([*(pieces[i] for i in kept), header]))
-        requests = list(range(len(grids)) if requests is None else requests)
         spare = (rows or len(grids)) - len(grids)
         grid, valid = pad_left([*grids, *[np.zeros((0, 2), np.int32)] * spare], self.config)
         capacity = capacity_for(grid.shape[1] + settings.max_new_tokens, self.context)
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array(requests + [0] * spare)), 0)
-        return self._prefill(self._new_state(len(grid), capacity), grid, valid, keys), grid.shape[1]
+        return self._prefill(self._new_state(len(grid), capacity), grid, valid, keys), grid.shape[1], notices
 
     def go_on(self, state: GenerationState, settings: GenerationSettings, k: int) -> GenerationState:
         """Up to `k` rows more. Returns before they are computed."""
@@ -268,6 +272,9 @@ class LanguageModel:
         if int(next_mode(mode, last[0], last[1], self.config)) == AUDIO:
             return np.concatenate([[[self.config.modality_pad_id, self.config.eosp_id]], end]).astype(np.int32)
         return end
+
+    def _full(self, dropped: int) -> str:
+        return f"the context of {self.context} rows is full: the oldest {dropped} turns after the system turn went"
 
     def _fit(self, lengths: Sequence[int], roles: Sequence[int], reply: int) -> list[int]:
         """Indices of the turns that stay: the system turn in front and as many of the latest as fit with the reply."""

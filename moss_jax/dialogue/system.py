@@ -284,7 +284,7 @@ class System:
     def _batches(self, questions, reply, voice, batch_size, seed, progress, settings, notices) -> Iterator[Reply]:
         for first in range(0, len(questions), batch_size):
             part = self._with_codes(questions[first : first + batch_size])
-            state, begin = self.language_model.begin_batch(
+            state, begin, told = self.language_model.begin_batch(
                 part, reply, settings, seed=seed, requests=range(first, first + len(part)),
                 rows=min(batch_size, len(questions)),
             )  # fmt: skip
@@ -299,7 +299,7 @@ class System:
             for row in range(len(part)):
                 answer = self._read(grid[row, begin : begin + lengths[row]], reply, not cut[row], settings)
                 wave = self._speak(answer.codes, voice, seed) if reply == "speech" else None
-                yield replace(answer, wave=wave, notices=(*notices, *answer.notices))
+                yield replace(answer, wave=wave, notices=(*notices, *told[row], *answer.notices))
 
     def resume(self, path: str | Path) -> Conversation:
         """A conversation that `Conversation.save` wrote, to ask on with."""

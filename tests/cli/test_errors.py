@@ -61,6 +61,16 @@ class Workshop:
         self.file(str(path.relative_to(self.folder)), change(content))
         return "damaged"
 
+    def nested(self, room: str, *path: str, **fields) -> str:
+        def change(old):
+            config = inner = json.loads(old)
+            for name in path:
+                inner = inner[name]
+            inner.update(fields)
+            return json.dumps(config)
+
+        return self.replaced(f"{room}/config.json", change)
+
     def config(self, room: str, **fields) -> str:
         return self.replaced(f"{room}/config.json", lambda old: json.dumps(json.loads(old) | fields))
 
@@ -272,6 +282,12 @@ CASES = [
     case(
         "contradicting encoder",
         lambda shop: f"encode {shop.wave()} --model {shop.config('speech_tokenizer', d_model=33)}", "d_model",
+    ),
+    case(
+        "a flow without middle stages",
+        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav --model "
+        f"{shop.nested('speech_decoder', 'flow', 'estimator', num_mid_stages=0)}",
+        "config.json", "num_mid_stages is 0",
     ),
     case(
         "no speech tokenizer", lambda shop: f"encode {shop.wave()} --model {shop.without('speech_tokenizer')}",

@@ -122,14 +122,22 @@ def test_saved_and_resumed(model, tmp_path):
 
 def test_a_batch_answers_as_each_alone(model):
     questions = [[TEXT], [SPEECH], [Turn("system", text="x"), TEXT, Turn("assistant", text="no"), SPEECH]]
-    state, start = model.begin_batch(questions, "speech", SETTINGS, seed=3, rows=4)
+    state, start, notices = model.begin_batch(questions, "speech", SETTINGS, seed=3, rows=4)
     state = model.go_on(state, SETTINGS, SETTINGS.max_new_tokens)
     lengths = np.asarray(state.lengths)
-    assert lengths[3] == 0
+    assert lengths[3] == 0 and notices == [[], [], []]
     for i, question in enumerate(questions):
         conversation, _ = model.begin(question, "speech", SETTINGS, seed=3, request=i)
         conversation = conversation.replace(state=model.go_on(conversation.state, SETTINGS, 100))
         np.testing.assert_array_equal(np.asarray(state.grid)[i, start : start + lengths[i]], conversation.rows)
+
+
+def test_a_batch_tells_which_turns_went(model):
+    said = Turn("user", codes=[1] * 60)
+    state, _, notices = model.begin_batch([[TEXT], [said, said, said, said, SPEECH]], "speech", SETTINGS)
+    assert notices[0] == [] and "full: the oldest" in notices[1][0] and int(state.filled) <= model.context
+    with pytest.raises(MossError, match="question 6: context: the last turn of"):
+        model.begin_batch([[TEXT], [Turn("user", codes=[1] * 300)]], "speech", SETTINGS, requests=[4, 5])
 
 
 def test_buckets():

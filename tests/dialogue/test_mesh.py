@@ -45,7 +45,7 @@ def main():
     questions = [[Turn("user", text="hello " * i), Turn("user", codes=range(5 + i))] for i in range(8)]
 
     def said(model):
-        state, begin = model.begin_batch(questions, "speech", settings)
+        state, begin, _ = model.begin_batch(questions, "speech", settings)
         state = model.go_on(state, settings, 100)
         return np.asarray(state.grid)[:, begin:], np.asarray(state.lengths), state
 

@@ -1,6 +1,8 @@
 """Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin mel at 50 Hz out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from moss_jax.errors import MossError
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,13 @@ class EncoderConfig:
     intermediate_size: int = 2048
     num_layers: int = 6  # at the rate of the codes
     num_up_layers: int = 4  # at the rate of the mel; fixed in the reference
+
+    def __post_init__(self):
+        _require_positive(self, "flow.encoder")
+        if self.hidden_size % self.num_heads or self.hidden_size % 2:
+            raise MossError(
+                f"flow.encoder config: hidden_size {self.hidden_size} is not an even multiple of {self.num_heads} heads"
+            )
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,9 @@ class EstimatorConfig:
     num_mid_stages: int = 12
     intermediate_size: int = 1024  # of a transformer block
     time_size: int = 1024  # width of the time embedding
+
+    def __post_init__(self):
+        _require_positive(self, "flow.estimator")
 
     @property
     def num_stages(self) -> int:
@@ -51,6 +63,13 @@ class FlowConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
+    def __post_init__(self):
+        _require_positive(self, "flow")
+        if self.codebook_size > self.vocab_size:
+            raise MossError(
+                f"flow config: codebook_size {self.codebook_size} is more than the {self.vocab_size} rows of vocab_size"
+            )
+
     @property
     def max_codes(self) -> int:
         """The most codes that prompt and speech may have together."""
@@ -65,6 +84,13 @@ class FlowConfig:
     def estimator_inputs(self) -> int:
         """Channels that enter the estimator: state, mu, speaker and prompt mel; also the size of the time sinusoids."""
         return 4 * self.mel_bins
+
+
+def _require_positive(config, name: str) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, int) and value < (entry.name != "lookahead"):
+            raise MossError(f"{name} config: {entry.name} is {value}, too small")
 
 
 RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes
