@@ -13,6 +13,7 @@ VERBS = {
     "chat": "ask a question, spoken or written, and get an answer",
     "compile": "compile for an absent TPU: seconds, memory a chip, collectives",
     "convert": "checkpoints into a system folder, and back",
+    "corpus": "make a small corpus of spoken facts with espeak-ng",
     "decode": "turn codes into sound",
     "encode": "turn recordings into codes",
     "info": "what is inside a folder",

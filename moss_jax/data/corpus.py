@@ -1,0 +1,151 @@
+"""A corpus of spoken facts, made from nothing: a small closed domain, written and spoken by espeak-ng.
+
+    CORPUS/wav/*.wav
+           text.jsonl, text-valid.jsonl                 facts and questions with answers, written
+           speech.jsonl                                 spoken facts with their text and the time of each word
+           chat.jsonl, chat-valid.jsonl                 questions and answers, spoken and written, all four ways
+           recordings.jsonl                             other recordings that were given, sound only
+
+All are manifests of `moss-jax tokenize`. Facts are sums, capitals and colours; the valid files hold phrasings that the
+others do not.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moss_jax.audio import load_audio, save_audio
+from moss_jax.checkpoint import atomic_folder
+from moss_jax.data.espeak import speak
+from moss_jax.dialogue.conversation import SYSTEM
+from moss_jax.errors import MossError
+
+VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")  # of those who ask
+ANSWERS = "en-us+klatt3"  # the voice that answers
+NUMBERS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+]  # fmt: skip
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Egypt": "Cairo", "Japan": "Tokyo",
+    "Russia": "Moscow", "Norway": "Oslo", "Cuba": "Havana", "Peru": "Lima",
+}  # fmt: skip
+COLOURS = {
+    "the sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "a lemon": "yellow",
+    "an orange": "orange", "chocolate": "brown",
+}  # fmt: skip
+# The last phrasing of each kind is for the valid files.
+PHRASINGS = {
+    "sum": ("What is {0} plus {1}?", "How much is {0} and {1}?", "Please add {0} and {1}.", "Tell me {0} plus {1}."),
+    "capital": ("What is the capital of {0}?", "Name the capital of {0}.", "Which city is the capital of {0}?"),
+    "colour": ("What colour is {0}?", "Tell me the colour of {0}.", "Which colour has {0}?"),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    kind: str  # one of PHRASINGS
+    asked: tuple[str, ...]  # what a question about it names
+    statement: str
+    answer: str
+
+    def question(self, phrasing: int) -> str:
+        """Phrasings are counted from 0; -1 is the one kept for the valid files."""
+        return PHRASINGS[self.kind][phrasing].format(*self.asked)
+
+
+def facts() -> list[Fact]:
+    """All of the domain: 81 sums, 10 capitals, 8 colours."""
+    known = []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            one, two, three = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+            known.append(Fact("sum", (one, two), f"{one} plus {two} is {three}.".capitalize(), f"It is {three}."))
+    for country, city in CAPITALS.items():
+        known.append(Fact("capital", (country,), f"The capital of {country} is {city}.", f"It is {city}."))
+    for thing, colour in COLOURS.items():
+        known.append(Fact("colour", (thing,), f"{thing} is {colour}.".capitalize(), f"It is {colour}."))
+    return known
+
+
+def make_corpus(
+    folder: str | Path,
+    utterances: int = 200,
+    seed: int = 0,
+    recordings: Sequence[str | Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a corpus, whole or not at all.
+
+    Args:
+        folder: must not exist.
+        utterances: spoken facts, and as many conversations.
+        recordings: other sound files that belong to it.
+        progress: called with how many utterances are done, and of how many.
+
+    Raises:
+        MossError: espeak-ng is missing, the folder exists or cannot be written, a recording cannot be read.
+    """
+    if utterances < 1:
+        raise MossError(f"utterances: {utterances}, expected at least 1")
+    if Path(folder).exists():
+        raise MossError(f"{folder}: is there already, expected a new folder")
+    draw, known = random.Random(seed), facts()
+    with atomic_folder(folder) as part:
+        (part / "wav").mkdir()
+        written = [{"text": fact.statement} for fact in known]
+        written += [{"text": f"{fact.question(i)} {fact.answer}"} for fact in known for i in range(2)]
+        _manifest(part / "text.jsonl", written)
+        _manifest(part / "text-valid.jsonl", [{"text": f"{fact.question(-1)} {fact.answer}"} for fact in known])
+        spoken, chats, valid = [], [], []
+        for i in range(utterances):
+            fact = draw.choice(known)
+            spoken.append(_said(part, f"fact-{i:05d}", fact.statement, _speaker(draw)))
+            held = i % 10 == 0
+            turns = _conversation(part, f"chat-{i:05d}", fact, -1 if held else draw.randrange(2), i, draw)
+            (valid if held else chats).append({"turns": turns})
+            if progress is not None:
+                progress(i + 1, utterances)
+        _manifest(part / "speech.jsonl", spoken)
+        _manifest(part / "chat.jsonl", chats or valid)
+        _manifest(part / "chat-valid.jsonl", valid)
+        if recordings:
+            _manifest(part / "recordings.jsonl", list(_copied(part, recordings)))
+
+
+def _speaker(draw: random.Random) -> tuple[str, int, int]:
+    return draw.choice(VOICES), draw.randrange(125, 190), draw.randrange(25, 75)
+
+
+def _said(part: Path, name: str, text: str, speaker: tuple[str, int, int]) -> dict:
+    """Writes the sound and returns its line of a manifest."""
+    wave, rate, words = speak(text, *speaker)
+    place = f"wav/{name}.wav"
+    save_audio(part / place, wave, rate)
+    return {"audio": place, "text": text, "words": [[word, round(a, 3), round(b, 3)] for word, a, b in words]}
+
+
+def _conversation(part: Path, name: str, fact: Fact, phrasing: int, number: int, draw: random.Random) -> list[dict]:
+    """The turns; whether question and answer are spoken goes round the four ways."""
+    asked, answered = number & 1, number & 2
+    question = {"role": "user", "text": fact.question(phrasing)}
+    if asked:
+        question = {"role": "user", "audio": _said(part, f"{name}-q", question["text"], _speaker(draw))["audio"]}
+    answer = {"role": "assistant", "text": fact.answer}
+    if answered:
+        answer = {"role": "assistant", "audio": _said(part, f"{name}-a", fact.answer, (ANSWERS, 150, 50))["audio"]}
+    return [{"role": "system", "text": SYSTEM["speech" if answered else "text"]}, question, answer]
+
+
+def _copied(part: Path, recordings: Sequence[str | Path]) -> Iterator[dict]:
+    for number, recording in enumerate(recordings):
+        wave, rate = load_audio(recording)
+        place = f"wav/recording-{number:03d}.wav"
+        save_audio(part / place, wave, rate)
+        yield {"audio": place}
+
+
+def _manifest(path: Path, lines: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

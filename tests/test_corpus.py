@@ -1,0 +1,65 @@
+"""The corpus of spoken facts: what is said is what is written, and words lie where the sound says so."""
+
+import ctypes.util
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from moss_jax.audio import load_audio
+from moss_jax.cli import main
+from moss_jax.data.corpus import facts
+from moss_jax.data.espeak import speak
+from moss_jax.errors import MossError
+
+needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@needs_espeak
+def test_words_follow_each_other_and_fill_the_sound():
+    wave, rate, words = speak("The capital of France is Paris.", "en-us", 150)
+    assert [word for word, _, _ in words] == ["The", "capital", "of", "France", "is", "Paris."]
+    assert words[0][1] == 0 and words[-1][2] == len(wave) / rate
+    assert all(a < b for _, a, b in words) and all(x[2] == y[1] for x, y in pairwise(words))
+    # The pause after the comma belongs to the word before it, the long word takes longer than the short one.
+    _, _, (a, b, c) = speak("Yes, extraordinarily so", "en-us", 150)
+    assert b[2] - b[1] > c[2] - c[1] and a[2] - a[1] > 0.2
+    assert len(speak("one two three", words_per_minute=300)[0]) < 0.7 * len(speak("one two three")[0])
+
+
+@needs_espeak
+def test_the_corpus_is_whole(tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    assert main(["corpus", str(folder), "--utterances", "20"]) == 0
+    written = {line["text"] for line in lines(folder / "text.jsonl")}
+    assert {fact.statement for fact in facts()} <= written and len(facts()) == 99
+    held = tuple(fact.question(-1) for fact in facts())
+    assert not any(text.startswith(held) for text in written)
+    assert all(line["text"].startswith(held) for line in lines(folder / "text-valid.jsonl"))
+    for line in lines(folder / "speech.jsonl"):
+        wave, rate = load_audio(folder / line["audio"])
+        assert line["text"] in written and abs(line["words"][-1][2] - len(wave) / rate) < 1e-3
+        assert [word for word, _, _ in line["words"]] == line["text"].split()
+        assert np.abs(wave).max() > 0.1
+    chats = lines(folder / "chat.jsonl")
+    kinds = {tuple("audio" in turn for turn in line["turns"][1:]) for line in chats}
+    assert len(chats) == 18 and len(kinds) == 4
+    assert len(lines(folder / "chat-valid.jsonl")) == 2
+    assert main(["corpus", str(folder)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_bad_requests(tmp_path, capsys):
+    assert main(["corpus", str(tmp_path / "x"), "--utterances", "0"]) == 2
+    assert "utterances: 0, expected at least 1" in capsys.readouterr().err
+
+
+@needs_espeak
+def test_an_unknown_voice():
+    with pytest.raises(MossError, match="voice 'nobody'"):
+        speak("hello", "nobody")
