@@ -96,7 +96,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
 
 
-def per_device(function: Callable, axes: Sequence[Axes], out_axes: Axes) -> Callable:
+def per_device(
+    function: Callable, axes: Sequence[Axes], out_axes: Axes, rules: Mapping[str, tuple[str, ...]] = RULES
+) -> Callable:
     """`function` run by each device on its own part of the arrays, without communication inside.
 
     What the compiler cannot divide by itself (a hand-written kernel) is divided by this.
@@ -105,6 +107,7 @@ def per_device(function: Callable, axes: Sequence[Axes], out_axes: Axes) -> Call
         axes: the logical axes of each argument; an argument may be None. A mesh axis is left out where one of the
             dimensions on it does not divide.
         out_axes: logical axes of the one result.
+        rules: instead of the table, for a function that divides its work in another way.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -114,10 +117,10 @@ def per_device(function: Callable, axes: Sequence[Axes], out_axes: Axes) -> Call
         given = [i for i, x in enumerate(args) if x is not None]
         sizes = {name: size for i in given for name, size in zip(axes[i], args[i].shape, strict=True)}
         # Query heads must not be divided where the key/value heads that they read stay whole.
-        whole = {name for name, size in sizes.items() if size % _ways(_spec([name])[0], mesh)}
-        whole = {place for name in whole for place in RULES.get(name, ())}
-        rules = {name: () if whole & set(places) else places for name, places in RULES.items()}
-        specs, out = tuple(_spec(axes[i], rules) for i in given), _spec(out_axes, rules)
+        whole = {name for name, size in sizes.items() if size % _ways(_spec([name], rules)[0], mesh)}
+        whole = {place for name in whole for place in rules.get(name, ())}
+        fit = {name: () if whole & set(places) else places for name, places in rules.items()}
+        specs, out = tuple(_spec(axes[i], fit) for i in given), _spec(out_axes, fit)
 
         def local(*parts):
             arguments = [None] * len(args)

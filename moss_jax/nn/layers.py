@@ -16,7 +16,8 @@ class Linear(nn.Module):
     """`x @ kernel + bias`, contracting the last `in_dims` axes of x: [..., *in] -> [..., *out_shape].
 
     `axes` names the axes of the kernel, inputs first. Parameters: kernel [*in, *out_shape], bias [*out_shape].
-    The result has dtype `dtype`, or that of x and the kernel promoted when None.
+    The result has dtype `dtype`, or that of x and the kernel promoted when None. A low-rank adapter is added where the
+    collection "lora" has one: a [*in, rank], b [rank, *out_shape].
     """
 
     out_shape: int | Sequence[int]
@@ -38,6 +39,9 @@ class Linear(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         contract = (tuple(range(x.ndim - self.in_dims, x.ndim)), in_axes)
         y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
+            y = y + jnp.tensordot(jnp.tensordot(x, a, self.in_dims), b, 1)
         return y if bias is None else y + bias
 
 

@@ -143,7 +143,7 @@ class Block(nn.Module):
             layer = nn.remat(layer, policy=POLICIES[cfg.remat], prevent_cse=False)
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},  # lora: adapters beside kernels, where there are any
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=self.num_layers,

@@ -37,6 +37,7 @@ MODULES = {
     "lm.qwen3": "transformer",
     "lm.sampler": "dialogue",
     "lm.split": "transformer",
+    "lm.train_step": "train",
 }  # component -> module of this package
 
 

@@ -1,0 +1,273 @@
+"""The training step: both losses, the gradient of the trainable parameters, one optimizer update.
+
+    trainable, frozen = split_params(params, stage)
+    step = make_step(config, stage, optimizer, mesh=mesh)
+    state = init_state(trainable, optimizer)
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, frozen, batch)
+
+The state is donated; frozen parameters are an argument that nothing writes to. Trainable parameters are float32, the
+forward pass runs in `config.dtype`, norms' statistics, softmax, losses, gradients' sums and the update in float32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import unflatten
+from moss_jax.sharding import constrain, fitting, shardings_for
+from moss_jax.train.lora import is_adapter, scaled
+from moss_jax.train.losses import CHANNELS, channel_sums, mean, next_rows, token_nll
+from moss_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
+from moss_jax.train.stages import Stage, stage_axes, stage_shapes
+from moss_jax.transformer import LayerSplitModel, TransformerConfig
+from moss_jax.transformer.model import Block, RMSNorm
+
+Flat = dict[str, jax.Array]
+BATCH_AXES = {
+    "grid": ("batch", "length", None),
+    "positions": ("batch", "length"),
+    "segment_ids": ("batch", "length"),
+    "loss_weights": ("batch", "length", None),
+    "source": ("batch", "length"),
+}
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes. `step` counts batches; skipped ones count too, but not in the optimizer's own count."""
+
+    step: jax.Array  # int32
+    params: Flat  # float32, the trainable parameters only
+    opt_state: Any
+
+
+def init_state(trainable: Flat, optimizer: OptimizerConfig) -> TrainState:
+    """The state before the first step; moments lie where their parameters lie.
+
+    The arrays are handed over: the first step takes their memory.
+    """
+    transformation, meshes = make_optimizer(optimizer), {getattr(x.sharding, "mesh", None) for x in trainable.values()}
+    mesh, shardings = meshes.pop(), None
+    if mesh is not None:
+        placed = {path: x.sharding for path, x in trainable.items()}
+        shardings = _moments(transformation, trainable, placed, NamedSharding(mesh, P()))
+    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
+    return TrainState(step, dict(trainable), jax.jit(transformation.init, out_shardings=shardings)(dict(trainable)))
+
+
+def hidden(
+    config: TransformerConfig, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], stage: Stage | None = None
+) -> dict[str, jax.Array]:
+    """The branches' normed outputs {"text", "audio"}: [B, T, D] in the compute dtype; a head turns them into logits.
+
+    A stack that lies in both dictionaries runs as two: the frozen layers below, those that train above.
+    """
+    dtype = jnp.dtype(config.dtype)
+    adapters = {path: value for path, value in trainable.items() if is_adapter(path)}
+    lower = {path: value for path, value in frozen.items() if path in trainable}
+    upper = frozen | {path: value for path, value in trainable.items() if path not in adapters}
+    params = unflatten(upper)
+    stacks = [(unflatten(lower), {})] if lower else []
+    stacks.append((params, unflatten(scaled(stage.lora, adapters, dtype)) if adapters else {}))
+    x = LayerSplitModel(config).apply({"params": params}, batch["grid"], method="embed")
+
+    def block(name, x):
+        for params, lora in stacks:
+            if name in params:
+                variables = {"params": {"layers": params[name]["layers"]}}
+                variables |= {"lora": {"layers": lora[name]["layers"]}} if name in lora else {}
+                depth = jax.tree.leaves(variables)[0].shape[0]
+                x = Block(config, depth).apply(variables, x, batch["positions"], batch["segment_ids"])
+        return x
+
+    if config.num_shared_layers:
+        x = block("shared", x)
+    norm = RMSNorm(config)
+    return {name: norm.apply({"params": params[name]["norm"]}, block(name, x)) for name in branches(config)}
+
+
+def branches(config: TransformerConfig) -> tuple[str, ...]:
+    """The channels that this model predicts; a plain Qwen3 has text only."""
+    return CHANNELS if config.audio_vocab_size else CHANNELS[:1]
+
+
+def batch_nll(
+    config: TransformerConfig, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], stage: Stage | None = None
+) -> dict[str, jax.Array]:
+    """{"text", "audio"}: float32 [B, T], the loss of predicting row t + 1 in that channel (the last row's: of row 0)."""
+    labels = next_rows(batch)["labels"]
+    outputs = hidden(config, trainable, frozen, batch, stage)
+    heads = frozen | trainable
+    return {
+        name: token_nll(y, heads[f"{name}/head/kernel"], labels[..., CHANNELS.index(name)])
+        for name, y in outputs.items()
+    }
+
+
+def batch_sums(
+    config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array],
+    counts: Mapping[str, jax.Array], sources: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """This (micro-)batch's share of the loss of a global batch with `counts`, and the sums it consists of."""
+    rows, loss, sums = next_rows(batch), jnp.float32(0), {}
+    for name, nll in batch_nll(config, trainable, frozen, batch, stage).items():
+        weights = rows["weights"][..., CHANNELS.index(name)]
+        total, by_source, source_counts = channel_sums(nll, weights, rows["source"], sources)
+        loss += _weight(stage, name) * mean(total, counts[name])
+        sums |= {f"{name}_sum": total, f"source_{name}_sum": by_source, f"source_{name}_count": source_counts}
+    return loss, sums
+
+
+def make_step(
+    config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, *, accumulate: int = 1, sources: int = 1,
+    mesh: Mesh | None = None,
+) -> Callable:  # fmt: skip
+    """The compiled step: `step(state, frozen, batch, limit=inf) -> (state, metrics)`.
+
+    `batch` is a dict of arrays [B, T, ...] (see `BATCH_AXES`). `limit`, float32, is the largest loss and the largest
+    gradient norm that are accepted: one number, or [2] for the two. When either is not finite or above, parameters and
+    optimizer state stay as they are and `skipped` is 1; `step` counts on.
+
+    Metrics are float32 scalars: loss, text_loss, audio_loss (means), text_count, audio_count (sums of weights),
+    grad_norm (before clipping), learning_rate, skipped; and [sources] each: source_text_sum, source_text_count,
+    source_audio_sum, source_audio_count.
+
+    Args:
+        accumulate: micro-batches that a batch is worked off in; it must divide the rows.
+        sources: how many values `batch["source"]` has.
+        mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
+    """
+    update = make_optimizer(optimizer)
+    dtype = jnp.dtype(config.dtype)
+
+    def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], limit=jnp.inf):
+        counts = _counts(config, batch)
+        compute = _cast(state.params, dtype)
+
+        def loss_of(compute, micro):
+            return batch_sums(config, stage, compute, frozen, micro, counts, sources)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        with jax.named_scope("gradient"):
+            (loss, sums), grads = _accumulated(gradient, compute, batch, accumulate)
+        with jax.named_scope("update"):
+            norm = optax.global_norm(grads)
+            limits = jnp.broadcast_to(jnp.asarray(limit, jnp.float32), (2,))
+            good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
+            updates, opt_state = update.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
+        rate = learning_rate(optimizer)(updates_made(state.opt_state))
+        metrics = _metrics(stage, counts, sums) | {
+            "grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - good.astype(jnp.float32)
+        }  # fmt: skip
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    out = state_shardings(config, stage, optimizer, mesh), NamedSharding(mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1) -> Callable:
+    """The compiled `evaluate(trainable, frozen, batch) -> metrics`: the step's metrics of the loss alone.
+
+    The [sources] sums and counts of several batches may be added up; the means may not.
+    """
+
+    @jax.jit
+    def evaluate(trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array]):
+        counts = _counts(config, batch)
+        compute = _cast(trainable, jnp.dtype(config.dtype))
+        _, sums = batch_sums(config, stage, compute, frozen, batch, counts, sources)
+        return _metrics(stage, counts, sums)
+
+    return evaluate
+
+
+def state_shardings(config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
+    shapes, _ = stage_shapes(config, stage)
+    axes, _ = stage_axes(config, stage)
+    params, everywhere = shardings_for(axes, shapes, mesh), NamedSharding(mesh, P())
+    return TrainState(everywhere, params, _moments(make_optimizer(optimizer), shapes, params, everywhere))
+
+
+def _moments(transformation, shapes, params: Mapping[str, NamedSharding], everywhere: NamedSharding):
+    """An optimizer state of shardings: what belongs to a parameter lies as it does."""
+    state = jax.eval_shape(transformation.init, dict(shapes))
+    return optax.tree_utils.tree_map_params(
+        transformation, lambda _, sharding: sharding, state, dict(params), transform_non_params=lambda _: everywhere
+    )
+
+
+def frozen_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Flat {path: sharding} of the frozen parameters."""
+    return shardings_for(stage_axes(config, stage)[1], stage_shapes(config, stage)[1], mesh)
+
+
+def batch_shardings(mesh: Mesh, shape: tuple[int, int] | None = None) -> dict[str, NamedSharding]:
+    """{name: sharding} of a batch of `shape` (rows, length): rows over data and fsdp, the length over sequence.
+
+    Without `shape` every dimension is taken to divide.
+    """
+    sizes = shape or (mesh.size, mesh.size)
+    return {name: fitting(axes, (*sizes, 2)[: len(axes)], mesh) for name, axes in BATCH_AXES.items()}
+
+
+def _cast(params: Flat, dtype) -> Flat:
+    """Trainable parameters for the forward pass: on a mesh it is these, not the float32 ones, that travel."""
+    return {path: value if is_adapter(path) else value.astype(dtype) for path, value in params.items()}
+
+
+def _counts(config: TransformerConfig, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    weights = next_rows(batch)["weights"].sum((0, 1))
+    return {name: weights[CHANNELS.index(name)] for name in branches(config)}
+
+
+def _accumulated(gradient: Callable, params: Flat, batch: Mapping[str, jax.Array], parts: int):
+    """((loss, sums), float32 gradients), summed over `parts` micro-batches."""
+    if parts == 1:
+        result, grads = gradient(params, dict(batch))
+        return result, _cast(grads, jnp.float32)
+    rows = batch["grid"].shape[0]
+    if rows % parts:
+        raise MossError(f"accumulate is {parts}, expected a divisor of the batch's {rows} rows")
+    # Every `parts`-th row, so that each device has some rows of each micro-batch.
+    micro = {
+        name: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+        for name, x in batch.items()
+    }  # fmt: skip
+
+    def add(total, part):
+        part = {name: constrain(x, *BATCH_AXES[name]) for name, x in part.items()}
+        result, grads = gradient(params, part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (result, grads)), None
+
+    one = {name: x[0] for name, x in micro.items()}
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(gradient, params, one))
+    return jax.lax.scan(add, zero, micro)[0]
+
+
+def _weight(stage: Stage, name: str) -> float:
+    return {"text": stage.text_weight, "audio": stage.audio_weight}[name]
+
+
+def _metrics(stage: Stage, counts: Mapping[str, jax.Array], sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    metrics = {name: value for name, value in sums.items() if name.startswith("source")}
+    loss = jnp.float32(0)
+    for name, count in counts.items():
+        value = mean(sums[f"{name}_sum"], count)
+        loss += _weight(stage, name) * value
+        metrics |= {f"{name}_loss": value, f"{name}_count": count}
+    return metrics | {"loss": loss}
