@@ -79,22 +79,24 @@ def test_processes_share_the_same_global_batches(mixture, processes):
 
 
 def test_each_process_reads_only_its_share(mixture, monkeypatch):
-    read = set()
-    original = Examples.__getitem__
-    monkeypatch.setattr(
-        Examples, "__getitem__", lambda self, i: read.add((self.folder.name, int(i))) or original(self, i)
-    )
-    shares = []
-    for index in range(4):
-        read.clear()
-        share = batches(mixture, process_index=index, process_count=4)
+    original, read = Examples.__getitem__, [set() for _ in range(4)]
+
+    def recorded(self, index):
+        read[self.about["process"]].add((self.folder.name, int(index)))
+        return original(self, index)
+
+    monkeypatch.setattr(Examples, "__getitem__", recorded)
+    shares, opened = [], [batches(mixture, process_index=index, process_count=4) for index in range(4)]
+    for index, share in enumerate(opened):
+        for rows in share.rows:  # what reads is a copy
+            rows.examples.about["process"] = index
         take(share, 2)
         share.close()
         ahead = 2 + READ_AHEAD + READ_THREADS + 1  # batches that may have been read
         needed, allowed = (
             {place for step in range(steps) for place in places(share, step, index, 4)} for steps in (2, ahead)
         )
-        assert needed <= read <= allowed
+        assert needed <= set(read[index]) <= allowed
         shares.append(needed)
     assert not set.intersection(*shares)
 
