@@ -1,0 +1,257 @@
+"""The sequence formats of training: every document ends as rows of the grid and a weight for each row's targets.
+
+A row is scored in its own channel only: a text row (im_end, sosp and endoftext are such rows) by the text branch, a
+code or eosp by the audio branch. The weight stands at the row that is predicted; the first row of a sequence and every
+prompt row weigh nothing. Source: language model specification, section 7.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from moss_jax.data.manifest import Document, Word
+from moss_jax.dialogue.grid import FALLBACK_SYSTEM, speech_rows, template_rows, text_rows, turn_rows
+from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.dialogue.turns import Turn
+from moss_jax.errors import MossError
+from moss_jax.transformer import TransformerConfig
+
+PIECE_SECONDS = (3.0, 6.0)  # shortest and longest piece of an interleaved document
+CUT_SHARE = (0.25, 0.75)  # of a continued document: where the prompt may end
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One document in one format, as long as it is.
+
+    Attributes:
+        grid: int32 [N, 2], text id and audio id of each row.
+        loss_weights: float32 [N, 2], how much predicting this row's id counts in each channel; 0 in row 0.
+        name: of the document, for people.
+    """
+
+    grid: np.ndarray
+    loss_weights: np.ndarray
+    name: str = ""
+
+    def check(self) -> "Example":
+        """Itself; raises MossError when the arrays do not fit together."""
+        n = len(self.grid)
+        right = (
+            n > 0
+            and self.grid.shape == self.loss_weights.shape == (n, 2)
+            and self.grid.dtype == np.int32
+            and self.loss_weights.dtype == np.float32
+        )
+        if not right:
+            raise MossError(
+                f"example {self.name!r}: grid {list(self.grid.shape)} {self.grid.dtype} and loss_weights "
+                f"{list(self.loss_weights.shape)} {self.loss_weights.dtype}, expected int32 and float32 [N, 2], N > 0"
+            )
+        if self.loss_weights[0].any():
+            raise MossError(f"example {self.name!r}: its first row has a loss weight, but nothing stands before it")
+        return self
+
+
+def target_weights(grid: np.ndarray, config: TransformerConfig, begin: int = 1) -> np.ndarray:
+    """Weights float32 [N, 2] that score every row from `begin` on in its own channel."""
+    weights = np.zeros(grid.shape, np.float32)
+    spoken = grid[:, 0] == config.modality_pad_id
+    weights[np.arange(len(grid)), spoken.astype(int)] = 1
+    weights[: max(begin, 1)] = 0
+    return weights
+
+
+def text(ids: Sequence[int], config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A written document: its ids, endoftext."""
+    return _everything([text_rows(ids, config)], config)
+
+
+def speech(codes: np.ndarray, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A spoken document: sosp, codes, eosp, endoftext."""
+    return _everything([speech_rows(codes, config)], config)
+
+
+def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: TransformerConfig, spoken_first: bool):
+    """Pieces of one document in order, every other one as codes, the rest as text ids; endoftext."""
+    rows = [
+        speech_rows(piece, config) if (place % 2 == 0) == spoken_first else text_rows(piece, config)
+        for place, piece in enumerate(pieces)
+    ]
+    return _everything(rows, config)
+
+
+def continuation(codes: np.ndarray, cut: int, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A spoken document of which the first `cut` codes are given; the rest, eosp and endoftext are scored."""
+    grid, _ = speech(codes, config)
+    return grid, target_weights(grid, config, 1 + cut)
+
+
+def chat(
+    turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: TransformerConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation; what the assistant says and the im_end after it are scored.
+
+    Not scored: everything else, the sosp that opens a spoken reply (a request for speech has it in the prompt) and the
+    line break after im_end.
+    """
+    parts, scored = [], []
+    for turn in turns:
+        rows = turn_rows(turn, text_tokenizer, config)
+        mask = np.zeros(len(rows), bool)
+        if turn.role == "assistant":
+            header = len(template_rows(f"{SPECIAL_STRINGS['im_start_id']}assistant\n", text_tokenizer, config))
+            end = len(template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", text_tokenizer, config)) - 1
+            mask[header + (turn.codes is not None) : len(rows) - end] = True
+        parts.append(rows)
+        scored.append(mask)
+    grid = np.concatenate(parts)
+    return grid, target_weights(grid, config) * np.concatenate(scored)[:, None].astype(np.float32)
+
+
+def _everything(rows: list[np.ndarray], config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    grid = np.concatenate([*rows, text_rows([config.endoftext_id], config)])
+    return grid, target_weights(grid, config)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes examples of documents whose audio has become codes.
+
+    Attributes:
+        format: one of FORMATS.
+        config: sizes and ids of the model that will read them.
+        text_tokenizer: of the same model; formats without text do not need it.
+        code_rate: codes a second, for word times.
+        seed: of cuts; a document's cuts depend on it, its name and the variant alone.
+        system: a system turn for asr, tts and chat; without one asr and tts have none, and a chat that does not
+            begin with one gets the turn that generation puts there too.
+    """
+
+    format: str
+    config: TransformerConfig
+    text_tokenizer: TextTokenizer | None
+    code_rate: float = 12.5
+    seed: int = 0
+    system: str | None = None
+
+    def example(self, document: Document, codes: Sequence[np.ndarray | None], variant: int = 0) -> Example:
+        """One variant of a document.
+
+        Args:
+            codes: of the document's recording, or for a conversation one entry a turn (None: a written turn).
+            variant: another one has other cuts; formats without cuts have one variant.
+
+        Raises:
+            MossError: the document cannot be brought into this format.
+        """
+        grid, weights = _FORMATS[self.format](self, document, codes, self._random(document, variant))
+        return Example(grid, weights, document.name if variant == 0 else f"{document.name}/{variant}")
+
+    def _random(self, document: Document, variant: int) -> np.random.Generator:
+        digest = hashlib.blake2b(f"{self.seed}/{variant}/{document.name}".encode(), digest_size=16).digest()
+        return np.random.default_rng(int.from_bytes(digest, "little"))
+
+    def _text(self, document, codes, random):
+        return text(self.text_tokenizer.encode(document.text), self.config)
+
+    def _speech(self, document, codes, random):
+        return speech(codes[0], self.config)
+
+    def _interleaved(self, document, codes, random):
+        pieces = cut_interleaved(document.text, document.words, len(codes[0]), self.code_rate, random)
+        spoken_first = bool(random.integers(2))
+        contents = [
+            codes[0][begin:end] if (place % 2 == 0) == spoken_first else self.text_tokenizer.encode(words)
+            for place, (words, begin, end) in enumerate(pieces)
+        ]
+        return interleaved(contents, self.config, spoken_first)
+
+    def _continuation(self, document, codes, random):
+        count = len(codes[0])
+        if count < 2:
+            raise MossError(f"its recording has {count} codes, expected 2 at least, to cut it in two")
+        cut = int(np.clip(round(count * random.uniform(*CUT_SHARE)), 1, count - 1))
+        return continuation(codes[0], cut, self.config)
+
+    def _asr(self, document, codes, random):
+        return self._pair(Turn("user", codes=codes[0]), Turn("assistant", text=document.text))
+
+    def _tts(self, document, codes, random):
+        return self._pair(Turn("user", text=document.text), Turn("assistant", codes=codes[0]))
+
+    def _pair(self, *turns: Turn):
+        system = [Turn("system", text=self.system)] if self.system else []
+        return chat([*system, *turns], self.text_tokenizer, self.config)
+
+    def _chat(self, document, codes, random):
+        turns = [
+            turn if said is None else Turn(turn.role, codes=said)
+            for turn, said in zip(document.turns, codes, strict=True)
+        ]
+        if turns[0].role != "system":
+            spoken = next(turn for turn in reversed(turns) if turn.role == "assistant").codes is not None
+            turns.insert(0, Turn("system", text=self.system or FALLBACK_SYSTEM["speech" if spoken else "text"]))
+        return chat(turns, self.text_tokenizer, self.config)
+
+
+_FORMATS: dict[str, Callable] = {
+    name: getattr(Maker, f"_{name}")
+    for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
+}  # fmt: skip
+
+
+def cut_interleaved(
+    text: str, words: Sequence[Word], code_count: int, code_rate: float, random: np.random.Generator
+) -> list[tuple[str, int, int]]:
+    """Cuts a recording and its transcript at the same word boundaries into pieces of 3 to 6 s, lengths drawn at random.
+
+    A boundary lies midway between two words. A piece is longer than 6 s only where no word ends in time, and the last
+    one may be shorter than 3 s. Every character and every code falls into exactly one piece; white space goes to
+    the piece after it, punctuation to the piece before.
+
+    Returns:
+        [(its text, its first code, the code after its last)].
+    """
+    seconds = code_count / code_rate
+    if words[-1].start >= seconds:
+        raise MossError(
+            f"the word {words[-1].text!r} begins at {words[-1].start:g} s, the recording ends at {seconds:g} s"
+        )
+    times = np.array([0.0, *((a.end + b.start) / 2 for a, b in pairwise(words)), seconds])
+    times = np.minimum(times, seconds)
+    codes = np.clip(np.round(times * code_rate), 0, code_count).astype(int)
+    codes[-1] = code_count
+    places = [0, *_text_boundaries(text, words), len(text)]
+    cuts, here, last = [0], 0, len(words)
+    while here < last:
+        here = _next_cut(times, here, random.uniform(*PIECE_SECONDS))
+        if codes[last] - codes[here] < 1:
+            here = last
+        cuts.append(here)
+    return [(text[places[a] : places[b]], int(codes[a]), int(codes[b])) for a, b in pairwise(cuts)]
+
+
+def _next_cut(times: np.ndarray, here: int, length: float) -> int:
+    """The boundary nearest to `length` seconds after boundary `here`, of those 3 to 6 s away if there is one."""
+    away = times[here + 1 :] - times[here]
+    fits = np.flatnonzero((away >= PIECE_SECONDS[0]) & (away <= PIECE_SECONDS[1]))
+    if fits.size:
+        return here + 1 + int(fits[np.argmin(np.abs(away[fits] - length))])
+    later = np.flatnonzero(away > PIECE_SECONDS[1])
+    return here + 1 + int(later[0]) if later.size else len(times) - 1
+
+
+def _text_boundaries(text: str, words: Sequence[Word]) -> list[int]:
+    """Between each word and the next: where the text is cut, in characters."""
+    places, end = [], 0
+    for word in words:
+        start = text.index(word.text, end)  # the manifest was checked for this
+        if word is not words[0]:
+            gap = text[end:start]
+            places.append(end + next((i for i, letter in enumerate(gap) if letter.isspace()), len(gap)))
+        end = start + len(word.text)
+    return places

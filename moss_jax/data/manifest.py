@@ -1,0 +1,337 @@
+"""Manifests: JSON lines that name the documents of a data set. Every bad line is told, by its number.
+
+    {"audio": "a.wav", "text": "Good morning.", "words": [["Good", 0.1, 0.4], ["morning", 0.5, 1.0]]}
+    {"shard": "part-00.tar", "audio": "talks/7.flac"}
+    {"turns": [{"role": "user", "audio": "q.wav"}, {"role": "assistant", "text": "Yes."}]}
+
+Only the places of the lines are kept in memory, so that a manifest may be long.
+"""
+
+import hashlib
+import json
+import math
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.dialogue.turns import Turn
+from moss_jax.errors import MossError
+
+FIELDS = ("id", "audio", "shard", "codes", "text", "words", "turns")
+TURN_FIELDS = ("role", "audio", "shard", "codes", "text")
+NEEDS = {
+    "text": ("text",),
+    "speech": ("sound",),
+    "interleaved": ("sound", "words"),
+    "continuation": ("sound",),
+    "asr": ("sound", "text"),
+    "tts": ("sound", "text"),
+    "chat": ("turns",),
+}  # format -> what a line must have
+FORMATS = tuple(NEEDS)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and when it is said, seconds from the beginning of the recording."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """A recording inside a tar file."""
+
+    shard: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A line of a manifest.
+
+    Attributes:
+        line: its number, from 1.
+        name: its id, or the number of the line.
+        sounds: for a recording one entry, for a conversation one a turn: where the sound is, its codes int32 [N], or
+            None where a turn is written.
+        text: the transcript or the document itself.
+        words: their times, in order; None where they are not known.
+        turns: of a conversation; spoken ones have the text "" here and their sound in `sounds`.
+    """
+
+    line: int
+    name: str
+    sounds: tuple[Path | Member | np.ndarray | None, ...] = ()
+    text: str | None = None
+    words: tuple[Word, ...] | None = None
+    turns: tuple[Turn, ...] = ()
+
+    def with_words(self, words: Sequence[Word]) -> "Document":
+        return replace(self, words=tuple(words))
+
+
+class Manifest:
+    """A manifest, read and checked.
+
+    Args:
+        path: the JSON lines; recordings are looked for beside them. Empty lines count, but are no documents.
+        format: one of FORMATS; a line without what it needs is bad.
+        code_count: codes given in the manifest are numbers below this; None: any.
+        align: word times may be missing where there is a text: they will be found by alignment.
+
+    Raises:
+        MossError: the file cannot be read or holds no document, or lines are bad: all of them, by number.
+    """
+
+    def __init__(self, path: str | Path, format: str, *, code_count: int | None = None, align: bool = False):
+        if format not in FORMATS:
+            raise MossError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        self.path, self.format, self.code_count, self.align = Path(path), format, code_count, align
+        self.has_sound = False  # some recording is to be encoded
+        self._places, self._numbers = self._read()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Document]:
+        """The documents start .. stop - 1."""
+        with self.path.open("rb") as file:
+            for index in range(start, len(self) if stop is None else min(stop, len(self))):
+                file.seek(self._places[index])
+                yield self._document(file.readline(), int(self._numbers[index]))
+
+    def fingerprint(self, start: int, stop: int) -> str:
+        """Of the lines of documents start .. stop - 1: changed lines have another one."""
+        digest = hashlib.blake2b(digest_size=16)
+        with self.path.open("rb") as file:
+            for index in range(start, min(stop, len(self))):
+                file.seek(self._places[index])
+                digest.update(b"%d " % self._numbers[index] + file.readline().strip() + b"\n")
+        return digest.hexdigest()
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        places, numbers, problems, names, place = [], [], [], {}, 0
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        places.append(place)
+                        numbers.append(number)
+                        try:
+                            document = self._document(line, number)
+                            first = names.setdefault(document.name, number) if document.name != str(number) else number
+                            if first != number:
+                                raise MossError(f"the id {document.name!r} is already that of line {first}")
+                            self.has_sound |= any(isinstance(sound, Path | Member) for sound in document.sounds)
+                        except MossError as error:
+                            problems.append(f"line {number}: {error}")
+                    place += len(line)
+        except FileNotFoundError:
+            raise MossError(f"{self.path}: no such file, expected a manifest (JSON lines)") from None
+        except OSError as error:
+            raise MossError(f"{self.path}: cannot be read ({error.strerror}), expected a manifest") from error
+        if problems:
+            raise bad_lines(self.path, problems, len(places))
+        if not places:
+            raise MossError(f"{self.path}: holds no document, expected a JSON object a line")
+        return np.array(places, np.int64), np.array(numbers, np.int64)
+
+    def _document(self, line: bytes, number: int) -> Document:
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise MossError(f"not UTF-8 text (byte {error.start}), expected a JSON object") from error
+        except ValueError as error:
+            raise MossError(f"not JSON ({error}), expected an object") from error
+        except RecursionError:
+            raise MossError("not JSON that can be read (nested too deep), expected an object") from None
+        if not isinstance(entry, dict):
+            raise MossError(f"is a JSON {type(entry).__name__}, expected an object")
+        _known(entry, FIELDS)
+        name = entry.get("id", number)
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise MossError(f"id is {name!r}, expected a string or a number")
+        document = Document(number, str(name))
+        if "turns" in entry:
+            beside = [key for key in entry if key not in ("id", "turns")]
+            if beside:
+                raise MossError(f"has {', '.join(beside)} beside turns, expected them inside the turns")
+            document = self._conversation(document, entry["turns"])
+        else:
+            document = self._recording(document, entry)
+        self._check_needs(document)
+        return document
+
+    def _recording(self, document: Document, entry: dict[str, Any]) -> Document:
+        sound, text, words = self._sound(entry), _text(entry), _words(entry.get("words"))
+        if words is not None and text is None:
+            text = " ".join(word.text for word in words)
+        if words is not None:
+            _check_words_in_text(words, text)
+        if sound is None and text is None:
+            raise MossError("is empty: it has neither audio, codes, text nor turns")
+        return replace(document, sounds=() if sound is None else (sound,), text=text, words=words)
+
+    def _conversation(self, document: Document, entries: Any) -> Document:
+        if not isinstance(entries, list) or not entries:
+            raise MossError(f"turns is {_told(entries)}, expected a list of turns")
+        turns, sounds = [], []
+        for place, entry in enumerate(entries):
+            try:
+                if not isinstance(entry, dict):
+                    raise MossError(f"is {_told(entry)}, expected an object")
+                _known(entry, TURN_FIELDS)
+                sound, text = self._sound(entry), _text(entry)
+                if (sound is None) == (text is None):
+                    raise MossError("has neither or both, expected either text or speech (audio or codes)")
+                turns.append(Turn(entry.get("role"), text=text or ""))
+                sounds.append(sound)
+            except MossError as error:
+                raise MossError(f"turns[{place}]: {error}") from error
+        if turns[-1].role != "assistant":
+            raise MossError(f"turns: the last one is of {turns[-1].role}, expected the assistant's reply")
+        for place, turn in enumerate(turns):
+            if turn.role == "system" and place > 0:
+                raise MossError(f"turns[{place}]: a system turn, expected it first or not at all")
+        return replace(document, turns=tuple(turns), sounds=tuple(sounds))
+
+    def _sound(self, entry: dict[str, Any]) -> Path | Member | np.ndarray | None:
+        audio, shard, codes = entry.get("audio"), entry.get("shard"), entry.get("codes")
+        if codes is not None:
+            if audio is not None or shard is not None:
+                raise MossError("has audio and codes, expected one of them")
+            return self._codes(codes)
+        for key, value in (("audio", audio), ("shard", shard)):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise MossError(f"{key} is {_told(value)}, expected a file name")
+        if audio is None:
+            if shard is not None:
+                raise MossError("has a shard, but no audio; expected the name of the recording inside it")
+            return None
+        if shard is not None:
+            member = Member(self.path.parent / shard, audio)
+            if audio not in tar_members(member.shard):
+                raise MossError(f"audio {audio}: not in {shard}")
+            return member
+        path = self.path.parent / audio
+        if not path.is_file():
+            raise MossError(f"audio {audio}: {'is a folder' if path.is_dir() else 'no such file'}")
+        return path
+
+    def _codes(self, codes: Any) -> np.ndarray:
+        if not isinstance(codes, list) or not all(type(code) is int for code in codes):
+            raise MossError("codes is not a list of whole numbers")
+        if not codes:
+            raise MossError("codes is empty, expected one code at least")
+        below = self.code_count or 2**31
+        wrong = next((code for code in codes if not 0 <= code < below), None)
+        if wrong is not None:
+            raise MossError(f"codes: {wrong} is not a code of this model, expected 0 to {below - 1}")
+        return np.array(codes, np.int32)
+
+    def _check_needs(self, document: Document) -> None:
+        sounds = [sound for sound in document.sounds if sound is not None]
+        has = {
+            "sound": len(sounds) == 1 and not document.turns,
+            "text": document.text is not None,
+            "words": document.words is not None or (self.align and document.text is not None),
+            "turns": bool(document.turns),
+        }
+        told = {"sound": "audio", "text": "text", "words": "words (their times)", "turns": "turns"}
+        missing = [told[need] for need in NEEDS[self.format] if not has[need]]
+        if missing:
+            raise MossError(f"has no {' and no '.join(missing)}, which the format {self.format} needs")
+
+
+def bad_lines(path: Path, problems: Sequence[str], of: int) -> MossError:
+    """The error that lists bad lines; each problem begins with "line N: "."""
+    count = f"{len(problems)} bad line{'s' * (len(problems) != 1)} of {of}"
+    return MossError("\n  ".join([f"{path}: {count}", *problems]))
+
+
+@lru_cache(maxsize=256)
+def tar_members(path: Path) -> dict[str, tarfile.TarInfo]:
+    """{name: entry} of the files in a tar file, whatever it is compressed with."""
+    try:
+        with tarfile.open(path) as tar:
+            return {entry.name: entry for entry in tar if entry.isfile()}
+    except FileNotFoundError:
+        raise MossError(f"shard {path}: no such file") from None
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise MossError(f"shard {path}: not a readable tar file ({error})") from error
+
+
+def _known(entry: dict[str, Any], fields: Sequence[str]) -> None:
+    unknown = [key for key in entry if key not in fields]
+    if unknown:
+        raise MossError(f"unknown: {', '.join(unknown)}; expected {', '.join(fields)}")
+
+
+def _text(entry: dict[str, Any]) -> str | None:
+    text = entry.get("text")
+    if text is not None and not isinstance(text, str):
+        raise MossError(f"text is {_told(text)}, expected a string")
+    if text is not None and not text.strip():
+        raise MossError("text is empty, expected some words")
+    if text is not None and not text.isprintable():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MossError(f"text holds half a character at {error.start} (a lone surrogate)") from error
+    return text
+
+
+def _words(entries: Any) -> tuple[Word, ...] | None:
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or not entries:
+        raise MossError(f"words is {_told(entries)}, expected [[word, start, end], ...]")
+    words: list[Word] = []
+    for place, entry in enumerate(entries):
+        right = (
+            isinstance(entry, list)
+            and len(entry) == 3
+            and isinstance(entry[0], str)
+            and all(type(time) in (int, float) and math.isfinite(time) for time in entry[1:])
+        )
+        if not right or not entry[0].strip():
+            raise MossError(f"words[{place}] is {_told(entry)}, expected [word, start, end] with times in seconds")
+        word = Word(entry[0].strip(), float(entry[1]), float(entry[2]))
+        if not 0 <= word.start <= word.end:
+            raise MossError(
+                f"words[{place}]: {word.text!r} is said from {word.start:g} to {word.end:g} s, "
+                "expected 0 <= start <= end"
+            )
+        if words and (word.start < words[-1].start or word.end < words[-1].end):
+            before = words[-1]
+            raise MossError(
+                f"words[{place}]: times run backwards, {word.text!r} {word.start:g} to {word.end:g} s after "
+                f"{before.text!r} {before.start:g} to {before.end:g} s"
+            )
+        words.append(word)
+    return tuple(words)
+
+
+def _check_words_in_text(words: Sequence[Word], text: str) -> None:
+    end = 0
+    for place, word in enumerate(words):
+        start = text.find(word.text, end)
+        if start < 0:
+            raise MossError(f"words[{place}]: {word.text!r} is not in the text, in this order")
+        end = start + len(word.text)
+
+
+def _told(value: Any) -> str:
+    told = "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return told if len(told) <= 60 else f"{told[:57]}..."

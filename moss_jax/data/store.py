@@ -1,0 +1,280 @@
+"""Examples on disk: ArrayRecord shards behind a TensorFlow Datasets builder (without TensorFlow), and their lengths.
+
+FOLDER/source.json                                  what it holds: format, counts, vocabulary, text tokenizer
+       lengths.npy                                  int32 [examples], rows of each
+       examples-train.array_record-00000-of-00004   the examples, in order
+       dataset_info.json, features.json             for `tfds.builder_from_directory(FOLDER).as_data_source("train")`
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.checkpoint import atomic_folder, write_text
+from moss_jax.data.formats import Example
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
+from moss_jax.transformer import TransformerConfig
+
+FORMAT = "moss-jax-examples-1"
+SOURCE, LENGTHS = "source.json", "lengths.npy"
+NAME, SPLIT, VERSION = "examples", "train", "1.0.0"
+VOCABULARY = (
+    "text_vocab_size", "audio_vocab_size", "endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id",
+    "eosp_id", "audio_pad_id",
+)  # fmt: skip
+EXAMPLES_PER_SHARD = 16384
+
+
+def vocabulary(config: TransformerConfig) -> dict[str, int]:
+    """The fields of a model's config that examples depend on."""
+    return {name: getattr(config, name) for name in VOCABULARY}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of a written shard. `size` in bytes; `scored` counts the weighed targets of text and audio."""
+
+    lengths: list[int]
+    size: int
+    scored: tuple[float, float]
+
+
+def write_shard(path: Path, examples: Iterable[Example]) -> Shard:
+    """Writes one ArrayRecord file through the builder, whole or not at all.
+
+    Raises:
+        MossError: an example is not one, or the place cannot be written.
+    """
+    lengths, scored = [], np.zeros(2)
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal scored
+        for example in examples:
+            example.check()
+            lengths.append(len(example.grid))
+            scored = scored + example.loss_weights.sum(0, dtype=np.float64)
+            yield {"name": example.name, "grid": example.grid, "loss_weights": example.loss_weights}
+
+    with _written(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        with _written(path):
+            part = _build(folder, counted())
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            size = part.stat().st_size
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Shard(lengths, size, tuple(scored.tolist()))
+
+
+def seal(folder: Path, shards: Sequence[Path], known: Sequence[Shard], about: dict[str, Any]) -> None:
+    """Makes a folder of written shards a data set: names them in order, writes the lengths and the descriptions.
+
+    May be called again when it was interrupted.
+    """
+    import tensorflow_datasets as tfds
+
+    lengths = np.concatenate([np.asarray(shard.lengths, np.int32) for shard in known])
+    with _written(folder):
+        for index, path in enumerate(shards):
+            if path.exists():
+                os.replace(path, folder / shard_name(index, len(shards)))
+        with (folder / LENGTHS).open("wb") as file:
+            np.save(file, lengths)
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+        )
+        split = tfds.core.SplitInfo(
+            name=SPLIT, shard_lengths=[len(shard.lengths) for shard in known],
+            num_bytes=sum(shard.size for shard in known), filename_template=template,
+        )  # fmt: skip
+        identity = tfds.core.dataset_info.DatasetIdentity(
+            name=NAME, version=tfds.core.Version(VERSION), data_dir=os.fspath(folder), module_name=__name__
+        )
+        info = tfds.core.DatasetInfo(builder=identity, features=_features(), disable_shuffling=True)
+        info.set_file_format("array_record")
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        info.write_to_directory(folder)
+        text, audio = np.sum([shard.scored for shard in known], 0).tolist()
+        about = {
+            "format": FORMAT, "examples": len(lengths), "rows": int(lengths.sum(dtype=np.int64)),
+            "text_targets": text, "audio_targets": audio, **about,
+        }  # fmt: skip
+        write_text(folder / SOURCE, json.dumps(about, indent=1) + "\n")
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"{NAME}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_examples(
+    folder: str | Path,
+    examples: Iterable[Example],
+    config: TransformerConfig,
+    *,
+    kind: str = "examples",
+    examples_per_shard: int = EXAMPLES_PER_SHARD,
+) -> None:
+    """Writes a data set of examples in their order, whole or not at all.
+
+    Args:
+        folder: one that is not there yet, or is empty.
+        config: of the model whose ids the examples hold.
+        kind: said of them in source.json: the format.
+
+    Raises:
+        MossError: no example, one that is none or has ids that the vocabulary lacks, or the place cannot be written.
+    """
+    with atomic_folder(folder) as part:
+        paths, known, iterator = [], [], iter(examples)
+        while chunk := list(islice(iterator, examples_per_shard)):
+            for example in chunk:
+                _check_ids(example, config)
+            paths.append(part / f"shard-{len(paths):05d}")
+            known.append(write_shard(paths[-1], chunk))
+        if not known:
+            raise MossError(f"{folder}: no example to write, expected one at least")
+        seal(part, paths, known, {"kind": kind, "text_tokenizer": None, "vocabulary": vocabulary(config)})
+
+
+def _check_ids(example: Example, config: TransformerConfig) -> None:
+    example.check()
+    most = (config.text_vocab_size, config.audio_vocab_size)
+    if (example.grid < 0).any() or (example.grid >= most).any():
+        raise MossError(f"example {example.name!r}: its ids do not fit the vocabularies of {most[0]} and {most[1]}")
+
+
+class Examples:
+    """A data set on disk as a sequence: `examples[i]` is an Example, `lengths[i]` its rows. May be sent to processes.
+
+    Raises:
+        MossError: there is no data set, parts of it are missing, or it does not match `config`.
+    """
+
+    def __init__(self, folder: str | Path, config: TransformerConfig | None = None):
+        self.folder = Path(folder)
+        if not (self.folder / SOURCE).is_file():
+            raise MossError(f"{folder}: no {SOURCE} in it, expected a data set (moss-jax tokenize makes one)")
+        self.about = read_json(self.folder / SOURCE)
+        if self.about.get("format") != FORMAT:
+            found = self.about.get("format")
+            raise MossError(f"{self.folder / SOURCE}: format is {found!r}, expected {FORMAT!r}")
+        if config is not None:
+            self._check_vocabulary(config)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._source[int(index)]
+        return Example(record["grid"], record["loss_weights"], record["name"].decode())
+
+    def __getstate__(self):
+        return {"folder": self.folder, "about": self.about}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self):
+        import tensorflow_datasets as tfds
+
+        try:
+            self.lengths = np.load(self.folder / LENGTHS, mmap_mode="r")
+            self._source = tfds.builder_from_directory(self.folder).as_data_source(SPLIT)
+        except Exception as error:  # of many libraries, about many files
+            raise MossError(f"{self.folder}: the data set cannot be opened ({_first_line(error)})") from error
+        if not len(self.lengths) == len(self._source) == self.about["examples"]:
+            raise MossError(
+                f"{self.folder}: damaged, {len(self._source)} examples, {len(self.lengths)} lengths and "
+                f"{self.about['examples']} promised, expected the same number"
+            )
+
+    def _check_vocabulary(self, config: TransformerConfig) -> None:
+        have, want = self.about["vocabulary"], vocabulary(config)
+        differs = [
+            f"{name} is {have.get(name)}, the model's is {want[name]}" for name in want if have.get(name) != want[name]
+        ]
+        if differs:
+            raise MossError("\n  ".join([
+                f"{self.folder}: made for another vocabulary ({differs[0]}), expected one made with this model",
+                *differs,
+            ]))  # fmt: skip
+
+
+def _features():
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict({
+        "name": tfds.features.Text(),
+        "grid": tfds.features.Tensor(shape=(None, 2), dtype=np.int32, encoding="bytes"),
+        "loss_weights": tfds.features.Tensor(shape=(None, 2), dtype=np.float32, encoding="bytes"),
+    })  # fmt: skip
+
+
+@cache
+def _builder_class():
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+        """The examples of one shard, in the order given."""
+
+        name = NAME
+        VERSION = tfds.core.Version(VERSION)
+        code_path = None  # there are no checksums of downloads beside this file
+
+        def __init__(self, examples: Iterable[dict[str, Any]], folder: Path):
+            self.examples = examples
+            super().__init__(data_dir=folder, file_format="array_record")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=_features(), disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {SPLIT: self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(self.examples)
+
+    return Builder
+
+
+def _build(folder: Path, examples: Iterable[dict[str, Any]]) -> Path:
+    """Runs the builder over examples; the path of the one shard it writes."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = _builder_class()(examples, folder)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
+    del builder.examples  # the library keeps every builder
+    return Path(builder.data_dir) / shard_name(0, 1)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MossError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a place that exists and is writable"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
