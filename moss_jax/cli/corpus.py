@@ -14,7 +14,7 @@ from moss_jax.cli.system_arguments import progress
 def add_arguments(parser):
     parser.add_argument("folder", metavar="CORPUS", help="a folder that is not there yet")
     parser.add_argument(
-        "--utterances", type=int, default=200, help="spoken facts, and as many conversations, default 200"
+        "--utterances", type=int, default=200, help="recordings of facts, and as many conversations, default 200"
     )
     parser.add_argument("--recordings", nargs="*", default=[], metavar="FILE", help="other sound files to take in")
     parser.add_argument("--seed", type=int, default=0, help="of what is said and by whom, default 0")

@@ -2,7 +2,7 @@
 
     CORPUS/wav/*.wav
            text.jsonl, text-valid.jsonl                 facts and questions with answers, written
-           speech.jsonl                                 spoken facts with their text and the time of each word
+           speech.jsonl                                 a few facts in a row, spoken: text and the time of each word
            chat.jsonl, chat-valid.jsonl                 questions and answers, spoken and written, all four ways
            recordings.jsonl                             other recordings that were given, sound only
 
@@ -24,6 +24,7 @@ from moss_jax.errors import MossError
 
 VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")  # of those who ask
 ANSWERS = "en-us+klatt3"  # the voice that answers
+FACTS = (1, 4)  # fewest and most in one recording
 NUMBERS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
@@ -81,7 +82,7 @@ def make_corpus(
 
     Args:
         folder: must not exist.
-        utterances: spoken facts, and as many conversations.
+        utterances: recordings of facts, and as many conversations.
         recordings: other sound files that belong to it.
         progress: called with how many utterances are done, and of how many.
 
@@ -102,7 +103,8 @@ def make_corpus(
         spoken, chats, valid = [], [], []
         for i in range(utterances):
             fact = draw.choice(known)
-            spoken.append(_said(part, f"fact-{i:05d}", fact.statement, _speaker(draw)))
+            several = " ".join(other.statement for other in draw.sample(known, draw.randint(*FACTS)))
+            spoken.append(_said(part, f"fact-{i:05d}", several, _speaker(draw)))
             held = i % 10 == 0
             turns = _conversation(part, f"chat-{i:05d}", fact, -1 if held else draw.randrange(2), i, draw)
             (valid if held else chats).append({"turns": turns})
