@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 Axes = Sequence[str | None]
+GATHERED = "all "  # before the name of an axis, for `per_device`
 
 
 def make_mesh(
@@ -96,38 +97,56 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
 
 
+def ways(name: str, size: int) -> int:
+    """In how many parts an axis of `size` lies on the mesh of `jax.set_mesh`; 1 without a mesh or if it is not even."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else _ways(_spec([name])[0], mesh)
+    return parts if size % parts == 0 else 1
+
+
 def per_device(
     function: Callable, axes: Sequence[Axes], out_axes: Axes, rules: Mapping[str, tuple[str, ...]] = RULES
 ) -> Callable:
-    """`function` run by each device on its own part of the arrays, without communication inside.
+    """`function` run by each device on its own part of the arrays.
 
-    What the compiler cannot divide by itself (a hand-written kernel) is divided by this.
+    What the compiler cannot divide by itself (a hand-written kernel), or divides badly, is divided by this.
 
     Args:
-        axes: the logical axes of each argument; an argument may be None. A mesh axis is left out where one of the
-            dimensions on it does not divide.
+        axes: the logical axes of each argument; an argument may be None. "all length" instead of "length" is an axis
+            that lies divided but is whole in the function: it is gathered on the way in, its gradient is summed and
+            divided on the way out. A mesh axis is left out where one of the dimensions on it does not divide. An
+            argument with `manual_sharding_spec` (a splash kernel) says itself how it lies.
         out_axes: logical axes of the one result.
         rules: instead of the table, for a function that divides its work in another way.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
+    lying = [[name and name.removeprefix(GATHERED) for name in names] for names in axes]
 
     def run(*args):
         given = [i for i, x in enumerate(args) if x is not None]
-        sizes = {name: size for i in given for name, size in zip(axes[i], args[i].shape, strict=True)}
+        arrays = [i for i in given if not hasattr(args[i], "manual_sharding_spec")]
+        sizes = [(name, size) for i in arrays for name, size in zip(lying[i], args[i].shape, strict=True)]
         # Query heads must not be divided where the key/value heads that they read stay whole.
-        whole = {name for name, size in sizes.items() if size % _ways(_spec([name], rules)[0], mesh)}
+        whole = {name for name, size in sizes if size % _ways(_spec([name], rules)[0], mesh)}
         whole = {place for name in whole for place in rules.get(name, ())}
         fit = {name: () if whole & set(places) else places for name, places in rules.items()}
-        specs, out = tuple(_spec(axes[i], fit) for i in given), _spec(out_axes, fit)
+
+        def spec(i):
+            laid = _spec(lying[i], fit)
+            return laid if i in arrays else args[i].manual_sharding_spec(NamedSharding(mesh, laid))
 
         def local(*parts):
             arguments = [None] * len(args)
             for i, part in zip(given, parts, strict=True):
+                for dim, name in enumerate(axes[i]):
+                    if name and name.startswith(GATHERED) and _ways(_spec([lying[i][dim]], fit)[0], mesh) > 1:
+                        part = jax.lax.all_gather(part, fit[lying[i][dim]], axis=dim, tiled=True)
                 arguments[i] = part
             return function(*arguments)
 
+        specs, out = tuple(map(spec, given)), _spec(out_axes, fit)
         return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*(args[i] for i in given))
 
     return run

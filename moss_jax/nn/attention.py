@@ -13,23 +13,33 @@ MASKED = -1e30  # finite, so that a query that sees nothing gives numbers, not N
 SPLASH_BLOCK = 128  # splash wants lengths and head size in multiples of this
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids=None, implementation: str = "auto") -> jax.Array:
-    """Causal self-attention over whole sequences: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids=None, implementation: str = "auto", *,
+    key_segment_ids=None, rows=None, kernel=None,
+) -> jax.Array:  # fmt: skip
+    """Causal self-attention over whole sequences: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
     Args:
         segment_ids: int [B, T]; a position sees only positions of its own segment. With left padding the padding is
             segment 0 and the rest 1. None: one segment.
         implementation: "xla" (the reference), "cudnn" (NVIDIA GPU, bfloat16 or float16), "splash" (TPU), or "auto":
             the fastest of them that this backend and these shapes allow.
+        key_segment_ids: int [B, S] where the queries are a part of the sequence only; None: `segment_ids`.
+        rows: int [T], which rows of the sequence the queries are; None: all, T = S.
+        kernel: what `splash_kernel` made for the whole sequence, where "splash" gets a part of the queries.
     """
     if implementation == "auto":
         implementation = fastest(jax.default_backend(), q)
-    return {"xla": _xla, "cudnn": _cudnn, "splash": splash}[implementation](q, k, v, segment_ids)
+    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
+    if implementation == "splash":
+        return splash(q, k, v, segment_ids, key_segment_ids=key_segment_ids, kernel=kernel)
+    return {"xla": _xla, "cudnn": _cudnn}[implementation](q, k, v, segment_ids, key_segment_ids, rows)
 
 
-def fastest(backend: str, q: jax.Array) -> str:
-    """The name of the implementation to use on `backend` ("cpu", "gpu", "tpu") for queries like q [B, T, N, H]."""
-    if backend == "tpu" and _divides(q, SPLASH_BLOCK, SPLASH_BLOCK):
+def fastest(backend: str, q: jax.Array, parts: int = 1) -> str:
+    """The name of the implementation to use on `backend` ("cpu", "gpu", "tpu") for queries like q [B, T, N, H], of
+    which each device has one of `parts`."""
+    if backend == "tpu" and _divides(q, parts * SPLASH_BLOCK, SPLASH_BLOCK):
         return "splash"
     # cuDNN: half precision, small heads, and in the backward pass of packed rows an even length
     if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _divides(q, 2, 8) and q.shape[3] <= 128:
@@ -68,13 +78,17 @@ def _divides(q, length: int, size: int) -> bool:
     return q.shape[1] % length == 0 and q.shape[3] % size == 0
 
 
-def _xla(q, k, v, segment_ids=None):
-    length = q.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
+def _xla(q, k, v, segment_ids, key_segment_ids, rows):
+    rows = jnp.arange(q.shape[1]) if rows is None else rows
+    mask = (rows[:, None] >= jnp.arange(k.shape[1]))[None, None, None]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None])[:, None, None]
+        mask = mask & _same_segment(segment_ids, key_segment_ids)[:, None]
     weights = jax.nn.softmax(jnp.where(mask, _scores(_grouped(q, k.shape[2]), k), MASKED), -1)
     return _ungrouped(_weighted(weights, v), v.dtype)
+
+
+def _same_segment(segment_ids, key_segment_ids):
+    return (segment_ids[:, :, None] == key_segment_ids[:, None])[:, None]
 
 
 def _grouped(q, kv_heads: int):
@@ -96,26 +110,45 @@ def _ungrouped(y, dtype):
     return y.reshape(B, T, K * G, H).astype(dtype)
 
 
-def _cudnn(q, k, v, segment_ids=None):
+def _cudnn(q, k, v, segment_ids, key_segment_ids, rows):
     # Packed rows need a mask of the segments; cuDNN takes it as a bias and applies causality itself.
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    mask = None if segment_ids is None else _same_segment(segment_ids, key_segment_ids)
+    if rows is not None:
+        seen = (rows[:, None] >= jnp.arange(k.shape[1]))[None, None]
+        mask = seen if mask is None else mask & seen
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=rows is None, implementation="cudnn")
 
 
-def splash(q, k, v, segment_ids=None, interpret: bool = False) -> jax.Array:
+def splash(q, k, v, segment_ids=None, interpret: bool = False, *, key_segment_ids=None, kernel=None) -> jax.Array:
     """Splash attention, the blockwise kernel for TPU; `interpret` runs it on a CPU, slowly, for tests."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, N, H = q.shape
-    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N)
-    block = math.gcd(T, 4 * SPLASH_BLOCK)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = splash_attention.BlockSizes(**{f"block_{name}": block for name in names})
-    kernel = splash_attention.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret
-    )
+    if kernel is None:
+        kernel = splash_kernel(T, N, interpret=interpret)
     if segment_ids is None:
-        segment_ids = jnp.zeros((B, T), jnp.int32)
+        segment_ids, key_segment_ids = jnp.zeros((B, T), jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
+    elif key_segment_ids is None:
+        key_segment_ids = segment_ids
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q / math.sqrt(H), k, v))
-    y = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention.SegmentIds(s, s)))(*heads_first, segment_ids)
+
+    def one(q, k, v, segments, key_segments):
+        return kernel(q, k, v, splash_attention.SegmentIds(segments, key_segments))
+
+    y = jax.vmap(one)(*heads_first, segment_ids, key_segment_ids)
     return y.transpose(0, 2, 1, 3).astype(v.dtype)
+
+
+def splash_kernel(length: int, heads: int, head_parts: int = 1, parts: int = 1, interpret: bool = False):
+    """The splash kernel for `length` rows, of which each device has one of `parts` as queries and all as keys, and one
+    of `head_parts` of the query heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)
+    keys, queries = math.gcd(length, 4 * SPLASH_BLOCK), math.gcd(length // parts, 4 * SPLASH_BLOCK)
+    blocks = {f"block_{name}": keys for name in ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")}
+    blocks |= {f"block_{name}": queries for name in ("q", "q_dkv", "q_dq")}
+    return splash_attention.make_splash_mha(
+        mask, head_shards=head_parts, q_seq_shards=parts, block_sizes=splash_attention.BlockSizes(**blocks),
+        interpret=interpret,
+    )  # fmt: skip

@@ -31,8 +31,8 @@ def next_rows(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: int = CHUNK_ROWS) -> jax.Array:
     """-log softmax(x kernel)[label] for every row, float32 [B, T].
 
-    On a mesh all devices divide the rows, whatever axes it has, and each has the whole kernel while this lasts: no
-    logits travel. A device computes `chunk_rows` rows of logits at a time and again in the backward pass; the product
+    On a mesh all devices divide the rows, whatever axes it has, and the kernel is gathered to each once: no logits
+    travel, and its gradient is summed once. A device computes `chunk_rows` rows of logits at a time and again in the backward pass; the product
     runs in the dtype of x, the softmax in float32.
 
     Args:
@@ -40,7 +40,7 @@ def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: in
         kernel: [D, V].
         labels: int32 [B, T].
     """
-    rows, kernel_axes = ("batch", "row"), (None, None)
+    rows, kernel_axes = ("batch", "row"), ("all embed", "all vocab")
     local = per_device(
         lambda x, kernel, labels: _local_nll(x, kernel, labels, chunk_rows),
         ((*rows, None), kernel_axes, rows),

@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moss_jax.nn.attention import attention, cached_attention
+from moss_jax.nn.attention import attention, cached_attention, fastest, splash_kernel
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.rope import apply_rope, rope_angles
 from moss_jax.nn.tree import param_axes, param_shapes
-from moss_jax.sharding import constrain, per_device
+from moss_jax.sharding import constrain, per_device, ways
 from moss_jax.transformer.cache import KVCache
 from moss_jax.transformer.config import TransformerConfig
 
@@ -61,14 +61,32 @@ class Attention(nn.Module):
         q = apply_rope(RMSNorm(cfg, name="q_norm")(q), *angles)
         k = apply_rope(RMSNorm(cfg, name="k_norm")(k), *angles)
         if past is None:
-            heads, kv_heads = (("batch", None, name, "head_dim") for name in ("heads", "kv_heads"))
-            local = functools.partial(attention, implementation=cfg.attention)
-            local = per_device(local, (heads, kv_heads, kv_heads, ("batch", None)), heads)
-            y, new = local(q, k, v, segment_ids), None
+            y, new = _self_attention(cfg.attention, q, k, v, segment_ids), None
         else:
             new = KVCache(k.astype(past.k.dtype), v.astype(past.v.dtype))
             y = cached_attention(q, new.k, new.v, past.k, past.v, *masks).astype(x.dtype)
         return linear(cfg.hidden_size, ("heads", "head_dim", "embed"), in_dims=2, name="o")(y), new
+
+
+def _self_attention(implementation: str, q, k, v, segment_ids):
+    """Attention without a cache, on a mesh by device: its rows of the batch, its heads, its queries of the sequence.
+
+    Where the sequence is divided, keys and values are gathered along it (their gradients are summed and divided again)
+    and each device computes the rows of its own queries.
+    """
+    (length, heads, kv_heads), parts = (q.shape[1], q.shape[2], k.shape[2]), ways("length", q.shape[1])
+    head_parts = ways("kv_heads", kv_heads)
+    if implementation == "auto":
+        implementation = fastest(jax.default_backend(), q, parts)
+    kernel = splash_kernel(length, heads, head_parts, parts) if implementation == "splash" and parts > 1 else None
+    rows = jnp.arange(length) if parts > 1 else None
+
+    def local(q, k, v, segments, key_segments, rows, kernel):
+        return attention(q, k, v, segments, implementation, key_segment_ids=key_segments, rows=rows, kernel=kernel)
+
+    queries, keys = ("batch", "length", "heads", "head_dim"), ("batch", "all length", "kv_heads", "head_dim")
+    axes = queries, keys, keys, ("batch", "length"), ("batch", "all length"), ("length",), ("heads", "length")
+    return per_device(local, axes, queries)(q, k, v, segment_ids, segment_ids, rows, kernel)
 
 
 class MLP(nn.Module):
