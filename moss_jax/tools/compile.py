@@ -24,7 +24,11 @@ FUNCTIONS = {
     "decode": "the k-step decode chunk of the generation loop, caches of `context` rows",
     "codec-encode": "speech -> codes, segments of 30 s",
     "codec-decode": "codes -> speech, offline, `context` codes with the prompt; noise is an input",
+    "stage1": "a training step of the audio branch, everything else frozen; `batch` rows of `context`",
+    "stage2": "a training step of the whole model",
+    "sft": "the same step; for another context",
 }
+TRAINING = ("stage1", "stage2", "sft")
 SIZES = ("8b", "tiny")
 CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use
 ENVIRONMENT = {
@@ -40,7 +44,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile. The mesh axes left at 0 fill up: "tensor" for the language model, "data" for the codec."""
+    """What to compile. The mesh axis left at 0 fills up: "tensor" for the language model, "data" for the codec,
+    "sequence" for training."""
 
     function: str  # one of FUNCTIONS
     size: str = "8b"  # one of SIZES
@@ -48,15 +53,19 @@ class Request:
     data: int = 1
     fsdp: int = 1
     tensor: int = 0
+    sequence: int = 0  # training only
     batch: int = 8
     context: int = 4096
+    accumulate: int = 1  # training: micro-batches of a step
+    remat: str = "full"  # training: one of transformer.config.REMAT
+    mfu: float = 0.4  # training: the share of the peak at which the step's time is stated
 
     def check(self) -> None:
         """Raises MossError for names that are not known and sizes below 1."""
         for name, value, known in (("function", self.function, FUNCTIONS), ("model size", self.size, SIZES)):
             if value not in known:
                 raise MossError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
-        for name in ("data", "fsdp", "batch", "context"):
+        for name in ("data", "fsdp", "batch", "context", "accumulate"):
             if getattr(self, name) < 1:
                 raise MossError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", self.topology):
@@ -96,6 +105,7 @@ def measure(request: Request) -> dict[str, Any]:
             "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
             "chips": mesh.size,
             "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
+            **_estimate(request, mesh.size, family),
             "lower_seconds": round(lower_seconds, 1),
         }
         try:
@@ -122,6 +132,14 @@ def measure(request: Request) -> dict[str, Any]:
         "fits": peak / GIB <= CHIP_GIB[family] if family in CHIP_GIB else None,
         "collectives": collectives(compiled.as_text()),
     }
+
+
+def _estimate(request: Request, chips: int, family: str) -> dict[str, Any]:
+    if request.function not in TRAINING:
+        return {}
+    from moss_jax.tools.compile_train import estimate
+
+    return estimate(request, chips, family)
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
@@ -207,6 +225,9 @@ def _mesh(request: Request):
     sizes = {"data": request.data, "fsdp": request.fsdp, "tensor": request.tensor}
     if request.function.startswith("codec"):
         sizes = {"data": len(devices)}
+    elif request.function in TRAINING:
+        sizes["tensor"] = max(1, request.tensor)
+        sizes["sequence"] = request.sequence or max(1, len(devices) // (request.data * request.fsdp * sizes["tensor"]))
     elif not request.tensor:
         sizes["tensor"] = max(1, len(devices) // (request.data * request.fsdp))
     return make_mesh(**sizes, devices=devices), re.split(r"[:=_]", request.topology)[0]
@@ -343,11 +364,18 @@ def _codec_decode(request: Request, mesh):
     return jax.jit(run), (*params, *inputs)
 
 
+def _train_step(request: Request, mesh):
+    from moss_jax.tools.compile_train import train_step
+
+    return train_step(request, mesh)
+
+
 BUILDERS = {
     "prefill": _prefill,
     "decode": _decode,
     "codec-encode": _codec_encode,
     "codec-decode": _codec_decode,
+    **dict.fromkeys(TRAINING, _train_step),
 }
 
 

@@ -205,10 +205,11 @@ def state_shardings(config: TransformerConfig, stage: Stage, optimizer: Optimize
 
 def _moments(transformation, shapes, params: Mapping[str, NamedSharding], everywhere: NamedSharding):
     """An optimizer state of shardings: what belongs to a parameter lies as it does."""
-    state = jax.eval_shape(transformation.init, dict(shapes))
-    return optax.tree_utils.tree_map_params(
-        transformation, lambda _, sharding: sharding, state, dict(params), transform_non_params=lambda _: everywhere
-    )
+    def place(path, _):
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return params[keys[0]] if keys else everywhere
+
+    return jax.tree.map_with_path(place, jax.eval_shape(transformation.init, dict(shapes)))
 
 
 def frozen_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
