@@ -68,7 +68,7 @@ def import_qwen3(
         raise MossError(f"audio branch {audio_branch!r}: unknown, there are {', '.join(AUDIO_BRANCH)}")
     folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
     reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
-    config, vocab = _split_config(folder, special, modality_layers, codes)
+    config, vocab = split_config(folder, special, modality_layers, codes)
     config = replace(config, **compute_dtypes(reader))
     source = qwen3_config(config, vocab)
     shapes = dict(model_shapes(source))
@@ -207,7 +207,7 @@ class TextPath:
         return value
 
 
-def _split_config(
+def split_config(
     folder: Path, special: Mapping[str, int], modality_layers: int | None, codes: int
 ) -> tuple[TransformerConfig, int]:
     """The layer-split config and the vocabulary size of the Qwen3."""

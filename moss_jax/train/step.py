@@ -197,19 +197,24 @@ def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1)
 
 def state_shardings(config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
     """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
+    params, everywhere = trainable_shardings(config, stage, mesh), NamedSharding(mesh, P())
     shapes, _ = stage_shapes(config, stage)
-    axes, _ = stage_axes(config, stage)
-    params, everywhere = shardings_for(axes, shapes, mesh), NamedSharding(mesh, P())
     return TrainState(everywhere, params, _moments(make_optimizer(optimizer), shapes, params, everywhere))
 
 
 def _moments(transformation, shapes, params: Mapping[str, NamedSharding], everywhere: NamedSharding):
     """An optimizer state of shardings: what belongs to a parameter lies as it does."""
+
     def place(path, _):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         return params[keys[0]] if keys else everywhere
 
     return jax.tree.map_with_path(place, jax.eval_shape(transformation.init, dict(shapes)))
+
+
+def trainable_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Flat {path: sharding} of the trainable parameters, adapters included."""
+    return shardings_for(stage_axes(config, stage)[0], stage_shapes(config, stage)[0], mesh)
 
 
 def frozen_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
