@@ -4,8 +4,8 @@
   moss-jax compile stage1 --topology v5e:16x16 --fsdp 32 --batch 160 --context 14336
 
 Prints JSON: seconds, GiB of arguments, temporaries and outputs on each chip, and the collectives by kind with counts
-and bytes; of a training step also its FLOP and the time it takes at --mfu. Weights are shapes only; no TPU is needed, but libtpu (pip install libtpu). The 8b model takes minutes. Exit
-code 1: it compiles but does not fit.
+and bytes; of a training step also its FLOP and the time it takes at --mfu. Weights are shapes only; no TPU is needed,
+but libtpu (pip install libtpu). The 8b model takes minutes. Exit code 1: it compiles but does not fit.
 """
 
 import json
@@ -24,12 +24,10 @@ def add_arguments(parser):
     parser.add_argument("--fsdp", type=int, default=1, help="mesh axis: parts of parameters and batch (default 1)")
     parser.add_argument("--tensor", type=int, default=0, help="mesh axis: parts of heads and mlp (default: the rest)")
     parser.add_argument(
-        "--sequence", type=int, default=0, help="training mesh axis: parts of a row (default: the rest)"
+        "--sequence", type=int, default=0, help="mesh axis of training: parts of a row (default: the rest)"
     )
     parser.add_argument("--batch", type=int, default=8, help="conversations or clips (default 8)")
-    parser.add_argument(
-        "--context", type=int, default=4096, help="rows of cache, codes, or rows of a sequence (default 4096)"
-    )
+    parser.add_argument("--context", type=int, default=4096, help="rows of cache or sequence, or codes (default 4096)")
     parser.add_argument("--accumulate", type=int, default=1, help="training: micro-batches of a step (default 1)")
     parser.add_argument("--remat", default="full", help="training: none, dots or full (default full)")
     parser.add_argument("--mfu", type=float, default=0.4, help="training: share of the peak to state times at (0.4)")

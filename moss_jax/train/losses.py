@@ -32,8 +32,8 @@ def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: in
     """-log softmax(x kernel)[label] for every row, float32 [B, T].
 
     On a mesh all devices divide the rows, whatever axes it has, and the kernel is gathered to each once: no logits
-    travel, and its gradient is summed once. A device computes `chunk_rows` rows of logits at a time and again in the backward pass; the product
-    runs in the dtype of x, the softmax in float32.
+    travel, and its gradient is summed once. A device computes `chunk_rows` rows of logits at a time, and again in the
+    backward pass; the product runs in the dtype of x, the softmax in float32.
 
     Args:
         x: [B, T, D], after the branch's norm.
@@ -53,7 +53,7 @@ def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: in
 def channel_sums(
     nll: jax.Array, weights: jax.Array, source: jax.Array, sources: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted sum of the losses, and by source the sums and the counts, [], [S], [S]; rows of weight 0 do not count."""
+    """The weighted sum of the losses [], and by source the sums and the counts [S]; rows of weight 0 do not count."""
     weighted = jnp.where(weights > 0, nll, 0.0) * weights
     member = source[..., None] == jnp.arange(sources)
     by_source = jnp.einsum("BT,BTS->S", weighted, member.astype(jnp.float32), precision="highest")

@@ -102,7 +102,7 @@ def branches(config: TransformerConfig) -> tuple[str, ...]:
 def batch_nll(
     config: TransformerConfig, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], stage: Stage | None = None
 ) -> dict[str, jax.Array]:
-    """{"text", "audio"}: float32 [B, T], the loss of predicting row t + 1 in that channel (the last row's: of row 0)."""
+    """{"text", "audio"}: float32 [B, T], the loss of predicting row t + 1 in that channel."""
     labels = next_rows(batch)["labels"]
     outputs = hidden(config, trainable, frozen, batch, stage)
     heads = frozen | trainable

@@ -49,7 +49,7 @@ def train_step(golden: Golden) -> dict:
 
 
 def _batch(golden: Golden, config: TransformerConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Our batch, and which labels are ignored. A label that counts is the grid's own id, or the file is no such file."""
+    """Our batch, and which labels are ignored. A label that counts must be the grid's own id."""
     grid, labels = golden.need("grid"), golden.need("labels")
     segments = golden.inputs.get("segment_ids", np.ones(grid.shape[:2], np.int32))
     _, positions = mask_and_positions(golden, grid.shape[:2])
