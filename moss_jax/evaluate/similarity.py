@@ -31,6 +31,7 @@ from moss_jax.nn.rope import rope_angles
 from moss_jax.transformer import LayerSplitModel, TransformerConfig
 from moss_jax.transformer.model import Layer
 
+BLOCKS = ("shared", "text", "audio")
 SCORES = ("match", "path")  # best speech position; best monotone path
 CENTRES = ("raw", "centred")
 PLATEAU = 0.9  # of the highest effect: the last layer above it is where the plateau ends
@@ -110,16 +111,30 @@ class Curves:
         return self.scores[key] - self.floors[key]
 
     def depth(self) -> np.ndarray:
-        """The centred path effect over the whole depth, float [layers]: shared layers, then the branches' mean."""
-        means = {block: self.effect(block, "centred", "path").mean(1) for block in self.blocks}
-        branches = (means["text"] + means["audio"]) / 2
-        return np.concatenate([means["shared"], branches]) if "shared" in means else branches
+        """The centred path effect over the whole depth, [layers, sentences]: shared layers, then the branches' mean."""
+        effects = {block: self.effect(block, "centred", "path") for block in self.blocks}
+        branches = (effects["text"] + effects["audio"]) / 2
+        return np.concatenate([effects["shared"], branches]) if "shared" in effects else branches
 
-    def split(self) -> tuple[int, int]:
-        """(layer after which the plateau ends, counted from 1; layers above it): a rule of thumb for the split."""
+    def split(self) -> tuple[int, int] | None:
+        """(layer after which the plateau ends, counted from 1; layers above it): a rule of thumb for the split.
+
+        None where the highest effect does not stand out: it is below two standard errors over sentences.
+        """
         effect = self.depth()
-        last = int(np.flatnonzero(effect >= PLATEAU * effect.max())[-1]) if effect.max() > 0 else len(effect) - 1
-        return last + 1, len(effect) - 1 - last
+        means, count = effect.mean(1), effect.shape[1]
+        best = int(means.argmax())
+        if means[best] <= 2 * effect[best].std(ddof=1) / np.sqrt(count):
+            return None
+        last = int(np.flatnonzero(means >= PLATEAU * means[best])[-1])
+        return last + 1, len(means) - 1 - last
+
+    def verdict(self) -> str:
+        """What `split` says, in a sentence."""
+        found = self.split()
+        if found is None:
+            return "No effect stands out of the spread over sentences"
+        return f"The plateau ends after layer {found[0]}; {found[1]} layers are above it"
 
 
 def measure(
@@ -173,7 +188,8 @@ def measure(
         spoken = outputs(speech, members, size)
         for shuffled, partners in ((False, members), (True, others[members])):
             written = outputs(text, partners, text_size)
-            for block, mean in totals.items():
+            for block in [block for block in BLOCKS if block in totals]:
+                mean = totals[block]
                 for centre in CENTRES:
                     scores, c = _compare(
                         spoken[block], written[block], spoken_counts[members], written_counts[partners],
@@ -212,7 +228,7 @@ def numbers(curves: Curves, sentences: Sequence[Sentence]) -> dict[str, Any]:
             kind: {"mean": _rounded(values.mean(1)), "spread": _rounded(values.std(1))}
             for kind, values in series.items()
         }
-    after, above = curves.split()
+    after, above = curves.split() or (None, None)
     return {
         "model": curves.name, "sentences": [sentence.name for sentence in sentences],
         "plateau_ends_after_layer": after, "layers_above": above,
@@ -273,6 +289,5 @@ def _table(curves: Curves) -> str:
         for place, values in enumerate(zip(*columns, strict=True), base + 1):
             lines.append(f"| {block} | {place} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
         base = len(columns[0]) if block == "shared" else base
-    after, above = curves.split()
-    lines += ["", f"The plateau ends after layer {after}; {above} layers are above it."]
+    lines += ["", f"{curves.verdict()}."]
     return "\n".join(lines) + "\n"

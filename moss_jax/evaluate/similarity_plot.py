@@ -21,6 +21,7 @@ def plot_curves(everything: Sequence[Curves], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     subject, controls = everything[0], everything[1:]
+    split = subject.split()
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4, sharex=True)
@@ -28,19 +29,20 @@ def plot_curves(everything: Sequence[Curves], path: str | Path) -> None:
         for column, score in enumerate(SCORES):
             levels, effects = axes[row, 2 * column], axes[row, 2 * column + 1]
             for block in subject.blocks:
-                place, colour = _layers(subject, block), COLOURS[block]
-                own = subject.scores[block, centre, score]
-                _curve(levels, place, own, colour, f"{block}: own text")
-                _curve(levels, place, subject.floors[block, centre, score], colour, f"{block}: other text", ":")
-                _curve(effects, place, subject.effect(block, centre, score), colour, block)
+                colour, name = COLOURS[block], block if block == "shared" else f"{block} branch"
+                own, floor = (_joined(kind, block, centre, score) for kind in (subject.scores, subject.floors))
+                _curve(levels, *own, colour, f"{name}: own text")
+                _curve(levels, *floor, colour, f"{name}: other text", ":")
+                _curve(effects, own[0], own[1] - floor[1], colour, name)
             for colour, control in zip(CONTROLS, controls, strict=False):
                 for block in control.blocks:
                     label = control.name if block == control.blocks[0] else None
                     style = "--" if block != "audio" else "-."
-                    _curve(effects, _layers(control, block), control.effect(block, centre, score), colour, label, style)
-            after, _ = subject.split()
+                    own, floor = (_joined(kind, block, centre, score) for kind in (control.scores, control.floors))
+                    _curve(effects, own[0], own[1] - floor[1], colour, label, style)
             for axis in (levels, effects):
-                axis.axvline(after + 0.5, color="black", linewidth=0.8, linestyle="--", alpha=0.6)
+                if split:
+                    axis.axvline(split[0] + 0.5, color="black", linewidth=0.8, linestyle="--", alpha=0.6)
                 axis.grid(alpha=0.25)
             levels.set_title(f"{TITLES[score]}, {CENTRE_TITLES[centre]}", fontsize=9)
             effects.set_title("above the floor", fontsize=9)
@@ -51,12 +53,9 @@ def plot_curves(everything: Sequence[Curves], path: str | Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(fontsize=7)
     axes[0, 1].legend(fontsize=7)
-    after, above = subject.split()
-    count = subject.scores[subject.blocks[0], *CENTRES[:1], SCORES[0]].shape[1]
-    figure.suptitle(
-        f"{subject.name}: speech against text, {count} sentences. "
-        f"Dashed: the plateau ends after layer {after} ({above} above it)", fontsize=11,
-    )  # fmt: skip
+    count = subject.depth().shape[1]
+    told = f"{subject.verdict()}{' (dashed)' if split else ''}"
+    figure.suptitle(f"{subject.name}: speech against text, {count} sentences. {told}", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -65,9 +64,10 @@ def plot_heatmaps(blocks: Mapping[str, np.ndarray], name: str, path: str | Path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.1 * SHOWN, 2.4 * len(blocks)), layout="constrained")
+    columns = min(SHOWN, max(map(len, blocks.values())))
+    figure = Figure(figsize=(2.2 * columns + 1, 2.4 * len(blocks)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(blocks), SHOWN, squeeze=False)
+    axes = figure.subplots(len(blocks), columns, squeeze=False)
     shared = len(blocks.get("shared", ()))
     for row, (block, maps) in enumerate(blocks.items()):
         shown = np.unique(np.linspace(0, len(maps) - 1, min(SHOWN, len(maps))).round().astype(int))
@@ -86,14 +86,16 @@ def plot_heatmaps(blocks: Mapping[str, np.ndarray], name: str, path: str | Path)
     figure.savefig(path, dpi=130)
 
 
-def _layers(curves: Curves, block: str) -> np.ndarray:
-    shared = len(curves.scores["shared", *CENTRES[:1], SCORES[0]]) if "shared" in curves.blocks else 0
-    count = len(curves.scores[block, CENTRES[0], SCORES[0]])
-    return np.arange(count) + 1 + (0 if block == "shared" else shared)
+def _joined(scores: Mapping, block: str, centre: str, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """(layers counted from 1, values [layers, sentences]) of a block; a branch begins at the last shared layer."""
+    own, shared = scores[block, centre, score], scores.get(("shared", centre, score))
+    if block == "shared" or shared is None:
+        return np.arange(1, len(own) + 1), own
+    return np.arange(len(shared), len(shared) + len(own) + 1), np.concatenate([shared[-1:], own])
 
 
 def _curve(axis, place: np.ndarray, values: np.ndarray, colour: str, label: str | None, style: str = "-") -> None:
     mean, spread = values.mean(1), values.std(1)
-    marker = "o" if len(place) < 3 else None
+    marker = "o" if len(place) < 2 else None  # a line of one point would not show
     axis.plot(place, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3, linewidth=1.4)
     axis.fill_between(place, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)

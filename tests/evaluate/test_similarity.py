@@ -72,11 +72,13 @@ def test_nothing_is_its_own_partner():
 
 def test_where_the_plateau_ends():
     rise = np.array([0.0, 0.5, 0.9, 1.0, 0.95, 0.92])
-    scores = {("shared", "centred", "path"): rise[:, None], ("text", "centred", "path"): np.array([[0.5], [0.2]]),
-              ("audio", "centred", "path"): np.array([[0.4], [0.1]])}  # fmt: skip
+    values = {"shared": rise, "text": np.array([0.5, 0.2]), "audio": np.array([0.4, 0.1])}
+    scores = {(block, "centred", "path"): own[:, None] + np.array([0.01, -0.01]) for block, own in values.items()}
     curves = Curves("m", scores, {key: np.zeros_like(value) for key, value in scores.items()}, {})
-    np.testing.assert_allclose(curves.depth(), [*rise, 0.45, 0.15])
-    assert curves.split() == (6, 2)
+    np.testing.assert_allclose(curves.depth().mean(1), [*rise, 0.45, 0.15])
+    assert curves.split() == (6, 2) and "after layer 6; 2 layers" in curves.verdict()
+    noise = {key: value + np.array([3.0, -3.0]) for key, value in scores.items()}
+    assert Curves("m", noise, curves.floors, {}).split() is None
 
 
 def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, capsys):
