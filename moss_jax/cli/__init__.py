@@ -16,9 +16,11 @@ VERBS = {
     "corpus": "make a small corpus of spoken facts with espeak-ng",
     "decode": "turn codes into sound",
     "encode": "turn recordings into codes",
+    "eval": "measure on files: likelihoods, multiple choice, spoken questions, resynthesis",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
     "parity": "compare components with golden files",
+    "similarity": "where speech and text look alike inside the model, layer by layer",
     "voice": "enrol a voice from a recording",
 }
 

@@ -269,23 +269,28 @@ class System:
         voice: Voice | str | Path | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        first_request: int = 0,
         progress: Progress | None = None,
         **sampling: Any,
     ) -> Iterator[Reply]:
         """Replies to independent conversations, `batch_size` of them at a time, in their order.
 
-        Arguments are those of `reply`; question i draws as request i of the seed, whatever the batch is.
+        Arguments are those of `reply`; question i draws as request `first_request` + i of the seed, whatever the batch
+        is.
         """
         settings, voice, notices = self._prepared(reply, voice, sampling)
         for turns in questions:
             check_turns(turns)
-        return self._batches(questions, reply, voice, batch_size, seed, progress, settings, notices)
+        return self._batches(questions, reply, voice, batch_size, seed, first_request, progress, settings, notices)
 
-    def _batches(self, questions, reply, voice, batch_size, seed, progress, settings, notices) -> Iterator[Reply]:
+    def _batches(
+        self, questions, reply, voice, batch_size, seed, first_request, progress, settings, notices
+    ) -> Iterator[Reply]:
         for first in range(0, len(questions), batch_size):
             part = self._with_codes(questions[first : first + batch_size])
             state, begin, told = self.language_model.begin_batch(
-                part, reply, settings, seed=seed, requests=range(first, first + len(part)),
+                part, reply, settings, seed=seed,
+                requests=range(first_request + first, first_request + first + len(part)),
                 rows=min(batch_size, len(questions)),
             )  # fmt: skip
             done, running = 0, True

@@ -1,0 +1,46 @@
+"""Where speech and text look alike inside the model, layer by layer: a plot that shows where to split it.
+
+  moss-jax similarity SPEECH.jsonl --model FOLDER -o OUT
+  moss-jax similarity SPEECH.jsonl --model FOLDER --control Qwen3-8B -o OUT --heatmaps 2
+
+A line of SPEECH.jsonl is {"audio": "a.wav", "text": "what is said in it"}; two lines or more. OUT gets similarity.png,
+similarity.json and the heatmaps asked for. Each sentence passes the model as speech and as text; cosines between the
+two are compared with those to another sentence's text (the floor). A control is another system folder, or a plain
+Qwen3, which has no speech: its codes then have new random vectors, as a conversion gives them.
+"""
+
+from moss_jax.cli.system_arguments import add_system_arguments, cache_folder, progress, system_folder
+
+
+def add_arguments(parser):
+    parser.add_argument("file", metavar="SPEECH.jsonl", help="recordings with their transcripts")
+    add_system_arguments(parser)
+    parser.add_argument("--control", action="append", default=[], metavar="FOLDER", help="may be given several times")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="a folder that is not there yet, or empty")
+    parser.add_argument("--heatmaps", type=int, default=0, metavar="N", help="pictures of the first N sentences")
+    parser.add_argument("--batch-size", type=int, default=4, help="sentences at a time, default 4")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters, default 1")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share each layer, default 1")
+
+
+def run(args) -> int:
+    from pathlib import Path
+
+    from moss_jax.errors import MossError
+    from moss_jax.evaluate import similarity
+    from moss_jax.evaluate.model import Model, control_folder
+
+    if args.heatmaps < 0 or args.batch_size < 1:
+        raise MossError("--heatmaps and --batch-size: expected numbers from 0 and from 1")
+    sizes = {"fsdp": args.fsdp, "tensor": args.tensor, "batch_size": args.batch_size}
+    model = Model(system_folder(args), **sizes)
+    codes = model.system.folder.config("transformer", similarity.TransformerConfig).eosp_id
+    made = [(Path(folder).name, control_folder(folder, codes, cache_folder(), progress)) for folder in args.control]
+    controls = ((name, Model(folder, **sizes)) for name, folder in made)  # one at a time in memory
+    name = Path(args.model).name
+    print(
+        similarity.run(
+            model, args.file, args.out, controls=controls, heatmaps=args.heatmaps, name=name, say=progress
+        ), end="",
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,1 @@
+"""How good a model is: likelihoods, multiple choice, spoken questions, resynthesis, similarity of layers."""

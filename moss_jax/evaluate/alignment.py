@@ -1,0 +1,58 @@
+"""Two sequences of vectors compared: cosines, the best match of each position, and the best path that keeps order."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cosines(s: jax.Array, t: jax.Array) -> jax.Array:
+    """Cosines of every pair: s [..., S, D], t [..., T, D] -> float32 [..., S, T]."""
+    s, t = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (s, t))
+    return jnp.einsum("...SD,...TD->...ST", s, t, preferred_element_type=jnp.float32)
+
+
+def best_match(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
+    """Mean over text positions of the best speech position: c [S, T], of which the first `speech` rows and `text`
+    columns count -> scalar."""
+    rows, columns = jnp.arange(c.shape[0]) < speech, jnp.arange(c.shape[1]) < text
+    best = jnp.where(rows[:, None], c, -jnp.inf).max(0)
+    return jnp.where(columns, best, 0).sum() / text
+
+
+def best_path(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
+    """Mean of c along the best monotone path, by dynamic time warping.
+
+    A path goes from the first pair to the last one in steps of one position of speech, of text, or of both; the best
+    one has the least sum of 1 - c.
+
+    Args:
+        c: float32 [S, T], of which the first `speech` rows and `text` columns count.
+
+    Returns:
+        float32 scalar.
+    """
+    S, T = c.shape
+    columns = jnp.arange(T)
+
+    def advance(carry, diagonal):
+        """One anti-diagonal: cells (diagonal - t, t). Carried: (cost, steps) [T] of the two before it."""
+        (one, one_steps), (two, two_steps) = carry
+        row = diagonal - columns
+        inside = (row >= 0) & (row < S)
+        cost = jnp.where(inside, 1 - c[jnp.clip(row, 0, S - 1), columns], jnp.inf)
+        before = jnp.stack([one, _shifted(one, jnp.inf), _shifted(two, jnp.inf)])  # from speech, text, both
+        steps = jnp.stack([one_steps, _shifted(one_steps, 0), _shifted(two_steps, 0)])
+        choice = before.argmin(0)
+        start = diagonal == 0
+        best = jnp.where(start, 0.0, before[choice, columns]) + cost
+        count = jnp.where(start, 0, steps[choice, columns]) + 1
+        new = (jnp.where(inside, best, jnp.inf), count)
+        return (new, (one, one_steps)), new
+
+    nothing = (jnp.full(T, jnp.inf), jnp.zeros(T, jnp.int32))
+    _, (costs, counts) = jax.lax.scan(advance, (nothing, nothing), jnp.arange(S + T - 1))
+    end = (speech + text - 2, text - 1)
+    return 1 - costs[end] / counts[end]
+
+
+def _shifted(x, fill):
+    return jnp.concatenate([jnp.full(1, fill, x.dtype), x[:-1]])

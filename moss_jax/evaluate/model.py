@@ -1,0 +1,104 @@
+"""The system that is evaluated, with what the tasks need of it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moss_jax.audio.wave import load_audio
+from moss_jax.checkpoint import atomic_folder
+from moss_jax.convert.files import write_json
+from moss_jax.convert.qwen3 import import_qwen3
+from moss_jax.convert.system import check_system
+from moss_jax.dialogue.folder import FORMAT, SYSTEM
+from moss_jax.dialogue.system import System
+from moss_jax.errors import MossError
+from moss_jax.evaluate.items import Part
+from moss_jax.evaluate.results import params_hash
+from moss_jax.evaluate.scoring import Scorer
+from moss_jax.sharding import make_mesh
+
+CLIPS = 32  # recordings in memory at a time
+
+
+class Model:
+    """A system folder on all devices there are.
+
+    Args:
+        folder: the system's.
+        fsdp, tensor: how many devices share the parameters (see `moss_jax.sharding`); the others hold copies and
+            divide the batch.
+        batch_size: passages, or questions, at a time.
+    """
+
+    def __init__(self, folder: str | Path, *, fsdp: int = 1, tensor: int = 1, batch_size: int = 8):
+        devices = len(jax.devices())
+        if fsdp < 1 or tensor < 1 or devices % (fsdp * tensor):
+            raise MossError(f"fsdp {fsdp} x tensor {tensor}: expected numbers whose product divides {devices} devices")
+        mesh = None if devices == 1 else make_mesh(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        self.system = System(folder, mesh=mesh)
+        ways = devices // tensor
+        self.batch_size = -(-max(batch_size, 1) // ways) * ways
+
+    @property
+    def config(self):
+        return self.system.language_model.config
+
+    @property
+    def text_tokenizer(self):
+        return self.system.language_model.text_tokenizer
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        language_model = self.system.language_model
+        return Scorer(language_model.config, language_model.params, language_model.mesh, self.batch_size)
+
+    def language_hash(self) -> str:
+        """Of the language model, for results that depend on it."""
+        return params_hash(self.system.language_model.params)
+
+    def codec_hash(self) -> str:
+        """Of the speech tokenizer and the decoder, for results that depend on them."""
+        _, parts = self.system.folder.speech_decoder()
+        speech = {name: parts[name] for name in ("flow", "vocoder")}
+        return params_hash({"speech_tokenizer": self.system.speech_tokenizer.params, **speech})
+
+    def codes(self, parts: Sequence[Part], say: Callable[[str], None] = lambda line: None) -> dict[Part, np.ndarray]:
+        """Speech codes int32 [N] of the spoken ones among these parts; each recording is read and encoded once."""
+        found = {part: np.array(part.codes, np.int32) for part in parts if part.codes is not None}
+        clips = list(dict.fromkeys(part for part in parts if part.audio is not None))
+        for first in range(0, len(clips), CLIPS):
+            group = clips[first : first + CLIPS]
+            codes = self.system.encode([load_audio(part.audio) for part in group])
+            found |= zip(group, codes, strict=True)
+            say(f"encoded {first + len(group)} of {len(clips)} recordings")
+        if empty := [part for part, codes in found.items() if not len(codes)]:
+            raise MossError(f"{empty[0].audio}: gives no codes, expected some sound")
+        return found
+
+
+def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[str], None]) -> Path:
+    """A system folder for a control: itself, or made once from a plain Qwen3, with random vectors for the codes.
+
+    Args:
+        folder: a system's, or a Qwen3's.
+        codes: how many the speech tokenizer has.
+        cache: where a converted Qwen3 is kept.
+    """
+    folder = Path(folder)
+    if (folder / SYSTEM).is_file():
+        return check_system(folder)
+    if not (folder / "config.json").is_file():
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a Qwen3 (config.json)")
+    status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    mark = hashlib.sha256(repr((str(folder.resolve()), codes, status)).encode()).hexdigest()[:12]
+    target = cache / f"{folder.resolve().name}-{mark}"
+    if not target.is_dir():
+        say(f"converting into {target}, this once")
+        with atomic_folder(target) as part:
+            import_qwen3(folder, part, codes=codes, say=say)
+            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+    return check_system(target)

@@ -1,0 +1,123 @@
+"""Likelihood pairs, as StoryCloze: which of the endings does the model find likelier? In text, in speech, or mixed.
+
+The rows are those of a document of the training data, without a chat template: text as its ids, speech as sosp, codes,
+eosp. Context and ending that are both spoken are one stretch of speech. Scored are the ids or codes of the ending
+given the context; markers are not. The lower loss wins, by the sum over the ending and by the mean over its rows: which
+of the two the paper used is not known, so both are told.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.dialogue.grid import speech_rows, text_rows
+from moss_jax.errors import MossError
+from moss_jax.evaluate.items import Part, need, need_string, read_items, read_part
+from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
+from moss_jax.evaluate.scoring import Passage
+from moss_jax.evaluate.words import joined
+
+
+@dataclass(frozen=True)
+class Story:
+    """A context, its endings, and which one is right."""
+
+    name: str
+    context: Part
+    endings: tuple[Part, ...]
+    answer: int
+    group: str | None
+
+
+def read_stories(path: str | Path) -> list[Story]:
+    """A file of {"context": PART, "endings": [PART, PART], "answer": 0 or 1, optional "group" and "id"}.
+
+    A PART is a string, {"audio": FILE} or {"codes": [...]}.
+    """
+
+    def parse(entry: dict[str, Any], name: str, folder: Path) -> Story:
+        need(entry, ("context", "endings", "answer"), ("group",))
+        endings, answer = entry["endings"], entry["answer"]
+        if not isinstance(endings, list) or len(endings) < 2:
+            raise MossError("endings: expected a list of two")
+        if type(answer) is not int or not 0 <= answer < len(endings):
+            raise MossError(f"answer is {answer!r}, expected 0 to {len(endings) - 1}, the place of the right ending")
+        parts = tuple(read_part(ending, folder, f"ending {place}") for place, ending in enumerate(endings))
+        if len({part.text is None for part in parts}) > 1:
+            raise MossError("endings: expected all of them written or all spoken")
+        group = need_string(entry, "group") if "group" in entry else None
+        return Story(name, read_part(entry["context"], folder, "context"), parts, answer, group)
+
+    return read_items(path, parse)
+
+
+def passage(context: Part, ending: Part, codes: dict[Part, np.ndarray], text_tokenizer, config) -> Passage:
+    """The rows of one story with one ending, of which the ending's ids or codes are scored."""
+    if context.text is None and ending.text is None:
+        rows = speech_rows(np.concatenate([codes[context], codes[ending]]), config)
+        first, last = 1 + len(codes[context]), len(rows) - 1
+    else:
+        rows = _rows(context, context.text, codes, text_tokenizer, config)
+        text = ending.text if ending.text is None or context.text is None else joined(context.text, ending.text)
+        more = _rows(ending, text, codes, text_tokenizer, config)
+        marker = int(ending.text is None)
+        first, last = len(rows) + marker, len(rows) + len(more) - marker
+        rows = np.concatenate([rows, more])
+    scored = np.zeros(len(rows), bool)
+    scored[first:last] = True
+    return Passage(rows, scored)
+
+
+def _rows(part: Part, text: str | None, codes, text_tokenizer, config) -> np.ndarray:
+    return speech_rows(codes[part], config) if text is None else text_rows(text_tokenizer.encode(text), config)
+
+
+def run(model: Model, file: str | Path, out: str | Path, *, say: Callable[[str], None] = lambda line: None) -> str:
+    """Evaluates a file of stories into the folder `out`; returns the table.
+
+    Raises:
+        MossError: bad lines, a recording that cannot be read, a story longer than the model's context, a folder that
+            holds other results.
+    """
+    stories = read_stories(file)
+    with Results(out, {"task": "pairs", "file": file_hash(file), "model": model.language_hash()}) as results:
+        left = [story for story in stories if story.name not in results.done]
+        codes = model.codes([part for story in left for part in (story.context, *story.endings)], say)
+        groups = []
+        for story in left:
+            groups.append([
+                passage(story.context, ending, codes, model.text_tokenizer, model.config) for ending in story.endings
+            ])  # fmt: skip
+            model.scorer.check(max(len(p.rows) for p in groups[-1]), f"{file}, {story.name}")
+        for complete in model.scorer.likelihoods(groups):
+            results.append([_record(left[i], groups[i], sums) for i, sums in complete])
+            say(f"{len(results.done)} of {len(stories)} stories")
+        return write_table(results.folder, _table([results.done[story.name] for story in stories]))
+
+
+def _record(story: Story, passages: Sequence[Passage], sums: Sequence[float]) -> dict[str, Any]:
+    counts = [int(p.scored.sum()) for p in passages]
+    means = [value / count for value, count in zip(sums, counts, strict=True)]
+    right = {kind: _best(values) == story.answer for kind, values in (("sum", sums), ("mean", means))}
+    return {"id": story.name, "group": story.group, "sums": list(sums), "rows": counts, "right": right}
+
+
+def _best(values: Sequence[float]) -> int:
+    """The place of the only largest value; -1 when there are several, so that a tie is never right."""
+    best = max(values)
+    return list(values).index(best) if list(values).count(best) == 1 else -1
+
+
+def _table(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    groups = sorted({record["group"] for record in records if record["group"]})
+    for group in (None, *(groups if len(groups) > 1 or None in {r["group"] for r in records} else ())):
+        own = [record for record in records if group in (None, record["group"])]
+        for kind in ("sum", "mean"):
+            name = f"{group or 'all'}, {kind} of log-likelihoods"
+            rows.append(accuracy_row(name, [record["right"][kind] for record in own]))
+    return rows

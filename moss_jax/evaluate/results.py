@@ -1,0 +1,169 @@
+"""What an evaluation has found so far, one line an item, so that it can go on where it was interrupted; and tables."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.checkpoint import write_text
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import flatten
+
+FORMAT = "moss-jax-eval-1"
+RESULTS, TABLE = "results.jsonl", "table"
+Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
+
+
+class Results:
+    """`FOLDER/results.jsonl`: a line that says what is being evaluated, then one for each item, as they come.
+
+    A last line that was cut off is dropped; its item is done again.
+
+    Args:
+        folder: made if it is not there.
+        about: what the results depend on (task, file, model, settings); JSON values.
+
+    Raises:
+        MossError: the folder holds results of something else, is damaged, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, about: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self._path = self.folder / RESULTS
+        about = json.loads(json.dumps({"format": FORMAT, **about}))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = self._path.read_bytes() if self._path.exists() else b""
+        except OSError as error:
+            raise MossError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if lines:
+            self._check(lines[0], about)
+        self.done: dict[str, dict[str, Any]] = {line["id"]: line for line in lines[1:]}
+        try:
+            self._file = self._path.open("r+b" if content else "wb")
+            self._file.truncate(len(whole))
+            self._file.seek(len(whole))
+        except OSError as error:
+            raise MossError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        if not lines:
+            self._write([about])
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps finished items, each with its "id": they are on the disk when this returns."""
+        self._write(records)
+        self.done |= {record["id"]: dict(record) for record in records}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise MossError(
+                f"{self._path}: cannot be written ({error.strerror or error}); run again to go on"
+            ) from error
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and ("format" if number == 1 else "id") in record:
+                return record
+        except ValueError:
+            pass
+        raise MossError(f"{self._path} line {number}: damaged; choose another folder")
+
+    def _check(self, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        differ = [key for key in {**about, **found} if found.get(key) != about.get(key)]
+        if differ:
+            told = "; ".join(f"{key}: there {found.get(key)!r}, now {about.get(key)!r}" for key in differ)
+            raise MossError(f"{self._path}: results of another evaluation ({told}); choose another folder")
+
+
+def file_hash(path: str | Path) -> str:
+    """Changes when the content of a file, or of a file in a folder, does."""
+    path = Path(path)
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def params_hash(params: Mapping[str, Any]) -> str:
+    """Changes when a model is trained: of one vector of each parameter, so that no parameter is moved."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        digest.update(path.encode() + np.asarray(jax.device_get(leaf[(0,) * (leaf.ndim - 1)])).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share."""
+    if not count:
+        return 0.0, 1.0
+    share, square = correct / count, Z95**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = Z95 / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return (0.0 if not correct else middle - half), (1.0 if correct == count else middle + half)
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """The 95% bootstrap interval (over items, always the same draws) of sum(parts) / sum(wholes)."""
+    parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
+    picks = np.random.default_rng(0).integers(0, len(parts), (draws, len(parts)))
+    sums = wholes[picks].sum(1)
+    low, high = np.quantile(parts[picks].sum(1) / np.where(sums, sums, 1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
+    """A row of a table of accuracies, in per cent."""
+    count, correct = len(right), int(sum(right))
+    low, high = wilson(correct, count)
+    share = correct / count if count else 0.0
+    return {"what": name, "items": count, "right": correct, "accuracy %": _percent(share),
+            "95% from": _percent(low), "95% to": _percent(high)}  # fmt: skip
+
+
+def error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[str, Any]:
+    """A row of a table of word error rates, in per cent."""
+    low, high = ratio_interval(errors, words)
+    rate = sum(errors) / max(sum(words), 1)
+    return {"what": name, "items": len(errors), "words": int(sum(words)), "WER %": _percent(rate),
+            "95% from": _percent(low), "95% to": _percent(high)}  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a markdown table."""
+    head = list(rows[0])
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *([str(row[key]) for key in head] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
+    """Writes table.md and table.json; returns the former."""
+    text = "\n\n".join([markdown(rows), *notes]) + "\n"
+    write_text(folder / f"{TABLE}.md", text)
+    write_text(folder / f"{TABLE}.json", json.dumps({"rows": list(rows), "notes": list(notes)}, indent=1) + "\n")
+    return text
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)

@@ -1,0 +1,113 @@
+"""Spoken questions (LlamaQuestions, TriviaQA, WebQuestions): is the answer in the reply, written or spoken?
+
+A question is a recording, codes or text; the reply is written (S->T) or spoken (S->S). A spoken reply is turned into
+sound, and a judge says what it hears. A reply is right when the words of one of the answers stand in it, in this order
+and side by side (`moss_jax.evaluate.words`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_jax.dialogue.grid import REPLIES
+from moss_jax.dialogue.turns import Turn
+from moss_jax.errors import MossError
+from moss_jax.evaluate.items import Part, need, need_string, read_items, read_part
+from moss_jax.evaluate.judge import Judge
+from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
+from moss_jax.evaluate.words import answered, words
+
+WAVES = "waves"
+
+
+@dataclass(frozen=True)
+class Question:
+    name: str
+    question: Part
+    answers: tuple[str, ...]
+    group: str | None
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """A file of {"question": PART, "answers": [...], optional "group" and "id"}.
+
+    A PART is a string, {"audio": FILE} or {"codes": [...]}.
+    """
+
+    def parse(entry: dict[str, Any], name: str, folder: Path) -> Question:
+        need(entry, ("question", "answers"), ("group",))
+        answers = entry["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise MossError("answers: expected a list of strings, at least one")
+        if wordless := [a for a in answers if not words(a)]:
+            raise MossError(f"answers: {wordless[0]!r} has no words")
+        group = need_string(entry, "group") if "group" in entry else None
+        return Question(name, read_part(entry["question"], folder, "question"), tuple(answers), group)
+
+    return read_items(path, parse)
+
+
+def run(
+    model: Model, file: str | Path, out: str | Path, *,
+    reply: str = "speech", judge: Judge | None = None, voice: str | None = None, sampling: dict[str, Any] | None = None,
+    seed: int = 0, say: Callable[[str], None] = lambda line: None,
+) -> str:  # fmt: skip
+    """Evaluates a file of questions into the folder `out`; returns the table. Spoken replies stay in `out`/waves.
+
+    Args:
+        reply: "speech" or "text".
+        judge: hears spoken replies.
+        voice: of spoken replies; None for the system's default.
+        sampling: keywords of `moss_jax.dialogue.system.generation_settings`; greedy unless they say otherwise.
+        seed: of the draws; an interrupted run goes on with the draws that it would have had.
+    """
+    if reply not in REPLIES:
+        raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
+    if reply == "speech" and judge is None:
+        raise MossError("spoken replies need a judge: expected one of --judge FOLDER and --judge-command")
+    questions = read_questions(file)
+    sampling = {"greedy": True, **(sampling or {})}
+    about = {"task": "spoken-qa", "file": file_hash(file), "reply": reply, "seed": seed, "sampling": sampling}
+    if reply == "speech":
+        about |= {"judge": judge.name, "voice": voice, "codec": model.codec_hash()}
+    with Results(out, {**about, "model": model.language_hash()}) as results:
+        done = len(results.done)  # replies come in the file's order
+        waves = results.folder / WAVES
+        if reply == "speech":
+            waves.mkdir(exist_ok=True)
+        left = questions[done:]
+        turns = [[_turn(question.question)] for question in left]
+        replies = model.system.reply_batch(
+            turns, reply=reply, voice=voice, batch_size=model.batch_size, seed=seed, first_request=done, **sampling
+        )
+        for question, answer in zip(left, replies if left else (), strict=True):
+            record = {"id": question.name, "group": question.group, "complete": answer.complete}
+            said = answer.text
+            if reply == "speech":
+                said = ""
+                if answer.wave.size:
+                    path = waves / f"{question.name}.wav"
+                    answer.save(path)
+                    said = judge(path)
+                record["codes"] = len(answer.codes)
+            results.append([record | {"said": said, "right": answered(said, question.answers)}])
+            say(f"{len(results.done)} of {len(questions)} questions")
+        return write_table(results.folder, *_table([results.done[question.name] for question in questions], reply))
+
+
+def _turn(part: Part) -> Turn:
+    return Turn("user", text=part.text, audio=part.audio, codes=part.codes)
+
+
+def _table(records: Sequence[dict[str, Any]], reply: str) -> tuple[list[dict[str, Any]], list[str]]:
+    rows = [accuracy_row("all", [record["right"] for record in records])]
+    groups = sorted({record["group"] for record in records if record["group"]})
+    rows += [accuracy_row(group, [r["right"] for r in records if r["group"] == group]) for group in groups]
+    notes = []
+    if cut := sum(not record["complete"] for record in records):
+        notes.append(f"Cut off by max_new_tokens: {cut} replies.")
+    if reply == "speech" and (silent := sum(not record["codes"] for record in records)):
+        notes.append(f"Without any speech: {silent} replies.")
+    return rows, notes

@@ -1,0 +1,62 @@
+"""Words, answers, error counts and intervals."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moss_jax.evaluate.results import ratio_interval, wilson
+from moss_jax.evaluate.words import answered, errors, joined, words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Don't stop -- it's 4 o'clock!", ["dont", "stop", "its", "4", "oclock"]),
+        ("ＦＵＬＬ width，　café", ["full", "width", "café"]),
+        ("我在Paris。", ["我", "在", "paris"]),
+        ("  ", []),
+    ],
+)
+def test_words(text, expected):
+    assert words(text) == expected
+
+
+def test_an_answer_is_found_word_for_word():
+    assert answered("Well, it is the City of Paris!", ["a city of paris"])
+    assert answered("北京是首都", ["首都"])
+    assert not answered("It is Parisian.", ["Paris"])
+    assert not answered("of Paris city", ["city of Paris"])
+    assert not answered("", ["Paris"])
+
+
+def test_an_ending_goes_on_with_a_space_where_there_is_one():
+    assert joined("He was hungry.", "He ate.") == " He ate."
+    assert joined("He was hungry. ", "He ate.") == "He ate."
+    assert joined("他饿了。", "他吃了。") == "他吃了。"
+
+
+@given(*[st.lists(st.sampled_from("abcd"), max_size=9)] * 2)
+def test_errors_are_the_levenshtein_distance(reference, found):
+    table = np.zeros((len(reference) + 1, len(found) + 1), int)
+    table[:, 0], table[0] = np.arange(len(reference) + 1), np.arange(len(found) + 1)
+    for i in range(len(reference)):
+        for j in range(len(found)):
+            change = table[i, j] + (reference[i] != found[j])
+            table[i + 1, j + 1] = min(change, table[i, j + 1] + 1, table[i + 1, j] + 1)
+    assert errors(reference, found) == table[-1, -1]
+
+
+def test_wilson():
+    low, high = wilson(8, 10)  # as in textbooks
+    assert math.isclose(low, 0.4902, abs_tol=5e-5) and math.isclose(high, 0.9433, abs_tol=5e-5)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(10, 10)[1] == 1.0 and wilson(0, 10)[0] == 0.0
+
+
+def test_the_interval_of_a_rate_covers_it():
+    low, high = ratio_interval([1, 0, 2, 0, 1], [10, 8, 12, 9, 11])
+    assert low < 4 / 50 < high
+    assert ratio_interval([1, 1, 1], [4, 4, 4]) == (0.25, 0.25)
