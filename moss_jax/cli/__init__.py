@@ -21,6 +21,7 @@ VERBS = {
     "init-random": "write a complete system with random weights",
     "parity": "compare components with golden files",
     "similarity": "where speech and text look alike inside the model, layer by layer",
+    "tokenize": "turn a manifest into a data set to train on",
     "voice": "enrol a voice from a recording",
 }
 
