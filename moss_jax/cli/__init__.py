@@ -17,11 +17,13 @@ VERBS = {
     "decode": "turn codes into sound",
     "encode": "turn recordings into codes",
     "eval": "measure on files: likelihoods, multiple choice, spoken questions, resynthesis",
+    "export": "a checkpoint of a run as a system folder",
     "info": "what is inside a folder",
     "init-random": "write a complete system with random weights",
     "parity": "compare components with golden files",
+    "plot": "draw the loss curves of runs",
     "similarity": "where speech and text look alike inside the model, layer by layer",
-    "tokenize": "turn a manifest into a data set to train on",
+    "train": "train a language model",
     "voice": "enrol a voice from a recording",
 }
 

@@ -250,16 +250,26 @@ class LayerSplitModel(nn.Module):
 
 def model_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Flat {path: ShapeDtypeStruct} of the parameters."""
-    return param_shapes(LayerSplitModel(_any_length(config)), *_INPUTS)
+    return dict(_shapes(_plain(config)))
 
 
 def model_axes(config: TransformerConfig) -> dict[str, tuple[str | None, ...]]:
     """Flat {path: logical axis names} of the parameters, for `moss_jax.sharding.shardings_for`."""
-    return param_axes(LayerSplitModel(_any_length(config)), *_INPUTS)
+    return dict(_axes(_plain(config)))
 
 
-def _any_length(config: TransformerConfig) -> TransformerConfig:
-    return replace(config, attention="xla")  # the kernels refuse the single row of _INPUTS
+def _plain(config: TransformerConfig) -> TransformerConfig:
+    return replace(config, attention="xla", remat="none")  # the kernels refuse the single row of _INPUTS
+
+
+@functools.cache
+def _shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    return param_shapes(LayerSplitModel(config), *_INPUTS)
+
+
+@functools.cache
+def _axes(config: TransformerConfig) -> dict[str, tuple[str | None, ...]]:
+    return param_axes(LayerSplitModel(config), *_INPUTS)
 
 
 _INPUTS = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)

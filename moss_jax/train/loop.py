@@ -1,0 +1,377 @@
+"""The loop: `train(run)` begins, or goes on where the last checkpoint is, and ends with a code that says why.
+
+    0 done   3 stopped by the guard   75 preempted: saved, the same command goes on   (2 bad input: a MossError)
+
+After update s there come, in this order and as far as they are due: its metrics, a checkpoint, an evaluation, an
+export. What is lost with a process is done again from the checkpoint before, evaluations and exports included, and
+metrics.jsonl is cut back to it. On the same mesh every number is then the same as if nothing had happened.
+
+    FOLDER/run.json, metrics.jsonl, evaluations.jsonl, checkpoints/STEP/, exports/STEP/, profile/, tensorboard/
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from moss_jax.checkpoint import write_text
+from moss_jax.data import open_batches
+from moss_jax.errors import MossError
+from moss_jax.nn.config import write_config
+from moss_jax.sharding import make_mesh
+from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
+from moss_jax.train.evaluation import Evaluation
+from moss_jax.train.export import export_system
+from moss_jax.train.feed import Feed, share
+from moss_jax.train.flops import peak_flops, step_flops
+from moss_jax.train.guard import Watch
+from moss_jax.train.metrics import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    Board,
+    MetricsFile,
+    by_source,
+    duration,
+    memory_gib,
+    progress_line,
+)  # fmt: skip
+from moss_jax.train.optimizer import make_optimizer
+from moss_jax.train.preemption import Preemption
+from moss_jax.train.record import check_record, describe, fingerprint
+from moss_jax.train.run import RUN_FILE, Run, read_run, run_text
+from moss_jax.train.start import EXPORTS, starting_parameters
+from moss_jax.train.step import TrainState, batch_shardings, init_state, make_step, state_shardings
+
+DONE, STOPPED, PREEMPTED = 0, 3, 75  # 75 is EX_TEMPFAIL: try again later
+PROFILE = "profile"
+
+Say = Callable[[str], None]
+
+
+def train(run: Run, say: Say = print) -> int:
+    """Runs the run, from the beginning or from its newest whole checkpoint; returns DONE, STOPPED or PREEMPTED.
+
+    In a run of several processes each calls this; `jax.distributed` has been initialised before.
+
+    Args:
+        say: gets lines for people, on the first process only.
+
+    Raises:
+        MossError: something that was given does not fit or cannot be read or written. What was saved stays.
+    """
+    with Preemption() as preemption:
+        loop = Loop(run, preemption, say if jax.process_index() == 0 else _silent)
+        try:
+            with jax.set_mesh(loop.mesh):
+                code = loop.run_to_the_end()
+        except BaseException:
+            with contextlib.suppress(MossError):  # what went wrong first is what is told
+                loop.close()
+            raise
+        loop.close()
+        return code
+
+
+class Loop:
+    """One process's part of a run. Everything it decides follows from values that are the same in all of them."""
+
+    def __init__(self, run: Run, preemption: Preemption, say: Say):
+        self._run, self._preemption, self._say = run, preemption, say
+        self._folder = Path(run.folder)
+        self._first = jax.process_index() == 0
+        self.mesh = make_mesh(**run.mesh.for_devices(jax.device_count()))
+        self._check_rows()
+        self._checkpoints = Checkpoints(self._folder / CHECKPOINTS, run.keep, say)
+        self._metrics = self._evaluations = self._board = self._batches = None
+        if run.compile_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", run.compile_cache)
+        self._watch, self._pending, self._stop = Watch(run.guard), None, None
+        self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
+        self._profiling = False
+
+    def run_to_the_end(self) -> int:
+        """Everything. Call it under `jax.set_mesh(loop.mesh)`."""
+        self._begin()
+        code = self._catch_up()
+        batch = self._next_batch() if code is None and self._step < self._run.steps else None
+        while code is None and self._step < self._run.steps:
+            self._profile()
+            batch = self._update(batch)
+            preempted = self._preemption.reached(self._step)
+            code = self._stopped() if self._stop else self._pause(preempted)
+            self._checkpoints.check()
+        self._profile()
+        if code is not None:
+            return code
+        self._checkpoints.wait()
+        self._say(f"{self._run.name}: done after {self._run.steps} steps, all of it in {self._folder}")
+        return DONE
+
+    def close(self) -> None:
+        """Ends what runs in the background; a save that has begun is finished."""
+        if self._profiling:
+            jax.profiler.stop_trace()
+        for part in (self._metrics, self._evaluations, self._board, self._batches):
+            if part is not None:
+                part.close()
+        self._checkpoints.close()
+
+    # beginning
+
+    def _begin(self) -> None:
+        run = self._run
+        self.config, trainable, self._frozen = starting_parameters(run, self.mesh, self._say)
+        states = state_shardings(self.config, run.stage, run.optimizer, self.mesh)
+        self._frozen_sum = fingerprint(self._frozen)
+        self._open_data()
+        at = self._checkpoints.newest_whole()
+        self._tell_changes()
+        if at is None:
+            self._step, self._tokens = 0, 0
+            self._state = jax.device_put(init_state(trainable, run.optimizer), states)
+        else:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
+            jax.tree.map(lambda x: x.delete(), trainable)
+            opt_state = jax.eval_shape(make_optimizer(run.optimizer).init, shapes)
+            like = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, opt_state)
+            self._restore(at, jax.tree.map(_placed, like, states))
+        self._saved = self._step
+        self._compiled_step = make_step(
+            self.config, run.stage, run.optimizer, accumulate=run.accumulate, sources=len(self._sources), mesh=self.mesh
+        )
+        self._flops = step_flops(self.config, run.stage, run.batch_size * run.context, run.context)
+        peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()  # FLOP/s; None where it is not known
+        self._evaluation = Evaluation(run, self.config, self.mesh) if run.held_out else None
+        if self._first:
+            self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
+            self._evaluations = MetricsFile(self._folder / EVALUATIONS_FILE, self._step)
+            write_text(self._folder / RUN_FILE, run_text(run))
+            self._board = Board(self._folder, run.tensorboard, run.wandb, run.name, write_config(run))
+        self._tell_beginning()
+
+    def _open_data(self) -> None:
+        run = self._run
+        shardings = batch_shardings(self.mesh, (run.batch_size, run.context))
+        index, count = share(shardings["grid"], run.batch_size)
+        self._batches = open_batches(
+            run.data, self.config, context=run.context, batch_size=run.batch_size, process_index=index,
+            process_count=count, workers=run.workers,
+        )  # fmt: skip
+        self._sources = self._batches.source_names
+        self._data_state = self._batches.get_state()
+        self._feed = Feed(self._batches, shardings, run.batch_size, index * run.batch_size // count)
+
+    def _restore(self, at: int, like: TrainState) -> None:
+        record = self._checkpoints.record(at)
+        where = self._checkpoints.folder / str(at)
+        check_record(record, describe(self.config, self._run, self._frozen_sum), where, self._say)
+        restored = self._checkpoints.restore(at, params=like.params, optimizer=(like.step, like.opt_state))
+        step, opt_state = restored["optimizer"]
+        self._state = dataclasses.replace(like, step=step, params=restored["params"], opt_state=opt_state)
+        self._step, self._tokens = at, record["tokens"]
+        self._watch.restore(record["guard"])
+        try:
+            self._batches.set_state(record["data"])
+        except MossError as error:
+            self._say(f"note: {error}; the batches from step {at + 1} on are those of the new data")
+            self._batches.skip_to(at)
+        self._data_state = self._batches.get_state()
+        self._say(f"going on after step {at} of {self._run.steps} ({where})")
+
+    def _check_rows(self) -> None:
+        rows, parts = self._run.batch_size // self._run.accumulate, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if rows % parts:
+            raise MossError(
+                f"batch_size {self._run.batch_size} in {self._run.accumulate} part(s) does not divide over the mesh's "
+                f"data x fsdp of {parts}; choose a multiple of {parts * self._run.accumulate}"
+            )
+
+    def _tell_changes(self) -> None:
+        """Says what is not as it was when this run ran last."""
+        if (self._folder / RUN_FILE).is_file():
+            before, now = write_config(read_run(self._folder)), write_config(self._run)
+            changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+            for line in changed:
+                self._say(f"note: not as when this run ran last, {line}")
+
+    def _tell_beginning(self) -> None:
+        run, count = self._run, lambda flat: sum(leaf.size for leaf in flat.values())
+        mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
+        self._say(
+            f"{run.name}: stage {run.stage.name} trains {count(self._state.params):,} parameters, "
+            f"{count(self._frozen):,} are frozen; {run.batch_size} x {run.context} rows a step; mesh: {mesh}"
+        )
+
+    # one update
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        begun = time.perf_counter()
+        batch = next(self._feed)
+        self._waited += time.perf_counter() - begun
+        return batch
+
+    def _update(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
+        """Begins one update, fetches the next batch while it runs, and tells the metrics of the update before."""
+        limit = np.asarray([np.inf, self._watch.limit(self._step + 1)], np.float32)
+        first, begun = self._clock is None, time.perf_counter()
+        self._state, metrics = self._compiled_step(self._state, self._frozen, batch, limit)
+        self._step += 1
+        if first:
+            self._clock, self._waited = time.perf_counter(), 0.0
+            self._say(f"the step is compiled, {duration(self._clock - begun)}")
+        late, self._pending = self._pending, (self._step, metrics)
+        self._data_state = self._batches.get_state()
+        batch = self._next_batch() if self._step < self._run.steps else None
+        self._tell(late)
+        return batch
+
+    def _tell_pending(self) -> None:
+        """Waits for the last update and tells its metrics."""
+        late, self._pending = self._pending, None
+        self._tell(late)
+
+    def _tell(self, late: tuple[int, dict[str, jax.Array]] | None) -> None:
+        if late is None:
+            return
+        step, metrics = late
+        metrics = jax.device_get(metrics)  # waits until the update is done
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        waited, self._waited = self._waited, 0.0
+        saving, self._saving = self._saving, 0.0
+        run, tokens = self._run, self._run.batch_size * self._run.context
+        self._tokens += tokens
+        entry = {
+            "step": step, **{name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
+            "sources": by_source(metrics, self._sources), "tokens": self._tokens, "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds,
+            "checkpoint_seconds": saving, "mfu": self._peak and self._flops / seconds / self._peak,
+            "memory_gib": memory_gib(),
+        }  # fmt: skip
+        self._stop = self._stop or self._watch.add(step, entry["grad_norm"], entry["skipped"] > 0)
+        if self._first:
+            self._metrics.write(entry)
+            self._board.write("train", entry)
+        if entry["skipped"]:
+            self._say(
+                f"step {step}: skipped, its loss is {entry['loss']:.4g} and its gradient norm {entry['grad_norm']:.4g}"
+            )
+        if step % run.log_every == 0 or step in (1, run.steps):
+            self._say(progress_line(entry, run.steps))
+
+    # between updates
+
+    def _due(self, every: int) -> bool:
+        return self._step == self._run.steps or bool(every and self._step % every == 0)
+
+    def _pause(self, preempted: bool) -> int | None:
+        """What is due after this update; the code of a run that ends here."""
+        run = self._run
+        if not preempted and not any(map(self._due, (run.save_every, run.evaluate_every, run.export_every))):
+            return None
+        self._tell_pending()
+        if self._stop:
+            return self._stopped()
+        if preempted or self._due(run.save_every):
+            self._save()
+        if preempted or not self._measure(self._due(run.evaluate_every), self._due(run.export_every)):
+            return self._preempted()
+        self._clock, self._waited = time.perf_counter(), 0.0
+        return None
+
+    def _catch_up(self) -> int | None:
+        """What was due after the step that was restored and did not come to be."""
+        run = self._run
+        if self._step == 0:
+            return None
+        missing = np.asarray([
+            self._first and not self._evaluations.has(self._step),
+            self._first and not self._export_folder().is_dir(),
+        ])  # fmt: skip
+        if jax.process_count() > 1:
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        evaluation, export = map(bool, missing)
+        done = self._measure(evaluation and self._due(run.evaluate_every), export and self._due(run.export_every))
+        return None if done else self._preempted()
+
+    def _measure(self, evaluation: bool, export: bool) -> bool:
+        """Evaluates and exports; False when a notice came and the run is saved without them."""
+        if evaluation and self._evaluation is not None:
+            begun = time.perf_counter()
+            entry = self._evaluation.measure(self._state.params, self._frozen, self._preemption)
+            if entry is None:
+                self._save()
+                return False
+            seconds = time.perf_counter() - begun
+            if self._first:
+                self._evaluations.write({"step": self._step, **entry, "seconds": seconds})
+                self._board.write("held_out", {"step": self._step, **entry})
+            self._say(
+                f"step {self._step}: held-out loss {entry['loss']:.4f} (text {entry['text_loss']:.4f}, audio "
+                f"{entry['audio_loss']:.4f}), {duration(seconds)}"
+            )
+        if export:
+            export_system(self._run, self.config, self._state.params, self._frozen, self._export_folder(), self._say)
+        return True
+
+    def _export_folder(self) -> Path:
+        return self._folder / EXPORTS / str(self._step)
+
+    def _save(self) -> None:
+        if self._saved == self._step:
+            return
+        begun = time.perf_counter()
+        if self._first:
+            self._metrics.sync()
+        record = describe(self.config, self._run, self._frozen_sum) | {
+            "step": self._step, "tokens": self._tokens, "data": self._data_state, "guard": self._watch.state()
+        }  # fmt: skip
+        state = self._state
+        self._checkpoints.save(self._step, record, params=state.params, optimizer=(state.step, state.opt_state))
+        self._saved = self._step
+        self._saving += time.perf_counter() - begun
+
+    def _preempted(self) -> int:
+        self._checkpoints.wait()
+        self._say(f"asked to end: saved after step {self._step}; the same command goes on from there")
+        return PREEMPTED
+
+    def _stopped(self) -> int:
+        self._checkpoints.wait()
+        whole = self._checkpoints.steps()
+        left = f"the last checkpoint is that of step {whole[-1]}" if whole else "there is no checkpoint yet"
+        self._say(
+            f"stopped at step {self._step}: {self._stop}; {left}. Look at {self._folder / METRICS_FILE}, then go on "
+            "with another learning rate or --set guard.action=skip"
+        )
+        return STOPPED
+
+    def _profile(self) -> None:
+        """Begins or ends the profile, before an update."""
+        if self._run.profile is None:
+            return
+        first, last = self._run.profile
+        if self._profiling and self._step >= last:
+            self._tell_pending()
+            jax.profiler.stop_trace()
+            self._profiling = False
+            self._say(f"profile of steps {first} to {last}: {self._folder / PROFILE}")
+        elif not self._profiling and first - 1 <= self._step < last:
+            self._tell_pending()
+            jax.profiler.start_trace(str(self._folder / PROFILE))
+            self._profiling = True
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _silent(line: str) -> None:
+    pass

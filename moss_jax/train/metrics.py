@@ -1,0 +1,204 @@
+"""What a run tells: a line of JSON a step, a line for people now and then, TensorBoard and Weights & Biases when asked.
+
+metrics.jsonl       {"step": 120, "loss": 5.1, ...}   update 120: its loss is that before it
+evaluations.jsonl   {"step": 120, "loss": 5.3, ...}   held-out data with the parameters after update 120
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.checkpoint import atomic_file
+from moss_jax.errors import MossError
+
+METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
+GIB = 2**30
+
+
+class MetricsFile:
+    """One JSON object a line, no step twice.
+
+    Args:
+        path: of the file, which may be there.
+        step: the run goes on after this update: entries of later ones, and half a line, are taken out.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        with self._readable_errors():
+            kept = []
+            if path.exists():
+                content = path.read_bytes()
+                kept = [(line, entry) for line, entry in _entries(content) if entry["step"] <= step]
+                text = b"".join(line for line, _ in kept)
+                if text != content:
+                    with atomic_file(path) as part:
+                        part.write_bytes(text)
+            self._file = path.open("a", encoding="utf-8")
+        self._last = kept[-1][1]["step"] if kept else None
+
+    def has(self, step: int) -> bool:
+        """Whether the last entry is of this step."""
+        return self._last == step
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        with self._readable_errors():
+            self._file.write(json.dumps({key: _plain(value) for key, value in entry.items()}) + "\n")
+            self._file.flush()
+        self._last = entry["step"]
+
+    def sync(self) -> None:
+        """Returns when what was written is on the disk."""
+        with self._readable_errors():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise MossError(f"{self.path}: cannot be written ({reason}); free some space, then run it again") from error
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl or evaluations.jsonl. Raises MossError when there is no such file."""
+    try:
+        return [entry for _, entry in _entries(path.read_bytes())]
+    except OSError as error:
+        raise MossError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from error
+
+
+class Board:
+    """TensorBoard and Weights & Biases, as far as they were asked for."""
+
+    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, name: str, settings: Mapping[str, Any]):
+        self._writer = self._wandb = None
+        if tensorboard:
+            module = _optional("tensorboardX", "tensorboard=true")
+            self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+        if wandb is not None:
+            module = _optional("wandb", f"wandb={wandb}")
+            self._wandb = module.init(project=wandb, name=name, id=name, resume="allow", config=dict(settings))
+
+    def write(self, kind: str, entry: Mapping[str, Any]) -> None:
+        step = entry["step"]
+        numbers = {f"{kind}/{key}": value for key, value in _numbers(entry) if key != "step"}
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def by_source(metrics: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{source: {"text_loss", "text_count", "audio_loss", "audio_count"}} from the step's sums, where there are any."""
+    table: dict[str, dict[str, float]] = {name: {} for name in names}
+    for channel in ("text", "audio"):
+        if f"source_{channel}_sum" not in metrics:
+            continue
+        pairs = zip(metrics[f"source_{channel}_sum"], metrics[f"source_{channel}_count"], strict=True)
+        for name, (total, count) in zip(names, pairs, strict=True):
+            if count > 0:
+                table[name] |= {f"{channel}_loss": float(total) / float(count), f"{channel}_count": float(count)}
+    return {name: losses for name, losses in table.items() if losses}
+
+
+def memory_gib() -> float:
+    """The most memory in use so far, GiB: of this process's fullest device, or of the process where devices have none
+    of their own."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(entry.get("peak_bytes_in_use", 0) for entry in statistics)
+    if not peak:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB
+
+
+def progress_line(entry: Mapping[str, Any], steps: int) -> str:
+    """What a person reads of a step."""
+    left = (steps - entry["step"]) * entry["step_seconds"]
+    words = [
+        f"step {entry['step']}/{steps}",
+        f"loss {entry['loss']:.4f} (text {entry['text_loss']:.4f}, audio {entry.get('audio_loss', 0):.4f})",
+        f"grad {entry['grad_norm']:.3g}",
+        f"lr {entry['learning_rate']:.2e}",
+        f"{_short(entry['tokens_per_second'])} tokens/s",
+        f"{duration(entry['step_seconds'])} a step",
+        f"data {100 * entry['data_share']:.1f}%",
+    ]
+    if entry.get("mfu") is not None:
+        words.append(f"MFU {100 * entry['mfu']:.1f}%")
+    return "  ".join([*words, f"{duration(left)} left"])
+
+
+def duration(seconds: float) -> str:
+    """12 ms, 3.4 s, 5 min, 7 h 30 min."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 99:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, entry) of every whole line."""
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield line, entry
+
+
+def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as strings, which float() reads."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+def _optional(module: str, asked: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MossError(f"{asked}: needs the package {module}, pip install {module}") from error

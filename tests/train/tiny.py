@@ -1,0 +1,83 @@
+"""A tiny run for tests: random documents on disk and a config file."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moss_jax.data import Example, write_examples
+from moss_jax.transformer.config import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = dataclasses.replace(
+    TINY, num_shared_layers=2, num_modality_layers=1, hidden_size=32, intermediate_size=64, num_key_value_heads=4
+)  # fmt: skip
+
+CONFIG = """
+from moss_jax.data import Mixture
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.run import *
+from moss_jax.train.stages import STAGE_1, STAGE_2
+from tests.train.tiny import MODEL
+
+RUN = Run(
+    name="tiny", folder={folder!r}, init="random", model=MODEL, stage=STAGE_2,
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3, total_steps=60),
+    data=Mixture((("spoken", {data!r} + "/spoken", 2.0), ("written", {data!r} + "/written", 1.0)), seed=3),
+    held_out=Mixture((("spoken", {data!r} + "/spoken", 1.0),), seed=4),
+    context=32, batch_size=8, steps=12, save_every=4, evaluate_every=4, evaluate_batches=1, log_every=4,
+    dtype="float32", frozen_dtype=None, remat="none",
+)
+"""
+
+
+def documents(seed: int, spoken: bool, count: int = 60):
+    """Random documents: text, and in every second piece of a spoken one codes."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        length = int(random.integers(5, 40))
+        grid = np.stack([random.integers(0, 200, length), np.full(length, MODEL.audio_pad_id)], 1).astype(np.int32)
+        weights = np.zeros((length, 2), np.float32)
+        weights[1:, 0] = 1
+        if spoken:
+            rows = slice(length // 3, None)
+            grid[rows, 0], grid[rows, 1] = (
+                MODEL.modality_pad_id,
+                random.integers(0, MODEL.eosp_id, length - length // 3),
+            )
+            weights[rows] = 0, 1
+            weights[0] = 0
+        yield Example(grid, weights, f"document {index}")
+
+
+def write_data(folder: Path) -> Path:
+    for seed, name in enumerate(("spoken", "written")):
+        write_examples(folder / name, documents(seed, name == "spoken"), MODEL)
+    return folder
+
+
+def write_config(path: Path, data: Path, folder: Path) -> Path:
+    path.write_text(CONFIG.format(data=str(data), folder=str(folder)))
+    return path
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Of a process with so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_llvm_disable_expensive_passes=true"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **more}
+
+
+def command(config: Path, *settings: str, flags: tuple[str, ...] = ()) -> list[str]:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [sys.executable, "-m", "moss_jax", "train", "--config", str(config), *flags, *sets]
+
+
+def run(config: Path, *settings: str, devices: int = 1, **keywords) -> subprocess.CompletedProcess:
+    """`moss-jax train` in a process of its own."""
+    return subprocess.run(
+        command(config, *settings), env=environment(devices), capture_output=True, text=True, cwd=ROOT, **keywords
+    )
