@@ -23,6 +23,7 @@ VERBS = {
     "parity": "compare components with golden files",
     "plot": "draw the loss curves of runs",
     "similarity": "where speech and text look alike inside the model, layer by layer",
+    "tokenize": "turn a manifest into a data set to train on",
     "train": "train a language model",
     "voice": "enrol a voice from a recording",
 }

@@ -63,6 +63,7 @@ class Document:
     Attributes:
         line: its number, from 1.
         name: its id, or the number of the line.
+        digest: of what the line says.
         sounds: for a recording one entry, for a conversation one a turn: where the sound is, its codes int32 [N], or
             None where a turn is written.
         text: the transcript or the document itself.
@@ -72,6 +73,7 @@ class Document:
 
     line: int
     name: str
+    digest: str = ""
     sounds: tuple[Path | Member | np.ndarray | None, ...] = ()
     text: str | None = None
     words: tuple[Word, ...] | None = None
@@ -149,7 +151,7 @@ class Manifest:
 
     def _document(self, line: bytes, number: int) -> Document:
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = json.loads(line.strip().decode("utf-8"))
         except UnicodeDecodeError as error:
             raise MossError(f"not UTF-8 text (byte {error.start}), expected a JSON object") from error
         except ValueError as error:
@@ -162,7 +164,8 @@ class Manifest:
         name = entry.get("id", number)
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise MossError(f"id is {name!r}, expected a string or a number")
-        document = Document(number, str(name))
+        digest = hashlib.blake2b(line.strip(), digest_size=16).hexdigest()
+        document = Document(number, str(name), digest)
         if "turns" in entry:
             beside = [key for key in entry if key not in ("id", "turns")]
             if beside:
@@ -269,7 +272,8 @@ def tar_members(path: Path) -> dict[str, tarfile.TarInfo]:
     except FileNotFoundError:
         raise MossError(f"shard {path}: no such file") from None
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise MossError(f"shard {path}: not a readable tar file ({error})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MossError(f"shard {path}: not a readable tar file ({reason})") from error
 
 
 def _known(entry: dict[str, Any], fields: Sequence[str]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moss_jax.audio.features import log_mel_16k
 from moss_jax.audio.wave import segments
 from moss_jax.checkpoint import load_tree
 from moss_jax.nn.config import read_config, read_json
+from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
 from moss_jax.speech_tokenizer.stream import START_PEAK, WaveStream, checked
@@ -42,16 +44,30 @@ class SpeechTokenizer:
     Args:
         config: sizes.
         params: nested dictionary of the encoder's parameters.
-        max_seconds: audio in one compiled call, padding included; bounds the memory of a batch of long clips.
+        max_seconds: audio on a device in one compiled call, padding included; bounds the memory of long clips.
+        devices: a call's segments are divided among them; default: one device.
     """
 
-    def __init__(self, config: SpeechTokenizerConfig, params: Any, *, max_seconds: float = 240.0):
+    def __init__(
+        self,
+        config: SpeechTokenizerConfig,
+        params: Any,
+        *,
+        max_seconds: float = 240.0,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self.config = config
         self.params = params
         self.max_seconds = max_seconds
+        self._ways = len(devices or [None])
+        self._by_rows = None
+        if self._ways > 1:
+            mesh = make_mesh(data=self._ways, devices=devices)
+            self._by_rows = NamedSharding(mesh, PartitionSpec("data"))
+            self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SpeechTokenizer":
+    def load(cls, folder: str | Path, *, devices: Sequence[jax.Device] | None = None) -> "SpeechTokenizer":
         """Reads `config.json` and `model.safetensors` in the `speech_tokenizer` folder of a converted system.
 
         Raises:
@@ -60,7 +76,7 @@ class SpeechTokenizer:
         config = read_config(
             SpeechTokenizerConfig, read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
         )
-        return cls(config, load_tree(folder, encoder_shapes(config)))
+        return cls(config, load_tree(folder, encoder_shapes(config)), devices=devices)
 
     def stream(self, *, chunk: int = 5, start_peak: float = START_PEAK) -> WaveStream:
         """A stream of samples in, codes out; see there."""
@@ -120,9 +136,10 @@ class SpeechTokenizer:
             seconds = size / self.config.code_rate
             most = 1 << int(np.log2(max(1, min(MAX_SEGMENTS, self.max_seconds // seconds))))
             while members:
-                rows = 1 << (min(len(members), most) - 1).bit_length()
-                if len(members) < 0.75 * rows:  # rather a smaller call more than that much padding
-                    rows //= 2
+                each = 1 << (min(-(-len(members) // self._ways), most) - 1).bit_length()
+                if each > 1 and len(members) < 0.75 * each * self._ways:  # rather a smaller call more than that padding
+                    each //= 2
+                rows = each * self._ways
                 plan.append((members[:rows], size, rows))
                 members = members[rows:]
         return plan
@@ -133,4 +150,6 @@ class SpeechTokenizer:
         for row, member in enumerate(members):
             batch[row, : len(parts[member])] = parts[member]
             lengths[row] = padded[member] * unit
-        return encode_padded(self.config, self.params, jnp.asarray(batch), jnp.asarray(lengths))
+        if self._by_rows is None:
+            return encode_padded(self.config, self.params, jnp.asarray(batch), jnp.asarray(lengths))
+        return encode_padded(self.config, self.params, *jax.device_put((batch, lengths), self._by_rows))
