@@ -63,7 +63,8 @@ def _tiny() -> Sizes:
     speaker = replace(speaker_config.TINY, num_mel_bins=80, embedding_size=192)
     return Sizes(
         replace(
-            TRANSFORMER_TINY, audio_vocab_size=384, eosp_id=TINY_CODES, max_position_embeddings=40960
+            TRANSFORMER_TINY, audio_vocab_size=384, eosp_id=TINY_CODES, audio_pad_id=TINY_CODES - 1,
+            max_position_embeddings=40960,
         ),
         replace(tokenizer_config.TINY, quantize_vocab_size=TINY_CODES, max_source_positions=1500),
         replace(decoder, flow=flow, vocoder=replace(decoder.vocoder, mel_bins=80), speaker=speaker, chunks=(5, 25)),
