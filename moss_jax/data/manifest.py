@@ -137,7 +137,7 @@ class Manifest:
                                 raise MossError(f"the id {document.name!r} is already that of line {first}")
                             self.has_sound |= any(isinstance(sound, Path | Member) for sound in document.sounds)
                         except MossError as error:
-                            problems.append(f"line {number}: {error}")
+                            problems.append((number, str(error)))
                     place += len(line)
         except FileNotFoundError:
             raise MossError(f"{self.path}: no such file, expected a manifest (JSON lines)") from None
@@ -257,10 +257,17 @@ class Manifest:
             raise MossError(f"has no {' and no '.join(missing)}, which the format {self.format} needs")
 
 
-def bad_lines(path: Path, problems: Sequence[str], of: int) -> MossError:
-    """The error that lists bad lines; each problem begins with "line N: "."""
-    count = f"{len(problems)} bad line{'s' * (len(problems) != 1)} of {of}"
-    return MossError("\n  ".join([f"{path}: {count}", *problems]))
+def bad_lines(path: Path, problems: Sequence[tuple[int, str]], of: int) -> MossError:
+    """The error that lists bad lines, (number, what is wrong) each; what neighbours have in common is told once."""
+    runs: list[tuple[int, int, str]] = []
+    for number, problem in sorted(problems):
+        if runs and runs[-1][1:] == (number - 1, problem):
+            runs[-1] = (runs[-1][0], number, problem)
+        else:
+            runs.append((number, number, problem))
+    lines = [f"line {a}: {what}" if a == b else f"lines {a} to {b}: {what}" for a, b, what in runs]
+    count = len({number for number, _ in problems})
+    return MossError("\n  ".join([f"{path}: {count} bad line{'s' * (count != 1)} of {of}", *lines]))
 
 
 @lru_cache(maxsize=256)

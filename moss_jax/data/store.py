@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,15 +58,19 @@ def write_shard(path: Path, examples: Iterable[Example]) -> Shard:
     Raises:
         MossError: an example is not one, or the place cannot be written.
     """
-    lengths, scored = [], np.zeros(2)
+    lengths, scored, failed = [], np.zeros(2), []
 
     def counted() -> Iterator[dict[str, Any]]:
         nonlocal scored
-        for example in examples:
-            example.check()
-            lengths.append(len(example.grid))
-            scored = scored + example.loss_weights.sum(0, dtype=np.float64)
-            yield {"name": example.name, "grid": example.grid, "loss_weights": example.loss_weights}
+        try:
+            for example in examples:
+                example.check()
+                lengths.append(len(example.grid))
+                scored = scored + example.loss_weights.sum(0, dtype=np.float64)
+                yield {"name": example.name, "grid": example.grid, "loss_weights": example.loss_weights}
+        except Exception as error:  # the builder would wrap it
+            failed.append(error)
+            raise
 
     with _written(path):
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -76,6 +81,12 @@ def write_shard(path: Path, examples: Iterable[Example]) -> Shard:
                 os.fsync(file.fileno())
             size = part.stat().st_size
             os.replace(part, path)
+    except Exception as error:
+        if failed:
+            raise failed[0] from None
+        if isinstance(error, RuntimeError):  # ArrayRecord has no other for a full disk
+            raise MossError(f"{path}: cannot be written ({_reason(error)}); choose a place with room") from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Shard(lengths, size, tuple(scored.tolist()))
@@ -278,3 +289,10 @@ def _written(path: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: RuntimeError) -> str:
+    """What the system said, out of ArrayRecord's long line."""
+    told = _first_line(error)
+    found = re.search(r"write\(\) failed: ([^;]+)", told)
+    return found[1] if found else told

@@ -125,7 +125,7 @@ class _Work:
             "vocabulary": vocabulary(self.config),
             "settings": self._settings(),
         }
-        self.problems: list[str] = []
+        self.problems: list[tuple[int, str]] = []
         self.done, self.seconds, self.begun = 0, 0.0, time.monotonic()
 
     def _settings(self) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class _Work:
                 for variant in range(self.request.variants):
                     yield self.maker.example(document, codes, variant)
             except MossError as error:
-                self.problems.append(f"line {document.line}: {error}")
+                self.problems.append((document.line, str(error)))
 
     def _codes(self, start: int, stop: int, journal: Path) -> dict[str, Heard]:
         """What is heard in a shard's documents, by digest. What was encoded before is taken from the journal."""
@@ -290,7 +290,7 @@ class _Work:
         for (document, at, _), wave in zip(spoken, read, strict=True):
             if isinstance(wave, MossError):
                 bad.add(document.line)
-                self.problems.append(f"line {document.line}: {wave}")
+                self.problems.append((document.line, str(wave)))
             else:
                 waves[document.line, at] = wave
         codes = dict(zip(waves, self.speech_tokenizer.encode(list(waves.values())), strict=True)) if waves else {}
@@ -302,7 +302,7 @@ class _Work:
             try:
                 heard[document.digest] = said, self._times(document, waves.get((document.line, 0)))
             except MossError as error:
-                self.problems.append(f"line {document.line}: {error}")
+                self.problems.append((document.line, str(error)))
         return heard
 
     def _times(self, document: Document, wave: np.ndarray | None) -> list[Word] | None:

@@ -112,6 +112,14 @@ def test_all_bad_lines_are_told_at_once(folder):
         assert line.startswith(f"  line {number}: ") and problem in line, (line, problem)
 
 
+def test_what_neighbours_have_in_common_is_told_once(folder):
+    lines = [{"text": "x"}, {"audio": "a.wav"}, {"text": "x"}, {"text": "x"}, {"text": "x"}, b"{"]
+    with pytest.raises(MossError) as error:
+        Manifest(write(folder, *lines), "speech")
+    told = [line.split(":")[0] for line in str(error.value).split("\n")[1:]]
+    assert told == ["  line 1", "  lines 3 to 5", "  line 6"] and "5 bad lines of 6" in str(error.value)
+
+
 @pytest.mark.parametrize(("format", "needs"), [
     ("text", "text"), ("asr", "audio and no text"), ("chat", "turns"), ("speech", "audio"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ alone."""
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from moss_jax.data import Mixture, open_batches, write_examples
 from moss_jax.data.pipeline import READ_AHEAD, READ_THREADS, PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
+from moss_jax.tools.bench import Options
+from moss_jax.tools.bench import data as bench
 from moss_jax.transformer import TINY, LayerSplitModel
 from tests.data.conftest import random_example
 
@@ -301,3 +304,8 @@ def test_worker_processes_do_not_start_an_accelerator(mixture, tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == next(batches(mixture))["grid"].sum()
+
+
+def test_the_bench_runs():
+    row = next(bench.run(Options(size="tiny", repeats=1)))
+    assert re.search(r"^[\d,]+ packed tokens a second, [\d,]+ a second of one core$", row.note) and len(row.ours) == 1

@@ -302,3 +302,18 @@ def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eosp_id": 200}))
     assert main(command(corpus, damaged, tmp_path / "data", format="speech")) == 2
     assert "the vocabularies do not match, the speech tokenizer has 256 codes" in capsys.readouterr().err
+
+
+def test_a_place_without_room(corpus, system, tmp_path):
+    """Nothing appears; with room the same command goes on. A limit on the size of files stands for a full disk."""
+    (corpus / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(300)))
+    arguments = command(corpus, system, tmp_path / "data", format="text", manifest="long.jsonl")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MOSS_JAX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "data").exists()
+    assert re.fullmatch(r"moss-jax tokenize: .*shard-00000: cannot be written \(File too large\).*\n", done.stderr)
+    assert main(arguments) == 0 and len(Examples(tmp_path / "data")) == 300
