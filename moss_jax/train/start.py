@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.initial import initial_split
 from moss_jax.train.run import RUN_FILE, Run
 from moss_jax.transformer import TransformerConfig
@@ -23,9 +25,14 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
     Raises:
         MossError: `init` is none of the known things, damaged, or not of the sizes that the run names.
     """
+    codes = {}
+    if run.system is not None:  # a Qwen3 gets an audio table for the codes of this speech tokenizer
+        codes = {
+            "codes": SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
+        }
     config, trainable, frozen = initial_split(
         init_folder(run.init), run.stage, run.model, mesh=mesh, frozen_dtype=run.frozen_dtype, seed=run.seed,
-        modality_layers=run.split, say=say,
+        modality_layers=run.split, say=say, **codes,
     )  # fmt: skip
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return dataclasses.replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
