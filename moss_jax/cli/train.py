@@ -1,6 +1,6 @@
 """Train a language model: stage 1 (only what is new for speech), stage 2 (all of it), fine-tuning.
 
-  moss-jax train --config configs/tiny/stage1.py                          begins; the same command again goes on
+  moss-jax train --config configs/miniature/stage1.py                     begins; the same command again goes on
   moss-jax train --config configs/stage1.py --init Qwen3-8B --folder runs/stage1 --set steps=2000
   moss-jax train --config configs/stage1.py --print                       what it would do, as JSON
   moss-jax train --config configs/stage1.py --distributed                 on every host of several
@@ -32,10 +32,13 @@ def run(args) -> int:
     from moss_jax.train.run import load_run, run_text
 
     given = [f"{name}={value}" for name in ("init", "folder") if (value := getattr(args, name)) is not None]
-    run = load_run(args.config, [f"compile_cache={cache_folder() / 'compiled'}", *given, *args.set])
+    run = load_run(args.config, [*given, *args.set])
     if args.print:
         print(run_text(run), end="")
         return 0
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     if args.distributed:
         from moss_jax.train.processes import join
 

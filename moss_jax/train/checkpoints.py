@@ -9,7 +9,9 @@ it. On restore every file is read against its sum; what fails is named and set a
 """
 
 import concurrent.futures
+import errno
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -52,6 +54,7 @@ class Checkpoints:
         if keep < 2:
             raise MossError(f"keep is {keep}, expected at least 2: one checkpoint may turn out to be damaged")
         self.folder, self._say = Path(folder).absolute(), say
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells an error once a thread; here it is one line
         self._saving: int | None = None
         self._check_writable()
         if jax.process_index() == 0:
@@ -104,16 +107,17 @@ class Checkpoints:
         args = ocp.args.Composite(record=ocp.args.JsonSave(record), **items)
         self._guarded(self._manager.wait_until_finished)
         self._saving = step
+        self._guarded(self._check_room, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
         self._guarded(self._manager.save, step, args=args, force=True)
 
     def check(self) -> None:
         """Raises MossError when the save in the background has failed; never waits."""
-        self._guarded(self._manager.check_for_errors)
+        if not self._manager.is_saving_in_progress():
+            self._guarded(self._manager.wait_until_finished)
 
     def wait(self) -> None:
         """Returns when the save in the background is whole on disk. Raises MossError when it failed."""
         self._guarded(self._manager.wait_until_finished)
-        self._guarded(self._manager.check_for_errors)
 
     def close(self) -> None:
         self._guarded(self._manager.close)
@@ -128,6 +132,11 @@ class Checkpoints:
         if not writable:
             raise MossError(f"{self.folder}: cannot be written ({reason}); choose another folder for the run")
 
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"No space left on device: {free / 1e9:.3g} of {needed / 1e9:.3g} GB")
+
     def _seal(self) -> None:
         """Orbax calls it on the first process when all files of a save are there, before the rename."""
         parts = list(self.folder.glob(f"{self._saving}{UNFINISHED}*"))
@@ -139,7 +148,7 @@ class Checkpoints:
         text = json.dumps({"files": dict(zip(files, sums, strict=True))}, indent=1)
         path = parts[0] / CHECKSUMS
         with path.open("w", encoding="utf-8") as file:
-            file.write(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+            file.write(f"{zlib.crc32(text.encode()):08x}\n{text}")
             file.flush()
             os.fsync(file.fileno())
 
@@ -170,7 +179,7 @@ class Checkpoints:
         except MossError:
             raise
         except Exception as error:  # TensorStore raises ValueError, the file system OSError, threads what they met
-            whole = [step for step in self._manager.all_steps(read=True) if (self.folder / str(step)).is_dir()]
+            whole = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
             left = f"the newest whole checkpoint is {max(whole)}" if whole else "there is no earlier checkpoint"
             where = self.folder if self._saving is None else self.folder / str(self._saving)
             raise MossError(f"{where}: cannot be saved ({_first_line(error)}); {left}") from error
@@ -194,7 +203,6 @@ def verify(folder: Path) -> str | None:
     path = folder / CHECKSUMS
     try:
         own, _, text = path.read_text(encoding="utf-8").partition("\n")
-        text = text.removesuffix("\n")
         if own != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError
         expected = json.loads(text)["files"]

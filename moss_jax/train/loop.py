@@ -89,8 +89,6 @@ class Loop:
         self._check_rows()
         self._checkpoints = Checkpoints(self._folder / CHECKPOINTS, run.keep, say)
         self._metrics = self._evaluations = self._board = self._batches = None
-        if run.compile_cache is not None:
-            jax.config.update("jax_compilation_cache_dir", run.compile_cache)
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
         self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
         self._profiling = False

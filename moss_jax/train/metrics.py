@@ -62,7 +62,8 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with self._readable_errors():
+            self._file.close()
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:

@@ -105,13 +105,13 @@ class Run:
     evaluate_batches: int = 8
     export_every: int = 0  # steps; 0: only at the end
     export_dtype: str | None = None  # of trained parameters in an export; None: as the frozen ones, else as dtype
-    system: str | None = None  # whose codec, text tokenizer and voices an export gets; None: those of `init`
+    system: str | None = None  # whose codec, text tokenizer and voices an export gets; None: those of `init`. Beside a
+    # Qwen3 it also says how many speech codes there are
     log_every: int = 10  # steps between two progress lines; metrics.jsonl gets every step
     tensorboard: bool = False
     wandb: str | None = None  # project on Weights & Biases
     profile: tuple[int, int] | None = None  # the first and the last step of a profile
     peak_tflops: float | None = None  # of one device at `dtype`, for the MFU; None: known kinds of devices
-    compile_cache: str | None = None  # folder for compiled programs; None: none is kept
 
     def __post_init__(self):
         for name in ("context", "batch_size", "steps", "accumulate", "save_every", "evaluate_batches", "log_every"):
@@ -159,7 +159,7 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
     """The run with fields changed: "steps=100", "optimizer.learning_rate=1e-4", "data.seed=1".
 
     Values are read as their field's type: numbers, true, false, none, plain strings; lists and dictionaries as Python
-    writes them.
+    writes them. Where the schedule ends with the run, changing `steps` moves both.
 
     Raises:
         MossError: no such field (those that there are follow), a value of the wrong type, or fields that contradict
@@ -171,6 +171,10 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
         if not equals:
             raise MossError(f"--set {assignment}: expected name=value")
         _assign(values, name.strip(), text.strip())
+    names = {assignment.partition("=")[0].strip() for assignment in assignments}
+    follows = run.steps == run.optimizer.total_steps and "optimizer.total_steps" not in names
+    if "steps" in names and follows and isinstance(values["steps"], int):
+        values["optimizer"]["total_steps"] = values["steps"]
     return read_config(Run, values, "--set") if assignments else run
 
 

@@ -1,0 +1,29 @@
+"""Stage 1 of the 8B: the audio branch learns to speak beside a frozen Qwen3.
+
+  moss-jax convert --from-qwen3 Qwen/Qwen3-8B --codec fnlp/MOSS-Speech-Codec -o systems/Qwen3-8B
+  moss-jax train --config configs/stage1.py [--distributed]
+
+Trains the audio table, block, norm and head; every text parameter stays as it is, bit for bit, in bfloat16. The text
+loss counts: through the frozen text branch it teaches the audio table. Expect the audio loss to begin at
+ln(16512) = 9.7 and the text loss on text pieces to stay what it was.
+v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20, a row on each at a time.
+Source: arXiv 2510.00499 (AdamW, cosine, 4e-4, weight decay 0.1, 2.2 M rows a step); warm-up and clipping are ours.
+"""
+
+from moss_jax.data import Mixture
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.run import Run
+from moss_jax.train.stages import STAGE_1
+
+STEPS = 80_000
+
+RUN = Run(
+    name="stage1-8b", folder="runs/stage1", init="systems/Qwen3-8B", stage=STAGE_1,
+    optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1_000, total_steps=STEPS, weight_decay=0.1),
+    data=Mixture((
+        ("interleaved", "data/interleaved", 1.0), ("synthetic", "data/synthetic", 1.0), ("speech", "data/speech", 1.4),
+    )),
+    held_out=Mixture((("interleaved", "data/interleaved-valid", 1.0), ("speech", "data/speech-valid", 1.0))),
+    context=14336, batch_size=160, steps=STEPS, workers=4,
+    save_every=500, evaluate_every=1_000, evaluate_batches=4, export_every=10_000,
+)  # fmt: skip

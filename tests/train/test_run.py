@@ -1,0 +1,124 @@
+"""Runs as values: configs, --set, --print, and what is wrong with them in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moss_jax.cli import main
+from moss_jax.errors import MossError
+from moss_jax.train.run import MeshSizes, load_run, override, read_run, run_text
+from moss_jax.transformer import model_shapes
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_a_run_that_json_holds(path, tmp_path):
+    run = load_run(path)
+    (tmp_path / "run.json").write_text(run_text(run))
+    assert read_run(tmp_path) == run
+    assert (
+        f"moss-jax train --config {path.relative_to(CONFIGS[0].parents[1])}" in path.read_text().partition('"""\n\n')[0]
+    )
+
+
+def test_there_are_configs():
+    names = {path.stem for path in CONFIGS}
+    assert {"stage1", "stage2", "sft", "sft_lora", "stage1_0.6b", "stage2_1.7b"} <= names
+
+
+def stage1(*assignments):
+    return load_run(next(path for path in CONFIGS if path.stem == "stage1_0.6b"), assignments)
+
+
+def test_set_changes_fields_with_their_types():
+    run = stage1(
+        "steps=2000", "optimizer.learning_rate=1e-4", "mesh.tensor=2", "guard.spike=none", "tensorboard=true",
+        "folder=runs/7", "data.sources=[('a', 'b', 2)]", "profile=(3, 5)", "frozen_dtype=none",
+    )  # fmt: skip
+    assert run.steps == run.optimizer.total_steps == 2000
+    assert run.optimizer.learning_rate == 1e-4 and run.mesh.tensor == 2 and run.guard.spike is None
+    assert run.tensorboard is True and run.folder == "runs/7" and run.profile == (3, 5) and run.frozen_dtype is None
+    assert run.data.sources == (("a", "b", 2.0),)
+    assert override(run, ["steps=3000", "optimizer.total_steps=4000"]).optimizer.total_steps == 4000
+
+
+@pytest.mark.parametrize(
+    "assignment, says",
+    [
+        ("steps", "--set steps: expected name=value"),
+        ("stepz=3", "no field 'stepz', expected one of name, folder"),
+        ("optimizer.lr=3", "no field 'optimizer.lr', expected one of learning_rate"),
+        ("steps.more=3", "steps has no fields"),
+        ("model.hidden_size=3", "model is none in this config"),
+        ("steps=3.5", "steps is float 3.5, expected int"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate is str 'fast', expected float"),
+        ("optimizer.learning_rate=-1", "learning_rate is -1.0, expected above 0"),
+        ("tensorboard=3", "tensorboard is int 3, expected bool"),
+        ("keep=1", "keep is 1, expected at least 2"),
+        ("remat=some", "remat is 'some', expected one of none, dots, full"),
+        ("batch_size=0", "batch_size is 0, expected a whole number above 0"),
+        ("accumulate=3", "batch_size 16 does not divide into 3 parts"),
+        ("data.sources=[]", "it has no source"),
+        ("profile=(5, 3)", "profile is (5, 3)"),
+    ],
+)
+def test_wrong_values_are_told_in_one_line(assignment, says):
+    with pytest.raises(MossError) as caught:
+        stage1(assignment)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("RUN = 3", "sets RUN to int, expected a moss_jax.train.run.Run"),
+        ("", "sets RUN to nothing"),
+        ("x = 1\nRUN = Run()", "line 2: NameError: name 'Run' is not defined"),
+        ("RUN = (", "line 1: SyntaxError"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path, text, says):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(MossError) as caught:
+        load_run(tmp_path / "c.py")
+    assert says in str(caught.value)
+    with pytest.raises(MossError, match="no such file"):
+        load_run(tmp_path / "d.py")
+
+
+def test_mesh_sizes():
+    assert MeshSizes().for_devices(8) == {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
+    assert MeshSizes(tensor=2).for_devices(8)["fsdp"] == 4
+    assert MeshSizes(fsdp=1, tensor=4).for_devices(4)["tensor"] == 4
+    for sizes in (MeshSizes(tensor=3), MeshSizes(fsdp=4), MeshSizes(data=0)):
+        with pytest.raises(MossError, match="mesh data"):
+            sizes.for_devices(8)
+
+
+def test_print(capsys):
+    assert main(["train", "--config", str(CONFIGS[0]), "--print", "--init", "X", "--set", "steps=2000"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["init"] == "X" and told["steps"] == 2000
+
+
+def test_errors_of_the_verbs(tmp_path, capsys):
+    for words, says in (
+        (["train", "--config", "nowhere.py"], "nowhere.py: no such file"),
+        (["train", "--config", str(CONFIGS[0]), "--set", "x=1"], "no field 'x'"),
+        (["plot", str(tmp_path), "-o", "curves.png"], "no run.json in it"),
+        (["plot", str(tmp_path), "-o", "curves.txt"], "expected one of .png"),
+        (["export", str(tmp_path), "-o", str(tmp_path / "system")], "no run.json in it"),
+    ):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert says in told and told.count("\n") == 1
+
+
+def test_the_stages_select_something(tmp_path):
+    from moss_jax.transformer.config import TINY
+
+    for path in CONFIGS:
+        stage = load_run(path).stage
+        assert stage.select(model_shapes(TINY)) or stage.lora is not None
