@@ -17,12 +17,14 @@ RUN = Run(
     system="miniature/system",
     stage=STAGE_1,
     optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=20, total_steps=STEPS),
-    data=Mixture((
-        ("interleaved", "miniature/data/interleaved", 2.0),
-        ("tts", "miniature/data/tts", 1.0),
-        ("asr", "miniature/data/asr", 1.0),
-        ("recordings", "miniature/data/recordings", 0.2),
-    )),  # fmt: skip
+    data=Mixture(
+        (
+            ("interleaved", "miniature/data/interleaved", 2.0),
+            ("tts", "miniature/data/tts", 1.0),
+            ("asr", "miniature/data/asr", 1.0),
+            ("recordings", "miniature/data/recordings", 0.2),
+        )
+    ),
     held_out=Mixture((("text", "miniature/data/text-valid", 1.0),)),
     context=256,
     batch_size=8,

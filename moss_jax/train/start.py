@@ -26,10 +26,10 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         MossError: `init` is none of the known things, damaged, or not of the sizes that the run names.
     """
     codes = {}
-    if run.system is not None:  # a Qwen3 gets an audio table for the codes of this speech tokenizer
-        codes = {
-            "codes": SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
-        }
+    if run.system and (Path(run.system) / "speech_tokenizer").is_dir():
+        # A Qwen3 gets an audio table for the codes of this speech tokenizer.
+        speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
+        codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
         init_folder(run.init), run.stage, run.model, mesh=mesh, frozen_dtype=run.frozen_dtype, seed=run.seed,
         modality_layers=run.split, say=say, **codes,
