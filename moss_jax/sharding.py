@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,14 +45,24 @@ GATHERED = "all "  # before the name of an axis, for `per_device`
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh with all four axes over `devices` (default: all); the sizes must multiply to their number."""
+    """A mesh with all four axes over `devices` (default: all); the sizes must multiply to their number.
+
+    Over several TPU slices, which only a slow network joins, "data" is what lies across them.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (data, fsdp, tensor, sequence)
     product = data * fsdp * tensor * sequence
     if min(sizes) < 1 or product != len(devices):
         told = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise MossError(f"mesh {told} has {product} places, expected {len(devices)}, one for each device")
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
+    kinds = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, MESH_AXES, kinds, devices=devices)
+    if data % slices:
+        raise MossError(f"mesh: data is {data}, expected a multiple of {slices}: it alone lies across the TPU slices")
+    inside, across = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, kinds)
 
 
 def shardings_for(

@@ -257,3 +257,26 @@ def test_the_verb(folder, stories, tmp_path, capsys):
         with pytest.raises(SystemExit, match="0"):
             main(["eval", task, "--help"])
         assert "--model FOLDER" in capsys.readouterr().out
+
+
+def test_a_recogniser_of_transformers(tmp_path):
+    """A wav2vec2 with random weights, saved and opened as a real one is."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    config = transformers.Wav2Vec2Config(
+        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 4), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
+    )  # fmt: skip
+    folder = tmp_path / "recogniser"
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
+    transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    judge = open_judge(folder, None)
+    heard = judge(tmp_path / tone(tmp_path / "a.wav", 0.5))
+    assert isinstance(heard, str) and judge.name == "transformers recogniser"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(MossError, match="transformers cannot open it"):
+        open_judge(folder, None)

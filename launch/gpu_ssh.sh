@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Train on the GPUs of several hosts that you reach by ssh. One process on each; the first is the coordinator.
+#
+#   HOSTS="gpu1 gpu2" REPOSITORY=/shared/moss_jax launch/gpu_ssh.sh [--dry-run] --config configs/stage1.py ...
+#
+#   HOSTS        names as ssh knows them; the first one's must also be known to the others
+#   REPOSITORY   this repository, at the same path on all hosts; data and runs are on a file system that all see
+#   ACTIVATE     command that makes moss-jax available, default: true (nothing)
+#   PORT         of the coordinator, default 9876
+#   XLA_SET      name in launch/xla_flags.py, default gpu-hosts
+#
+# Ends when all have ended, with the first code that is not 0. Ctrl-C: the first host's process is told, all agree on a
+# last step, save and leave with code 75.
+
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/common.sh"
+if [[ "${1:-}" == --dry-run ]]; then DRY_RUN=1; shift; fi
+if [[ $# == 0 || "$1" == --help ]]; then usage; exit 0; fi
+need HOSTS "the hosts, such as 'gpu1 gpu2'"
+need REPOSITORY "where this repository lies on every host"
+read -ra hosts <<<"$HOSTS"
+pid_file=/tmp/moss-jax-${PORT:-9876}
+pids=()
+for i in "${!hosts[@]}"; do
+  command="cd $(quoted "$REPOSITORY") && ${ACTIVATE:-true} && PID_FILE=$pid_file-$i XLA_SET=${XLA_SET:-gpu-hosts} launch/gpu_host.sh"
+  command+=" $(quoted "$@") --distributed --coordinator ${hosts[0]}:${PORT:-9876}"
+  command+=" --processes ${#hosts[@]} --process $i"
+  printf '%s\n' "$(quoted ssh "${hosts[$i]}" "$command")"
+  if [[ "$DRY_RUN" != 1 ]]; then
+    # Sessions of their own: Ctrl-C must not end ssh, nor what labels its lines, before the training has saved.
+    setsid ssh "${hosts[$i]}" "$command" </dev/null > >(exec setsid sed -u "s/^/$i ${hosts[$i]}: /") 2>&1 &
+    pids+=($!)
+  fi
+done
+[[ "$DRY_RUN" == 1 ]] && exit 0
+trap 'ssh "${hosts[0]}" "kill -TERM \$(cat $pid_file-0)" </dev/null || true' INT TERM
+code=0
+for pid in "${pids[@]}"; do
+  own=0
+  wait "$pid" || own=$?
+  while kill -0 "$pid" 2>/dev/null; do  # a trap ends a wait
+    own=0
+    wait "$pid" || own=$?
+  done
+  [[ $code != 0 ]] || code=$own
+done
+exit "$code"

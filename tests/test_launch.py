@@ -1,0 +1,201 @@
+"""The launch scripts: dry runs print what the page says, flags exist, several hosts start and stop together."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+CLEAN = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
+
+def examples():
+    """(command, output) of every console block of the page."""
+    page = (ROOT / "docs" / "launch.md").read_text()
+    for block in re.findall(r"^( *)```console\n(.*?)^ *```", page, re.S | re.M):
+        text = re.sub(rf"^{block[0]}", "", block[1], flags=re.M)
+        for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+            command, _, output = part.partition("\n")
+            yield command, output
+
+
+def flag_sets():
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import xla_flags
+    finally:
+        sys.path.remove(str(LAUNCH))
+    return xla_flags
+
+
+@pytest.mark.parametrize(("command", "output"), list(examples()))
+def test_a_dry_run_prints_what_the_page_says(command, output):
+    assert "--dry-run" in command
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == output
+
+
+def test_the_page_shows_every_script_and_verb():
+    commands = [command for command, _ in examples()]
+    for script in SCRIPTS:
+        if script.name != "common.sh":
+            assert any(script.name in command for command in commands), script.name
+    for name in ("tpu_queued.sh", "tpu_gke.sh"):
+        verbs = re.findall(r"^  (\w+)\)$", (LAUNCH / name).read_text(), re.M)
+        assert len(verbs) > 4
+        shown = {verb for verb in verbs if any(f"{name} --dry-run {verb}" in command for command in commands)}
+        assert set(verbs) - shown <= {"list"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_explain_themselves(script):
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    if script.name not in ("common.sh", "slurm.sbatch"):
+        assert os.access(script, os.X_OK)
+        told = subprocess.run([str(script), "--help"], env=CLEAN, capture_output=True, text=True, check=True).stdout
+        assert f"launch/{script.name}" in told and "set -euo" not in told
+
+
+def test_what_is_missing_is_told():
+    for words, told in (
+        (["launch/tpu_queued.sh", "create"], "tpu_queued.sh: set PROJECT: the cloud project"),
+        (["launch/gpu_ssh.sh", "--config", "c.py"], "gpu_ssh.sh: set HOSTS: the hosts, such as 'gpu1 gpu2'"),
+    ):
+        run = subprocess.run(words, cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=False)
+        assert run.returncode == 2 and run.stderr.strip() == told
+
+
+def test_words_survive_the_shells_between():
+    words = ["a b", "it's", '"x"', "$HOME", "--set", "n=1"]
+    script = f'source {LAUNCH}/common.sh; quoted "$@"'
+    line = subprocess.run(["bash", "-c", script, "x", *words], capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
+    assert again.splitlines() == words
+
+
+def test_flags_keep_what_is_there():
+    xla_flags = flag_sets()
+    line = xla_flags.export_line("cpu-8", {"XLA_FLAGS": "--xla_dump_to=/tmp/x"})
+    assert line == "export XLA_FLAGS='--xla_force_host_platform_device_count=8 --xla_dump_to=/tmp/x'"
+    assert all(flag.reason for chosen in xla_flags.SETS.values() for flag in chosen.flags)
+    listing = subprocess.run([sys.executable, LAUNCH / "xla_flags.py"], capture_output=True, text=True, check=True)
+    assert all(str(flag) in listing.stdout for chosen in xla_flags.SETS.values() for flag in chosen.flags)
+
+
+def child(code, **environment):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+DEVICES = "import jax; print(jax.devices())"
+# libtpu reads its flags when it describes chips that are not there.
+TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+TOPOLOGY = """
+from jax.experimental import topologies
+print(len(topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices))
+"""
+
+
+def test_xla_knows_the_flags():
+    chosen = [s for s in flag_sets().SETS.values() if s.variable == "XLA_FLAGS"]
+    flags = " ".join(str(flag) for s in chosen for flag in s.flags)
+    assert child(DEVICES, XLA_FLAGS=flags).returncode == 0
+    run = child(DEVICES, XLA_FLAGS=f"{flags} --xla_gpu_no_such_flag=1")
+    assert run.returncode != 0 and "no_such_flag" in run.stderr
+
+
+def test_libtpu_knows_the_flags():
+    pytest.importorskip("libtpu")
+    chosen = [s for s in flag_sets().SETS.values() if s.variable == "LIBTPU_INIT_ARGS"]
+    flags = " ".join(str(flag) for s in chosen for flag in s.flags)
+    run = child(TOPOLOGY, LIBTPU_INIT_ARGS=flags, **TPU)
+    assert run.stdout.split() == ["8"], run.stderr
+    run = child(TOPOLOGY, LIBTPU_INIT_ARGS=f"{flags} --xla_tpu_no_such_flag=1", **TPU)
+    assert "8" not in run.stdout.split() and "no_such_flag" in run.stderr
+
+
+def test_a_mesh_over_two_slices():
+    pytest.importorskip("libtpu")
+    code = """
+from jax.experimental import topologies
+from moss_jax.errors import MossError
+from moss_jax.sharding import make_mesh
+devices = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu", num_slices=2).devices
+mesh = make_mesh(data=4, fsdp=2, sequence=2, devices=devices)
+print([sorted({device.slice_index for device in part.flatten()}) for part in mesh.devices], dict(mesh.shape))
+try:
+    make_mesh(fsdp=16, devices=devices)
+except MossError as error:
+    print(error)
+"""
+    run = child(code, **TPU, PYTHONPATH=str(ROOT))
+    assert run.stdout.splitlines() == [
+        "[[0], [0], [1], [1]] {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 2}",
+        "mesh: data is 1, expected a multiple of 2: it alone lies across the TPU slices",
+    ], run.stderr
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """An environment in which ssh runs the command here, and moss-jax writes down its arguments, then waits as told."""
+    stand_ins = {
+        "ssh": 'shift; exec bash -c "$1"',
+        "moss-jax": f"""
+echo "$*" >{tmp_path}/arguments.${{!#}}
+leave() {{ echo "process $1 saved"; exit 75; }}
+trap 'for pid in $(cat /tmp/moss-jax-$PORT-*); do [[ $pid == $$ ]] || kill -USR1 $pid; done; leave ${{!#}}' TERM
+trap 'leave ${{!#}}' USR1
+for i in $(seq ${{WAIT:-0}}); do sleep 0.1; done
+echo "process ${{!#}} ends"
+[[ ${{!#}} != ${{FAILS:-none}} ]] || exit 3""",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in stand_ins.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+    port = str(20000 + os.getpid() % 20000)
+    yield CLEAN | {
+        "PATH": f"{tmp_path / 'bin'}:{CLEAN['PATH']}",
+        "HOSTS": "one two",
+        "REPOSITORY": str(ROOT),
+        "PORT": port,
+    }
+    for path in Path("/tmp").glob(f"moss-jax-{port}-*"):
+        path.unlink()
+
+
+COMMAND = [str(LAUNCH / "gpu_ssh.sh"), "--config", "c.py", "--set", "name=it's two words"]
+
+
+def test_two_hosts_are_started_and_their_exit_code_is_ours(hosts, tmp_path):
+    run = subprocess.run(COMMAND, env=hosts, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for i in range(2):
+        told = (tmp_path / f"arguments.{i}").read_text().strip()
+        assert told == (
+            "train --config c.py --set name=it's two words --distributed "
+            f"--coordinator one:{hosts['PORT']} --processes 2 --process {i}"
+        )
+    assert "0 one: process 0 ends" in run.stdout and "1 two: process 1 ends" in run.stdout
+    assert subprocess.run(COMMAND, env=hosts | {"FAILS": "1"}, capture_output=True, check=False).returncode == 3
+
+
+def test_ctrl_c_lets_all_hosts_save(hosts, tmp_path):
+    process = subprocess.Popen(
+        COMMAND, env=hosts | {"WAIT": "300"}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(tmp_path.glob("arguments.*"))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "0 one: process 0 saved" in told and "1 two: process 1 saved" in told and "ends" not in told
