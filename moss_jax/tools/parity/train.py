@@ -18,7 +18,7 @@ from moss_jax.tools.parity.transformer import split_params as golden_params
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_1, STAGE_2, split_params
-from moss_jax.train.step import batch_nll, batch_sums, init_state, make_eval_step, make_step
+from moss_jax.train.step import batch_nll, gradients, init_state, make_eval_step, make_step
 from moss_jax.transformer import TransformerConfig
 
 IGNORED = -100  # label of an entry that does not count
@@ -44,8 +44,8 @@ def train_step(golden: Golden) -> dict:
     # Gradients of the total and of each loss alone, everything trainable.
     only = {"full": (1.0, 1.0), "text_only": (1.0, 0.0), "audio_only": (0.0, 1.0)}
     for name, weights in only.items():
-        results |= _norms(name, table, _gradient(config, STAGE_2, whole, nothing, batch, metrics, weights))
-    return results | _stage_1(golden, config, table, params, batch, metrics)
+        results |= _norms(name, table, _gradient(config, STAGE_2, whole, nothing, batch, weights))
+    return results | _stage_1(golden, config, table, params, batch)
 
 
 def _batch(golden: Golden, config: TransformerConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -62,17 +62,16 @@ def _batch(golden: Golden, config: TransformerConfig) -> tuple[dict[str, np.ndar
     return {key: jnp.asarray(value) for key, value in batch.items()}, ignored
 
 
-def _gradient(config, stage, trainable, frozen, batch, metrics, weights=(1.0, 1.0)):
-    """The gradient that the step hands to the optimizer, for these weights of the text and the audio loss."""
-    counts = {name: metrics[f"{name}_count"] for name in CHANNELS}
-    grads = _differentiated(config, stage, trainable, frozen, batch, counts, jnp.asarray(weights))
-    return {path: np.asarray(value) for path, value in grads.items()}
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _differentiated(config, stage, trainable, frozen, batch, counts, weights):
+def _differentiated(config, stage, trainable, frozen, batch, weights):
     stage = replace(stage, text_weight=weights[0], audio_weight=weights[1])
-    return jax.grad(lambda p: batch_sums(config, stage, p, frozen, batch, counts, 1)[0])(trainable)
+    return gradients(config, stage, trainable, frozen, batch)[1]
+
+
+def _gradient(config, stage, trainable, frozen, batch, weights=(1.0, 1.0)) -> dict[str, np.ndarray]:
+    """The gradient that the step hands to the optimizer, for these weights of the text and the audio loss."""
+    grads = _differentiated(config, stage, trainable, frozen, batch, jnp.asarray(weights))
+    return {path: np.asarray(value) for path, value in grads.items()}
 
 
 def _norms(name: str, table, grads) -> dict:
@@ -88,13 +87,13 @@ def _norms(name: str, table, grads) -> dict:
     return results | {f"{name}/global_grad_norm": math.sqrt(sum(squares.values()))}
 
 
-def _stage_1(golden: Golden, config, table, params, batch, metrics) -> dict:
+def _stage_1(golden: Golden, config, table, params, batch) -> dict:
     """One step of stage 1: new values of what trains, losses after it; what is frozen must keep its bytes."""
     optimizer = _optimizer(golden)
     trainable, frozen = split_params(params, STAGE_1)
     before = {path: np.asarray(value).tobytes() for path, value in frozen.items()}
     _check_selection(golden, table, trainable, frozen)
-    grads = dict(table.to_theirs(_gradient(config, STAGE_1, trainable, frozen, batch, metrics)))
+    grads = dict(table.to_theirs(_gradient(config, STAGE_1, trainable, frozen, batch)))
     state, metrics = make_step(config, STAGE_1, optimizer)(init_state(trainable, optimizer), frozen, batch)
     after = make_eval_step(config, STAGE_1)(state.params, frozen, batch)
     results = {"stage1/global_grad_norm": metrics["grad_norm"]}
