@@ -260,13 +260,12 @@ def _accumulated(gradient: Callable, params: Flat, batch: Mapping[str, jax.Array
     if rows % parts:
         raise MossError(f"accumulate is {parts}, expected a divisor of the batch's {rows} rows")
     # Every `parts`-th row, so that each device has some rows of each micro-batch.
-    micro = {
-        name: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
-        for name, x in batch.items()
-    }  # fmt: skip
+    micro = {}
+    for name, x in batch.items():
+        x = jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+        micro[name] = constrain(x, None, *BATCH_AXES[name])
 
     def add(total, part):
-        part = {name: constrain(x, *BATCH_AXES[name]) for name, x in part.items()}
         result, grads = gradient(params, part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (result, grads)), None
 
