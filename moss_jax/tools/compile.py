@@ -27,8 +27,9 @@ FUNCTIONS = {
     "stage1": "a training step of the audio branch, everything else frozen; `batch` rows of `context`",
     "stage2": "a training step of the whole model",
     "sft": "the same step; for another context",
+    "lora": "the same with adapters of rank 16 beside every kernel of the layers, the rest frozen",
 }
-TRAINING = ("stage1", "stage2", "sft")
+TRAINING = ("stage1", "stage2", "sft", "lora")
 SIZES = ("8b", "tiny")
 REMAT = ("none", "dots", "full")
 CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"fsdp": 2, "sequence": 4}]
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
     flags += " --xla_llvm_disable_expensive_passes=true"
