@@ -186,7 +186,7 @@ class Peer:
 
 
 def _check_same(ours, theirs: float, dtype: str) -> None:
-    """The first losses; on an accelerator the weights are not the same, and the losses only those of any random ones."""
+    """The first losses. On an accelerator the weights differ, and the losses are those of any random ones."""
     if not abs(float(ours) - theirs) < (1e-4 if dtype == "float32" else 0.1) * abs(theirs):
         raise MossError(f"bench train: our loss is {float(ours):.4f}, the peer's {theirs:.4f}; they do not do the same")
 
