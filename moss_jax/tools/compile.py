@@ -27,9 +27,11 @@ FUNCTIONS = {
     "stage1": "a training step of the audio branch, everything else frozen; `batch` rows of `context`",
     "stage2": "a training step of the whole model",
     "sft": "the same step; for another context",
+    "lora": "the same with adapters of rank 16 beside every kernel of the layers, the rest frozen",
 }
-TRAINING = ("stage1", "stage2", "sft")
+TRAINING = ("stage1", "stage2", "sft", "lora")
 SIZES = ("8b", "tiny")
+REMAT = ("none", "dots", "full")
 CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -68,6 +70,10 @@ class Request:
         for name in ("data", "fsdp", "batch", "context", "accumulate"):
             if getattr(self, name) < 1:
                 raise MossError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.remat not in REMAT:
+            raise MossError(f"remat is {self.remat!r}, expected one of {', '.join(REMAT)}")
+        if not 0 < self.mfu <= 1:
+            raise MossError(f"mfu is {self.mfu}, expected above 0 and at most 1")
         if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", self.topology):
             raise MossError(f"unknown topology {self.topology!r}, expected one such as v5e:2x4, v6e:4x4 or v5p:2x2x1")
         if importlib.util.find_spec("libtpu") is None:
@@ -146,7 +152,8 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} of a compiled module's text: runs, and bytes of the results on one chip.
 
     A loop over a fixed number of rounds (the layers) counts that often; any other loop (rows of a reply, chunks that
-    catch up) counts as one round, and every branch of a conditional as taken once.
+    catch up) counts as one round, and every branch of a conditional as taken once. A collective that runs beside other
+    work stands in several fusions, as its start, its middle and its end: one chain counts once.
     """
     computations: dict[str, list[str]] = {}
     entry = name = ""
@@ -160,28 +167,30 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
             computations[name].append(line)
     total: dict[str, dict[str, int]] = {}
 
-    def visit(computation: str, times: int):
+    def visit(computation: str, times: int, chains: set[str]):
         for line in computations.get(computation, ()):
             operation = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            if operation:
+            chain = re.search(r'chain_id="(\d+)"', line)
+            if operation and not (chain and chain[1] in chains):
+                chains.update(chain.groups() if chain else ())
                 entry = total.setdefault(operation[2], {"count": 0, "bytes": 0})
                 entry["count"] += times
                 entry["bytes"] += times * _bytes(operation[1], operation[2], bool(operation[3]))
-            for callee, rounds in _calls(line, computations):
-                visit(callee, times * rounds)
+            for callee, rounds, loop in _calls(line, computations):
+                visit(callee, times * rounds, set() if loop else chains)
 
-    visit(entry, 1)
+    visit(entry, 1, set())
     return total
 
 
-def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
-    """The computations that an instruction runs, each with the number of times."""
-    called = [(callee, 1) for callee in re.findall(r"(?:calls|to_apply|_computation)=%?([\w.\-]+)", line)]
+def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int, bool]]:
+    """The computations that an instruction runs, each with the number of times and whether it is a loop's body."""
+    called = [(callee, 1, False) for callee in re.findall(r"(?:calls|to_apply|_computation)=%?([\w.\-]+)", line)]
     for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-        called += [(callee.strip().lstrip("%"), 1) for callee in group.split(",")]
+        called += [(callee.strip().lstrip("%"), 1, False) for callee in group.split(",")]
     loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
     if loop:
-        called.append((loop[2], _rounds(line, computations.get(loop[1], []))))
+        called.append((loop[2], _rounds(line, computations.get(loop[1], [])), True))
     return called
 
 

@@ -8,12 +8,18 @@ import jax.numpy as jnp
 from moss_jax.sharding import fitting
 from moss_jax.train import stages
 from moss_jax.train.flops import PEAK, step_flops
+from moss_jax.train.lora import Lora
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.stages import stage_shapes
 from moss_jax.train.step import BATCH_AXES, TrainState, frozen_shardings, make_step, state_shardings
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY
 
-STAGES = {"stage1": stages.STAGE_1, "stage2": stages.STAGE_2, "sft": stages.SFT}
+STAGES = {
+    "stage1": stages.STAGE_1,
+    "stage2": stages.STAGE_2,
+    "sft": stages.SFT,
+    "lora": stages.with_lora(stages.SFT, Lora()),
+}
 
 
 def train_step(request, mesh):

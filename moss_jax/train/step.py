@@ -126,6 +126,21 @@ def batch_sums(
     return loss, sums
 
 
+def gradients(
+    config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], *,
+    accumulate: int = 1, sources: int = 1,
+) -> tuple[dict[str, jax.Array], Flat]:  # fmt: skip
+    """(metrics of the loss, float32 gradients of the trainable parameters); the arguments are those of `make_step`."""
+    counts = _counts(config, batch)
+
+    def loss_of(compute, micro):
+        return batch_sums(config, stage, compute, frozen, micro, counts, sources)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, sums), grads = _accumulated(gradient, _cast(trainable, jnp.dtype(config.dtype)), batch, accumulate)
+    return _metrics(stage, counts, sums) | {"loss": loss}, grads
+
+
 def make_step(
     config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, *, accumulate: int = 1, sources: int = 1,
     mesh: Mesh | None = None,
@@ -146,21 +161,16 @@ def make_step(
         mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
     """
     update = make_optimizer(optimizer)
-    dtype = jnp.dtype(config.dtype)
 
     def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], limit=jnp.inf):
-        counts = _counts(config, batch)
-        compute = _cast(state.params, dtype)
-
-        def loss_of(compute, micro):
-            return batch_sums(config, stage, compute, frozen, micro, counts, sources)
-
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
         with jax.named_scope("gradient"):
-            (loss, sums), grads = _accumulated(gradient, compute, batch, accumulate)
+            metrics, grads = gradients(
+                config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources
+            )
         with jax.named_scope("update"):
-            norm = optax.global_norm(grads)
+            norm = jnp.sqrt(sum(jnp.square(x).sum() for x in grads.values()))
             limits = jnp.broadcast_to(jnp.asarray(limit, jnp.float32), (2,))
+            loss = metrics["loss"]
             good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
             updates, opt_state = update.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -168,7 +178,7 @@ def make_step(
                 lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
             )
         rate = learning_rate(optimizer)(updates_made(state.opt_state))
-        metrics = _metrics(stage, counts, sums) | {
+        metrics |= {
             "grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - good.astype(jnp.float32)
         }  # fmt: skip
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -250,13 +260,12 @@ def _accumulated(gradient: Callable, params: Flat, batch: Mapping[str, jax.Array
     if rows % parts:
         raise MossError(f"accumulate is {parts}, expected a divisor of the batch's {rows} rows")
     # Every `parts`-th row, so that each device has some rows of each micro-batch.
-    micro = {
-        name: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
-        for name, x in batch.items()
-    }  # fmt: skip
+    micro = {}
+    for name, x in batch.items():
+        x = jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+        micro[name] = constrain(x, None, *BATCH_AXES[name])
 
     def add(total, part):
-        part = {name: constrain(x, *BATCH_AXES[name]) for name, x in part.items()}
         result, grads = gradient(params, part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (result, grads)), None
 

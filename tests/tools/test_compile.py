@@ -42,9 +42,15 @@ HLO = """HloModule jit_run, is_scheduled=true
   %permuted = s32[3]{0} collective-permute(%p), source_target_pairs={{0,1}}
 }
 
+%beside (p: s32[3]) -> s32[5] {
+  %all-gather.9 = s32[5]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="9"}
+}
+
 ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %while.2 = (s32[], bf16[8,16]) while(%p), condition=%more, body=%row
   %while.3 = (s32[], bf16[8,16]) while(%p), condition=%c, body=%taken, backend_config={"known_trip_count":{"n":"5"}}
+  %begin = s32[5] fusion(%a), kind=kCustom, calls=%beside
+  %middle = s32[5] fusion(%begin), kind=kCustom, calls=%beside
   %choice = s32[3] conditional(%which, %a, %b), branch_computations={%taken, %add}
 }
 """
@@ -53,7 +59,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 def test_collectives_are_counted_as_often_as_their_loop_runs():
     assert collectives(HLO) == {
         "all-reduce": {"count": 33, "bytes": 32 * 256 + 40},
-        "all-gather": {"count": 32, "bytes": 32 * 256},
+        "all-gather": {"count": 33, "bytes": 32 * 256 + 20},
         "collective-permute": {"count": 6, "bytes": 6 * 12},
     }
 
@@ -64,6 +70,10 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
         (["train"], "unknown function 'train', expected one of prefill, decode"),
         (["decode", "--size", "9b"], "unknown model size '9b', expected one of 8b, tiny"),
         (["decode", "--batch", "0"], "batch is 0, expected at least 1"),
+        (["stage1", "--accumulate", "0"], "accumulate is 0, expected at least 1"),
+        (["stage1", "--remat", "some"], "remat is 'some', expected one of none, dots, full"),
+        (["stage2", "--mfu", "0"], "mfu is 0.0, expected above 0 and at most 1"),
+        (["stage1", "--topology", "v5e:2x4", "--fsdp", "3"], "mesh data 1 x fsdp 3"),
     ],
 )
 def test_what_is_refused(arguments, problem, capsys):

@@ -18,6 +18,7 @@ PARTS = {
     "lm": "the language model: prefill and decode steps, against transformers' Qwen3",
     "speech_tokenizer": "speech -> codes: the Whisper-VQ encoder on a 30 s clip, against PyTorch",
     "flow": "codes -> mel: offline and a chunk of the stream, against the reference classes (--reference)",
+    "train": "a training step of stage 1 and of stage 2, against transformers' layers and torch's AdamW",
     "vocoder": "mel -> wave, and offline decode, against the reference classes (--reference)",
 }
 
