@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -194,10 +195,11 @@ class Loop:
     def _tell_changes(self) -> None:
         """Says what is not as it was when this run ran last."""
         if (self._folder / RUN_FILE).is_file():
-            before, now = write_config(read_run(self._folder)), write_config(self._run)
-            changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-            for line in changed:
-                self._say(f"note: not as when this run ran last, {line}")
+            before, now = (_fields(write_config(run)) for run in (read_run(self._folder), self._run))
+            changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            if changed:
+                told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
+                self._say(f"note: not as when this run ran last: {told}")
 
     def _tell_beginning(self) -> None:
         run, count = self._run, lambda flat: sum(leaf.size for leaf in flat.values())
@@ -365,6 +367,14 @@ class Loop:
             self._tell_pending()
             jax.profiler.start_trace(str(self._folder / PROFILE))
             self._profiling = True
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.learning_rate": 1e-4, ...} of a run's JSON."""
+    fields = {}
+    for name, value in values.items():
+        fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
 
 
 def _placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

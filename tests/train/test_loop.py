@@ -92,6 +92,41 @@ def test_a_run_compiles_its_step_once(run, monkeypatch):
     assert [step._cache_size() for step in steps] == [1, 1]
 
 
+def test_the_next_step_is_under_way_before_metrics_are_fetched(run, monkeypatch):
+    """But where the run pauses: at steps 4, 8 and 12."""
+    events, make, fetch = [], loop.make_step, jax.device_get
+
+    def made(*args, **options):
+        step = make(*args, **options)
+
+        def logged(state, frozen, batch, limit):
+            events.append("step")
+            return step(state, frozen, batch, limit)
+
+        return logged
+
+    monkeypatch.setattr(loop, "make_step", made)
+    monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
+    assert train(replace(run, held_out=None))[0] == loop.DONE
+    begin = events.index("step")
+    between = ["step", "step", "fetch", "step", "fetch", "step", "fetch", "fetch"]
+    assert events[begin:] == between * 3
+
+
+def test_a_profile_of_some_steps(run):
+    code, lines = train(replace(run, profile=(2, 3), held_out=None, steps=4))
+    assert code == loop.DONE and any(line.startswith("profile of steps 2 to 3") for line in lines)
+    assert list(tiny.Path(run.folder, "profile").rglob("*.xplane.pb"))
+
+
+def test_what_is_not_as_it_was_is_told(run):
+    train(replace(run, steps=4))
+    lines = train(override(run, ["steps=8", "optimizer.learning_rate=1e-3", "data.seed=5"]))[1]
+    (note,) = [line for line in lines if "not as when" in line]
+    assert "optimizer.learning_rate 0.003 -> 0.001" in note and "data.seed 3 -> 5" in note and "steps 4 -> 8" in note
+    assert any("belongs to other data" in line and "from step 5 on" in line for line in lines)
+
+
 def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
     def notice(line):
         if line.startswith("step 4/"):
