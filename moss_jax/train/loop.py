@@ -11,6 +11,7 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ from moss_jax.train.metrics import (
     duration,
     memory_gib,
     progress_line,
-)  # fmt: skip
+)
 from moss_jax.train.optimizer import make_optimizer
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record, describe, fingerprint
@@ -152,6 +153,8 @@ class Loop:
             self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
             self._evaluations = MetricsFile(self._folder / EVALUATIONS_FILE, self._step)
             write_text(self._folder / RUN_FILE, run_text(run))
+            for part in (self._folder / EXPORTS).glob(".*"):  # of an export that was killed
+                shutil.rmtree(part, ignore_errors=True)
             self._board = Board(self._folder, run.tensorboard, run.wandb, run.name, write_config(run))
         self._tell_beginning()
 
@@ -318,6 +321,9 @@ class Loop:
                 f"{entry['audio_loss']:.4f}), {duration(seconds)}"
             )
         if export:
+            if self._preemption.asked:  # a large export takes longer than a notice leaves
+                self._save()
+                return False
             export_system(self._run, self.config, self._state.params, self._frozen, self._export_folder(), self._say)
         return True
 

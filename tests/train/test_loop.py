@@ -154,9 +154,11 @@ def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, mo
     with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
         patch.setattr(loop, "export_system", broken)
         train(run)
+    tiny.Path(run.folder, "exports/.12.new.part").mkdir(parents=True)
     assert [entry["step"] for entry in entries(run, "evaluations.jsonl")] == [4, 8, 12]
     code, lines = train(run)
     assert code == loop.DONE and any("exported" in line for line in lines)
+    assert [path.name for path in tiny.Path(run.folder, "exports").iterdir()] == ["12"]
     same(entries(run), entries(whole[0]))
     same(entries(run, "evaluations.jsonl"), entries(whole[0], "evaluations.jsonl"))
     assert train(run)[1][-1].startswith("tiny: done after 12 steps")  # nothing is left to do
