@@ -62,6 +62,8 @@ def run(args) -> int:
     about = tokenize(request, _teller())
     if about is None:
         say(f"process {index} of {count}: its shards are there")
+        while args.distributed and not args.out.exists():  # whoever leaves early makes jax.distributed end the others
+            time.sleep(1)
         return 0
     print(
         f"{args.out}: {about['examples']} examples, {about['rows']} rows, "

@@ -1,4 +1,4 @@
-import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def random_example(random: np.random.Generator, rows: int, name: str = "") -> Ex
         weights = np.ones_like(grid, np.float32) * (grid != [TINY.modality_pad_id, TINY.audio_pad_id])
         weights[: random.integers(1, rows)] = 0
     assert len(grid) == rows
-    return dataclasses.replace(Example(grid, weights.astype(np.float32), name))
+    return Example(grid, weights.astype(np.float32), name)
 
 
 def numbered(number: int, rows: int) -> Example:
@@ -46,3 +46,22 @@ def two_sources(tmp_path_factory):
         write_examples(folder / name, examples, TINY, examples_per_shard=32)
         sources[name] = (folder / name, examples)
     return sources
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random wav2vec 2.0 with a CTC head for Latin capitals."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("ctc")
+    vocabulary = {"<pad>": 0, "|": 1} | {letter: 2 + i for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")}
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16000, do_normalize=False).save_pretrained(
+        folder
+    )
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    return folder

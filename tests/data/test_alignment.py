@@ -1,7 +1,6 @@
 """Forced alignment: against all paths, and through a CTC checkpoint of transformers."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -61,24 +60,6 @@ def test_words_have_the_times_of_their_letters():
     assert [(w.text, round(w.start, 4), round(w.end, 4)) for w in words] == [
         ("ab", 0.02, 0.08), ("7", 0.08, 0.08), ("Ba", 0.14, 0.18)
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("ctc")
-    vocabulary = {"<pad>": 0, "|": 1} | {letter: 2 + i for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")}
-    torch.manual_seed(0)
-    config = transformers.Wav2Vec2Config(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, pad_token_id=0,
-    )  # fmt: skip
-    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
-    transformers.Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16000, do_normalize=False).save_pretrained(
-        folder
-    )
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    return folder
 
 
 def test_a_checkpoint_gives_every_word_a_time(checkpoint, monkeypatch):

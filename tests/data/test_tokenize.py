@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from moss_jax.audio import load_audio, resample
 from moss_jax.cli import main
 from moss_jax.data import Mixture, open_batches
-from moss_jax.data.store import Examples
+from moss_jax.data.store import Examples, shard_name
 from moss_jax.data.tokenize import Request, tokenize
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
@@ -317,3 +317,36 @@ def test_a_place_without_room(corpus, system, tmp_path):
     assert done.returncode == 2 and not (tmp_path / "data").exists()
     assert re.fullmatch(r"moss-jax tokenize: .*shard-00000: cannot be written \(File too large\).*\n", done.stderr)
     assert main(arguments) == 0 and len(Examples(tmp_path / "data")) == 300
+
+
+def test_word_times_by_alignment(corpus, system, checkpoint, tmp_path, capsys):
+    lines = [json.loads(line) for line in (corpus / "speech.jsonl").read_text().splitlines()[:3]]
+    for line in lines:
+        del line["words"]
+    (corpus / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = command(corpus, system, tmp_path / "data", manifest="bare.jsonl")
+    assert main(arguments) == 2 and "lines 1 to 3: has no words (their times)" in capsys.readouterr().err
+    assert main([*arguments, "--aligner", str(checkpoint)]) == 0
+    config, examples = config_of(system), Examples(tmp_path / "data")
+    for number, line in enumerate(lines):
+        spoken = examples[number].grid[:, 0] == config.modality_pad_id
+        text = SystemFolder(system).text_tokenizer(config).decode(examples[number].grid[~spoken, 0])
+        said = [word for word in line["text"].split() if word not in text.split()]
+        assert set(text.split()) <= set(line["text"].split()) and bool(said) == bool(spoken.any())
+
+
+def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
+    """Half of the shards have their last names already, and nothing is described."""
+    arguments = command(corpus, system, tmp_path / "data", "--variants", "2", "--shard-documents", "4")
+
+    def broken(folder, shards, known, about):
+        os.replace(shards[1], folder / shard_name(1, len(shards)))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moss_jax.data.tokenize.seal", broken)
+        assert main(arguments) == 130 and not (tmp_path / "data").exists()
+        patch.undo()
+        patch.setattr(SpeechTokenizer, "encode", None)  # nothing is left to encode
+        assert main(arguments) == 0
+    assert content(tmp_path / "data") == content(whole)
