@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from itertools import chain
@@ -34,11 +34,14 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.transformer import TransformerConfig
 
 SETTINGS = "settings.json"
-GROUP = 16  # documents for each device that are read and encoded together
-READERS = 4  # threads that read recordings
+GROUP, GROUP_BYTES = 16, 128 * 2**20  # documents that are encoded together, and of what size, for each device
+READERS = min(16, os.cpu_count() or 1)  # threads that read recordings
+CODE_RATE = 12.5  # codes a second, where there is no speech tokenizer that says it
 LATE = 0.5  # seconds that a word may end after its recording: transcribers round up
 Say = Callable[[str], None]
 Heard = tuple[Sequence[np.ndarray | None], list[Word] | None]  # codes of each sound, and words that were aligned
+
+Reading = tuple[Document, int, Future]  # a document, which of its sounds, and its wave when it has been read
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class _Work:
             request.manifest, request.format, code_count=self.config.eosp_id, align=request.aligner is not None
         )
         self.encodes = self.manifest.has_sound and request.format != "text"
+        self.ear = folder.config("speech_tokenizer", SpeechTokenizerConfig) if self.encodes else None
         self.shards = -(-len(self.manifest) // request.shard_documents)
         self.part = request.out.with_name(request.out.name + ".part")
         self.about = {
@@ -132,8 +136,7 @@ class _Work:
         asked = asdict(self.request)
         settings = {name: asked[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
         if self.encodes:
-            room = self.folder.room("speech_tokenizer")
-            codes = self.folder.config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
+            room, codes = self.folder.room("speech_tokenizer"), self.ear.quantize_vocab_size
             if codes > self.config.eosp_id:
                 raise MossError(
                     f"{self.folder.path}: the vocabularies do not match, the speech tokenizer has {codes} codes, the "
@@ -160,7 +163,7 @@ class _Work:
 
     @cached_property
     def maker(self) -> Maker:
-        rate = self.speech_tokenizer.config.code_rate if self.encodes else 12.5
+        rate = self.ear.code_rate if self.ear else CODE_RATE
         request = self.request
         return Maker(request.format, self.config, self.text_tokenizer, rate, request.seed, request.system)
 
@@ -170,14 +173,15 @@ class _Work:
             raise MossError(f"{out}: no folder's name, expected one that is to be made")
         whole = {"manifest": self.manifest.fingerprint(0, len(self.manifest)), **self.about}
         if (out / SOURCE).is_file():
-            about = read_json(out / SOURCE)
-            if {key: about.get(key) for key in whole} != whole:
+            if not self._is_whole(out, whole):
                 raise MossError(f"{out}: already there, of another manifest, model or settings; choose another folder")
             self.say(f"{out} is there already")
-            return about
+            return read_json(out / SOURCE)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise MossError(f"{out}: already there and no data set; choose another folder")
         self._begin_part()
+        if not request.process_index and self._is_whole(self.part, whole):  # killed after that, before its last name
+            return self._finish()
         for index in range(request.process_index, self.shards, request.process_count):
             self._make_shard(index)
         if self.problems:
@@ -187,11 +191,21 @@ class _Work:
         known = self._wait()
         paths = [self.part / f"shard-{index:05d}" for index in range(self.shards)]
         seal(self.part, paths, known, whole)
+        return self._finish()
+
+    def _is_whole(self, folder: Path, whole: dict[str, Any]) -> bool:
+        if not (folder / SOURCE).is_file():
+            return False
+        about = read_json(folder / SOURCE)
+        return {key: about.get(key) for key in whole} == whole
+
+    def _finish(self) -> dict[str, Any]:
+        out = self.request.out
         for path in self.part.glob("*"):
             if path.name == SETTINGS or path.name.startswith("shard-"):  # those of lines that are gone, too
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if out.exists():
-            out.rmdir()
+            out.rmdir()  # it is empty
         os.replace(self.part, out)
         return read_json(out / SOURCE)
 
@@ -266,33 +280,51 @@ class _Work:
                 self.done += 1
             else:
                 missing.append(document)
-        size = GROUP * _devices() if self.encodes else len(missing)
-        for first in range(0, len(missing), size or 1):
-            group = missing[first : first + size]
-            made = self._encode(group)
-            if self.encodes and made:
-                _write_journal(journal, made)
-            heard |= made
-            self.done += len(group)
-            self._tell()
+        groups = list(self._groups(missing))
+        with ThreadPoolExecutor(READERS) as pool:
+            ahead: list[Reading] = []
+            for place, group in enumerate(groups):
+                reading = ahead or self._read_group(pool, group)
+                ahead = self._read_group(pool, groups[place + 1]) if place + 1 < len(groups) else []
+                made = self._encode(group, reading)
+                if self.encodes and made:
+                    _write_journal(journal, made)
+                heard |= made
+                self.done += len(group)
+                self._tell()
         return heard
 
-    def _encode(self, group: Sequence[Document]) -> dict[str, Heard]:
-        spoken = [
-            (document, at, sound)
+    def _groups(self, documents: Sequence[Document]) -> Iterator[list[Document]]:
+        """Documents that are encoded together: enough for all devices, no more than fits into memory."""
+        devices = _devices() if self.encodes else 1
+        group, size = [], 0
+        for document in documents:
+            group.append(document)
+            size += sum(map(_bytes, document.sounds))
+            if len(group) == GROUP * devices or size > GROUP_BYTES * devices:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _read_group(self, pool: ThreadPoolExecutor, group: Sequence[Document]) -> list[Reading]:
+        return [
+            (document, at, pool.submit(self._read, sound))
             for document in group
             for at, sound in enumerate(document.sounds)
             if isinstance(sound, Path | Member)
         ]
-        with ThreadPoolExecutor(READERS) as pool:
-            read = list(pool.map(self._read, [sound for *_, sound in spoken]))
+
+    def _encode(self, group: Sequence[Document], reading: Sequence[Reading]) -> dict[str, Heard]:
         waves, bad = {}, set()
-        for (document, at, _), wave in zip(spoken, read, strict=True):
+        for document, at, future in reading:
+            wave = future.result()
             if isinstance(wave, MossError):
                 bad.add(document.line)
                 self.problems.append((document.line, str(wave)))
             else:
                 waves[document.line, at] = wave
+                self.seconds += len(wave) / self.ear.sample_rate
         codes = dict(zip(waves, self.speech_tokenizer.encode(list(waves.values())), strict=True)) if waves else {}
         heard = {}
         for document in group:
@@ -315,21 +347,20 @@ class _Work:
             return None
         if wave is None:
             raise MossError("has codes but no audio and no words, so that there is nothing to align")
-        rate = self.speech_tokenizer.config.sample_rate
+        rate = self.ear.sample_rate
         return self.aligner.words(resample(wave, rate, self.aligner.sample_rate), document.text)
 
     def _read(self, sound: Path | Member) -> np.ndarray | MossError:
         """The wave at the speech tokenizer's rate, or what is wrong with it."""
-        rate = self.speech_tokenizer.config.sample_rate
+        rate = self.ear.sample_rate
         try:
             wave, own = _load(sound)
         except MossError as error:
             return error
-        self.seconds += len(wave) / own
         return resample(wave, own, rate)
 
     def _check_times(self, words: Sequence[Word], samples: int) -> None:
-        seconds = samples / self.speech_tokenizer.config.sample_rate
+        seconds = samples / self.ear.sample_rate
         if words[-1].end > seconds + LATE:
             raise MossError(f"words: the last one ends at {words[-1].end:g} s, the recording at {seconds:.2f} s")
 
@@ -350,12 +381,15 @@ class _Work:
 
     def _wait(self) -> list[Shard]:
         """All shards, once the other processes have made theirs."""
+        known: dict[int, Shard] = {}
         while True:
-            known = [self._made(index) for index in range(self.shards)]
-            missing = [index for index, shard in enumerate(known) if shard is None]
+            for index in range(self.shards):
+                if index not in known and (shard := self._made(index)) is not None:
+                    known[index] = shard
+            missing = self.shards - len(known)
             if not missing:
-                return known
-            self.say(f"waiting for other processes: {len(missing)} of {self.shards} shards, the first is {missing[0]}")
+                return [known[index] for index in range(self.shards)]
+            self.say(f"waiting for other processes: {missing} of {self.shards} shards are missing")
             time.sleep(2)
 
 
@@ -372,6 +406,12 @@ def _load(sound: Path | Member) -> tuple[np.ndarray, int]:
         raise MossError(str(error).replace(file.name, str(sound))) from error
     except (OSError, tarfile.TarError, EOFError) as error:
         raise MossError(f"{sound}: cannot be read ({error})") from error
+
+
+def _bytes(sound: Path | Member | np.ndarray | None) -> int:
+    if isinstance(sound, Path):
+        return sound.stat().st_size if sound.exists() else 0
+    return tar_members(sound.shard)[sound.name].size if isinstance(sound, Member) else 0
 
 
 def _devices() -> int:

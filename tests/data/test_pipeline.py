@@ -20,9 +20,10 @@ from moss_jax.data import Mixture, open_batches, write_examples
 from moss_jax.data.pipeline import READ_AHEAD, READ_THREADS, PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
+from moss_jax.nn.tree import unflatten
 from moss_jax.tools.bench import Options
 from moss_jax.tools.bench import data as bench
-from moss_jax.transformer import TINY, LayerSplitModel
+from moss_jax.transformer import TINY, LayerSplitModel, model_shapes
 from tests.data.conftest import random_example
 
 CONTEXT, BATCH = 48, 8
@@ -215,8 +216,11 @@ def weighed_losses(params, grid, positions, segment_ids, weights):
 
 @pytest.fixture(scope="module")
 def params():
-    arguments = jnp.zeros((1, 1, 2), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(MODEL.init)(jax.random.key(0), *arguments)["params"]
+    random = np.random.default_rng(0)
+    return unflatten({
+        path: jnp.asarray(path.endswith("scale") + 0.1 * random.normal(size=leaf.shape), jnp.float32)
+        for path, leaf in model_shapes(TINY).items()
+    })  # fmt: skip
 
 
 @settings(deadline=None, max_examples=8)

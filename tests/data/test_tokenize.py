@@ -339,14 +339,21 @@ def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
     """Half of the shards have their last names already, and nothing is described."""
     arguments = command(corpus, system, tmp_path / "data", "--variants", "2", "--shard-documents", "4")
 
-    def broken(folder, shards, known, about):
+    def half_way(folder, shards, known, about):
         os.replace(shards[1], folder / shard_name(1, len(shards)))
         raise KeyboardInterrupt
 
+    def broken(self):
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moss_jax.data.tokenize.seal", broken)
+        patch.setattr("moss_jax.data.tokenize.seal", half_way)
         assert main(arguments) == 130 and not (tmp_path / "data").exists()
         patch.undo()
         patch.setattr(SpeechTokenizer, "encode", None)  # nothing is left to encode
+        with pytest.MonkeyPatch.context() as late:
+            late.setattr("moss_jax.data.tokenize._Work._finish", broken)
+            assert main(arguments) == 130 and (tmp_path / "data.part" / "source.json").exists()
+        (tmp_path / "data.part" / "shard-00001.json").unlink()  # it was about to clear up
         assert main(arguments) == 0
     assert content(tmp_path / "data") == content(whole)
