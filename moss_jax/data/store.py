@@ -192,7 +192,12 @@ class Examples:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._source[int(index)]
+        try:
+            record = self._source[int(index)]
+        except IndexError:
+            raise
+        except Exception as error:  # of two libraries
+            raise MossError(f"{self.folder}: example {index} cannot be read ({_first_line(error)})") from error
         return Example(record["grid"], record["loss_weights"], record["name"].decode())
 
     def __getstate__(self):
@@ -207,7 +212,8 @@ class Examples:
 
         try:
             self.lengths = np.load(self.folder / LENGTHS, mmap_mode="r")
-            self._source = tfds.builder_from_directory(self.folder).as_data_source(SPLIT)
+            builder = tfds.builder_from_directory(self.folder)
+            self._source = builder.as_data_source(SPLIT)
         except Exception as error:  # of many libraries, about many files
             raise MossError(f"{self.folder}: the data set cannot be opened ({_first_line(error)})") from error
         if not len(self.lengths) == len(self._source) == self.about["examples"]:
@@ -215,6 +221,9 @@ class Examples:
                 f"{self.folder}: damaged, {len(self._source)} examples, {len(self.lengths)} lengths and "
                 f"{self.about['examples']} promised, expected the same number"
             )
+        missing = [path for path in builder.info.splits[SPLIT].filepaths if not Path(path).is_file()]
+        if missing:
+            raise MossError("\n  ".join([f"{self.folder}: {len(missing)} shard files are missing", *map(str, missing)]))
 
     def _check_vocabulary(self, config: TransformerConfig) -> None:
         have, want = self.about["vocabulary"], vocabulary(config)
