@@ -34,8 +34,8 @@ def run(args) -> int:
         raise MossError("--heatmaps and --batch-size: expected numbers from 0 and from 1")
     sizes = {"fsdp": args.fsdp, "tensor": args.tensor, "batch_size": args.batch_size}
     model = Model(system_folder(args), **sizes)
-    codes = model.system.folder.config("transformer", similarity.TransformerConfig).eosp_id
-    made = [(Path(folder).name, control_folder(folder, codes, cache_folder(), progress)) for folder in args.control]
+    cache, codes = cache_folder(), model.code_count
+    made = [(Path(folder).name, control_folder(folder, codes, cache, progress)) for folder in args.control]
     controls = ((name, Model(folder, **sizes)) for name, folder in made)  # one at a time in memory
     name = Path(args.model).name
     print(

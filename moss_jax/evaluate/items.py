@@ -86,8 +86,11 @@ class Part:
     codes: tuple[int, ...] | None = None
 
 
-def read_part(entry: Any, folder: Path, what: str) -> Part:
-    """A part from JSON: a string is text; else {"text": ...}, {"audio": FILE} or {"codes": [...]}."""
+def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None) -> Part:
+    """A part from JSON: a string is text; else {"text": ...}, {"audio": FILE} or {"codes": [...]}.
+
+    Codes are below `code_count`, where it is given.
+    """
     if isinstance(entry, str):
         entry = {"text": entry}
     kinds = ("text", "audio", "codes")
@@ -97,6 +100,8 @@ def read_part(entry: Any, folder: Path, what: str) -> Part:
     if kind == "codes":
         if not isinstance(value, list) or not value or not all(type(code) is int and code >= 0 for code in value):
             raise MossError(f"{what}: codes: expected a list of whole numbers from 0, at least one")
+        if code_count is not None and max(value) >= code_count:
+            raise MossError(f"{what}: {max(value)} is not a speech code, expected 0 to {code_count - 1}")
         return Part(codes=tuple(value))
     if not isinstance(value, str) or not value.strip():
         raise MossError(f"{what}: {kind} is {value!r}, expected some words")
@@ -132,7 +137,7 @@ class Sentence:
     speech: Part
 
 
-def read_sentences(path: str | Path) -> list[Sentence]:
+def read_sentences(path: str | Path, code_count: int | None = None) -> list[Sentence]:
     """A file of {"audio": FILE or "codes": [...], "text": ..., optional "id"}; other fields are not looked at, so that
     a manifest of training data can be read."""
 
@@ -140,6 +145,6 @@ def read_sentences(path: str | Path) -> list[Sentence]:
         speech = {kind: entry[kind] for kind in ("audio", "codes") if kind in entry}
         if len(speech) != 1:
             raise MossError("expected exactly one of audio and codes beside text")
-        return Sentence(name, need_string(entry, "text"), read_part(speech, folder, "speech"))
+        return Sentence(name, need_string(entry, "text"), read_part(speech, folder, "speech", code_count))
 
     return read_items(path, parse)

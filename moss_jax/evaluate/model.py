@@ -20,6 +20,7 @@ from moss_jax.evaluate.items import Part
 from moss_jax.evaluate.results import params_hash
 from moss_jax.evaluate.scoring import Scorer
 from moss_jax.sharding import make_mesh
+from moss_jax.transformer import TransformerConfig
 
 CLIPS = 32  # recordings in memory at a time
 
@@ -42,6 +43,11 @@ class Model:
         self.system = System(folder, mesh=mesh)
         ways = devices // tensor
         self.batch_size = -(-max(batch_size, 1) // ways) * ways
+
+    @cached_property
+    def code_count(self) -> int:
+        """How many codes there are; no weights are loaded for it."""
+        return self.system.folder.config("transformer", TransformerConfig).eosp_id
 
     @property
     def config(self):

@@ -33,10 +33,10 @@ class Story:
     group: str | None
 
 
-def read_stories(path: str | Path) -> list[Story]:
+def read_stories(path: str | Path, code_count: int | None = None) -> list[Story]:
     """A file of {"context": PART, "endings": [PART, PART], "answer": 0 or 1, optional "group" and "id"}.
 
-    A PART is a string, {"audio": FILE} or {"codes": [...]}.
+    A PART is a string, {"audio": FILE} or {"codes": [...]} with codes below `code_count`.
     """
 
     def parse(entry: dict[str, Any], name: str, folder: Path) -> Story:
@@ -46,11 +46,11 @@ def read_stories(path: str | Path) -> list[Story]:
             raise MossError("endings: expected a list of two")
         if type(answer) is not int or not 0 <= answer < len(endings):
             raise MossError(f"answer is {answer!r}, expected 0 to {len(endings) - 1}, the place of the right ending")
-        parts = tuple(read_part(ending, folder, f"ending {place}") for place, ending in enumerate(endings))
+        parts = tuple(read_part(e, folder, f"ending {place}", code_count) for place, e in enumerate(endings))
         if len({part.text is None for part in parts}) > 1:
             raise MossError("endings: expected all of them written or all spoken")
         group = need_string(entry, "group") if "group" in entry else None
-        return Story(name, read_part(entry["context"], folder, "context"), parts, answer, group)
+        return Story(name, read_part(entry["context"], folder, "context", code_count), parts, answer, group)
 
     return read_items(path, parse)
 
@@ -83,7 +83,7 @@ def run(model: Model, file: str | Path, out: str | Path, *, say: Callable[[str],
         MossError: bad lines, a recording that cannot be read, a story longer than the model's context, a folder that
             holds other results.
     """
-    stories = read_stories(file)
+    stories = read_stories(file, model.code_count)
     with Results(out, {"task": "pairs", "file": file_hash(file), "model": model.language_hash()}) as results:
         left = [story for story in stories if story.name not in results.done]
         codes = model.codes([part for story in left for part in (story.context, *story.endings)], say)

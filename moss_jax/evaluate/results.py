@@ -1,5 +1,6 @@
 """What an evaluation has found so far, one line an item, so that it can go on where it was interrupted; and tables."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -39,22 +40,35 @@ class Results:
         about = json.loads(json.dumps({"format": FORMAT, **about}))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            content = self._path.read_bytes() if self._path.exists() else b""
+            self._file = self._path.open("a+b")
+            self._lock()
+            self._file.seek(0)
+            content = self._file.read()
         except OSError as error:
-            raise MossError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            raise MossError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        try:
+            self._take_up(content, about)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_up(self, content: bytes, about: Mapping[str, Any]) -> None:
+        """Reads what is there, drops a line that was cut off, begins a new file."""
         whole = content[: content.rfind(b"\n") + 1]
         lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
         if lines:
             self._check(lines[0], about)
         self.done: dict[str, dict[str, Any]] = {line["id"]: line for line in lines[1:]}
-        try:
-            self._file = self._path.open("r+b" if content else "wb")
-            self._file.truncate(len(whole))
-            self._file.seek(len(whole))
-        except OSError as error:
-            raise MossError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        self._file.truncate(len(whole))
         if not lines:
             self._write([about])
+
+    def _lock(self) -> None:
+        """So that two runs do not write into one another; the lock goes with the process."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MossError(f"{self._path}: another run is writing it; wait for it or choose another folder") from None
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Keeps finished items, each with its "id": they are on the disk when this returns."""

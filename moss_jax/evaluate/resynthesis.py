@@ -33,7 +33,7 @@ def run(
         voice: speaks; None for the system's default.
         seed: of the noise in the voice.
     """
-    sentences = read_sentences(file)
+    sentences = read_sentences(file, model.system.speech_decoder.config.flow.codebook_size)
     if wordless := [s.name for s in sentences if not words(s.text)]:
         raise MossError(f"{file}: no words in the text of {', '.join(wordless)}")
     spoken, notices = model.system.voice(voice)

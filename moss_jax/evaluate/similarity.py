@@ -10,6 +10,7 @@ hand, speech and text weighing the same. Curves: the shared layers, then each br
 2510.00499; its formula is not known, this one is the project's.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -259,24 +260,24 @@ def run(
     """
     from moss_jax.evaluate.similarity_plot import plot_curves, plot_heatmaps
 
-    sentences = read_sentences(file)
+    sentences = read_sentences(file, model.code_count)
     derangement(len(sentences))
-    found = model.codes([sentence.speech for sentence in sentences], say)
-    codes = [found[sentence.speech] for sentence in sentences]
-    everything = []
-    for own_name, own in ((name, model), *controls):
-        if not own.config.audio_vocab_size or own.config.eosp_id != model.config.eosp_id:
-            raise MossError(f"{own_name}: has {own.config.eosp_id} codes, expected {model.config.eosp_id}")
-        everything.append(
-            measure(own_name, own.scorer, own.text_tokenizer, sentences, codes,
-                    heatmaps=heatmaps if own is model else 0, say=say)
-        )  # fmt: skip
     with atomic_folder(out) as folder:
+        found = model.codes([sentence.speech for sentence in sentences], say)
+        codes = [found[sentence.speech] for sentence in sentences]
+        everything = []
+        for own_name, own in itertools.chain([(name, model)], controls):
+            if own.code_count != model.code_count:
+                raise MossError(f"{own_name}: has {own.code_count} codes, expected {model.code_count}")
+            kept = heatmaps if own is model else 0
+            everything.append(
+                measure(own_name, own.scorer, own.text_tokenizer, sentences, codes, heatmaps=kept, say=say)
+            )
         report = [numbers(curves, sentences) for curves in everything]
         (folder / "similarity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot_curves(everything, folder / "similarity.png")
-        for sentence in everything[0].heatmaps:
-            plot_heatmaps(everything[0].heatmaps[sentence], sentence, folder / f"heatmap-{sentence}.png")
+        for sentence, maps in everything[0].heatmaps.items():
+            plot_heatmaps(maps, sentence, folder / f"heatmap-{sentence}.png")
     return "\n".join(_table(curves) for curves in everything)
 
 

@@ -30,10 +30,10 @@ class Question:
     group: str | None
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, code_count: int | None = None) -> list[Question]:
     """A file of {"question": PART, "answers": [...], optional "group" and "id"}.
 
-    A PART is a string, {"audio": FILE} or {"codes": [...]}.
+    A PART is a string, {"audio": FILE} or {"codes": [...]} with codes below `code_count`.
     """
 
     def parse(entry: dict[str, Any], name: str, folder: Path) -> Question:
@@ -44,7 +44,7 @@ def read_questions(path: str | Path) -> list[Question]:
         if wordless := [a for a in answers if not words(a)]:
             raise MossError(f"answers: {wordless[0]!r} has no words")
         group = need_string(entry, "group") if "group" in entry else None
-        return Question(name, read_part(entry["question"], folder, "question"), tuple(answers), group)
+        return Question(name, read_part(entry["question"], folder, "question", code_count), tuple(answers), group)
 
     return read_items(path, parse)
 
@@ -67,7 +67,7 @@ def run(
         raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
     if reply == "speech" and judge is None:
         raise MossError("spoken replies need a judge: expected one of --judge FOLDER and --judge-command")
-    questions = read_questions(file)
+    questions = read_questions(file, model.code_count)
     sampling = {"greedy": True, **(sampling or {})}
     about = {"task": "spoken-qa", "file": file_hash(file), "reply": reply, "seed": seed, "sampling": sampling}
     if reply == "speech":

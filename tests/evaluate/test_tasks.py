@@ -11,6 +11,7 @@ from moss_jax.errors import MossError
 from moss_jax.evaluate import choice, pairs, resynthesis, spoken_qa
 from moss_jax.evaluate.items import Part
 from moss_jax.evaluate.judge import CommandJudge, open_judge
+from moss_jax.evaluate.results import Results
 from tests.evaluate.conftest import tone
 
 
@@ -110,6 +111,12 @@ def test_a_killed_run(stories, folder, tmp_path):
     assert (out / "table.md").read_text() == (tmp_path / "undisturbed" / "table.md").read_text()
 
 
+def test_one_run_at_a_time(model, stories, tmp_path):
+    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another run is writing"):
+        Results(tmp_path / "out", {"task": "x"})
+    Results(tmp_path / "out", {"task": "x"}).close()
+
+
 def test_results_of_something_else_are_left_alone(model, stories, tmp_path):
     pairs.run(model, stories, tmp_path / "out")
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
@@ -136,14 +143,15 @@ def test_all_bad_lines_are_told(tmp_path):
         "7",
         '{"context": "a", "endings": ["b", {"codes": [-1]}], "answer": 0}',
         '{"context": "a", "endings": ["b", {"codes": [1]}], "answer": 0}',
+        '{"context": {"codes": [3, 256]}, "endings": ["b", "c"], "answer": 0}',
     ]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(MossError) as told:
-        pairs.read_stories(path)
+        pairs.read_stories(path, 256)
     head, *rest = str(told.value).splitlines()
-    assert head.endswith("bad.jsonl: 9 lines are wrong")
-    assert [line.strip().split(":")[0] for line in rest] == [f"line {n}" for n in range(2, 11)]
+    assert head.endswith("bad.jsonl: 10 lines are wrong")
+    assert [line.strip().split(":")[0] for line in rest] == [f"line {n}" for n in range(2, 12)]
 
 
 def test_choice(model, tmp_path):
@@ -186,13 +194,14 @@ def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command
     clip = tone(tmp_path / "q.wav", 0.8)
     lines = [{"question": {"audio": clip}, "answers": ["Paris", "City of Paris"], "group": "A"},
              {"question": "And in writing?", "answers": ["London"], "group": "B"},
-             {"question": {"codes": [1, 2, 3]}, "answers": ["the paris"], "group": "A"}]  # fmt: skip
+             {"question": {"codes": [1, 2, 3]}, "answers": ["the paris"], "group": "A"},
+             {"question": {"codes": [4]}, "answers": ["Rome", "Pari"], "group": "B"}]  # fmt: skip
     questions = write(tmp_path / "qa.jsonl", lines)
-    sampling = {"max_new_tokens": 9, "min_new_tokens": 9}
+    sampling = {"greedy": False, "max_new_tokens": 9, "min_new_tokens": 9}
     options = {"judge": CommandJudge(command), "sampling": sampling}
     table = spoken_qa.run(model, questions, tmp_path / "out", **options)
-    assert "| all | 3 | 2 | 66.67 |" in table and "| B | 1 | 0 |" in table and "Cut off by max_new_tokens: 3" in table
-    waves = [str(tmp_path / "out" / "waves" / f"{i:05d}.wav") for i in (1, 2, 3)]
+    assert "| all | 4 | 2 | 50.0 |" in table and "| B | 2 | 0 |" in table and "Cut off by max_new_tokens: 4" in table
+    waves = [str(tmp_path / "out" / "waves" / f"{i:05d}.wav") for i in (1, 2, 3, 4)]
     assert heard.read_text().split() == waves
     whole = (tmp_path / "out" / "results.jsonl").read_text()
     (tmp_path / "out" / "results.jsonl").write_text(whole.splitlines(keepends=True)[0] + '{"id": "000')
@@ -202,14 +211,14 @@ def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command
 
 
 def test_written_replies_need_no_judge(model, tmp_path):
-    questions = write(tmp_path / "qa.jsonl", [{"question": "Say something.", "answers": ["x"]}] * 2)
-    options = {"reply": "text", "sampling": {"greedy": False, "max_new_tokens": 8}}
+    questions = write(tmp_path / "qa.jsonl", [{"question": "Say something.", "answers": ["x"]}] * 8)
+    options = {"reply": "text", "sampling": {"greedy": False, "max_new_tokens": 9}}
     spoken_qa.run(model, questions, tmp_path / "out", **options)
-    first, second = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:])
-    assert first["said"] != second["said"]  # each question has draws of its own
+    said = [json.loads(line)["said"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:]]
+    assert len(set(said)) == 8  # each question has draws of its own
     (tmp_path / "again").mkdir()
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "again" / "results.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "again" / "results.jsonl").write_text("".join(lines[:5]))
     spoken_qa.run(model, questions, tmp_path / "again", **options)
     assert (tmp_path / "again" / "results.jsonl").read_text() == "".join(lines)  # and keeps them
     with pytest.raises(MossError, match="need a judge"):
