@@ -79,12 +79,20 @@ def _divides(q, length: int, size: int) -> bool:
 
 
 def _xla(q, k, v, segment_ids, key_segment_ids, rows):
-    rows = jnp.arange(q.shape[1]) if rows is None else rows
-    mask = (rows[:, None] >= jnp.arange(k.shape[1]))[None, None, None]
+    """Heads first and normalised last: two plain batched products around one pass over the scores, forward and back."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    rows = jnp.arange(T) if rows is None else rows
+    seen = (rows[:, None] >= jnp.arange(S))[None, None]
     if segment_ids is not None:
-        mask = mask & _same_segment(segment_ids, key_segment_ids)[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, _scores(_grouped(q, k.shape[2]), k), MASKED), -1)
-    return _ungrouped(_weighted(weights, v), v.dtype)
+        seen = seen & _same_segment(segment_ids, key_segment_ids)
+    q = (q.transpose(0, 2, 1, 3) / math.sqrt(H)).reshape(B, K, N // K * T, H).astype(k.dtype)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(B, K, N // K, T, S)
+    scores = scores + jnp.where(seen, 0.0, MASKED)[:, :, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).reshape(B, K, N // K * T, S)
+    y = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    return y.reshape(B, N, T, H).transpose(0, 2, 1, 3)
 
 
 def _same_segment(segment_ids, key_segment_ids):

@@ -16,6 +16,7 @@ from moss_jax.sharding import RULES, per_device
 
 CHANNELS = ("text", "audio")  # channel 0 and 1 of the grid, and the branch that predicts it
 CHUNK_ROWS = 1024  # rows of logits that one device holds at a time
+SMALL = 1 << 24  # up to so many logits are held at once
 
 
 def next_rows(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -28,12 +29,15 @@ def next_rows(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {"labels": jnp.roll(batch["grid"], -1, 1), "weights": weights, "source": source}
 
 
-def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: int = CHUNK_ROWS) -> jax.Array:
+def token_nll(
+    x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: int = CHUNK_ROWS, small: int = SMALL
+) -> jax.Array:
     """-log softmax(x kernel)[label] for every row, float32 [B, T].
 
     On a mesh all devices divide the rows, whatever axes it has, and the kernel is gathered to each once: no logits
     travel, and its gradient is summed once. A device computes `chunk_rows` rows of logits at a time, and again in the
-    backward pass; the product runs in the dtype of x, the softmax in float32.
+    backward pass; with no more than `small` logits in all it holds them. The product runs in the dtype of x, the
+    softmax in float32.
 
     Args:
         x: [B, T, D], after the branch's norm.
@@ -42,7 +46,7 @@ def token_nll(x: jax.Array, kernel: jax.Array, labels: jax.Array, chunk_rows: in
     """
     rows, kernel_axes = ("batch", "row"), ("all embed", "all vocab")
     local = per_device(
-        lambda x, kernel, labels: _local_nll(x, kernel, labels, chunk_rows),
+        lambda x, kernel, labels: _local_nll(x, kernel, labels, chunk_rows, small),
         ((*rows, None), kernel_axes, rows),
         rows,
         RULES | {"row": (*RULES["length"], *RULES["vocab"])},
@@ -61,9 +65,9 @@ def channel_sums(
     return weighted.sum(), by_source, counts
 
 
-def _local_nll(x, kernel, labels, chunk_rows: int):
+def _local_nll(x, kernel, labels, chunk_rows: int, small: int):
     batch, length, _ = x.shape
-    chunks = _chunks(batch * length, chunk_rows)
+    chunks = 1 if batch * length * kernel.shape[1] <= small else _chunks(batch * length, chunk_rows)
     flat, labels = x.reshape(chunks, -1, x.shape[-1]), labels.reshape(chunks, -1)
     if chunks == 1:
         return _chunk_nll(flat[0], kernel, labels[0]).reshape(batch, length)

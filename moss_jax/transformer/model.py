@@ -120,6 +120,21 @@ class Layer(nn.Module):
         return constrain(x, *ACTIVATION), new
 
 
+@jax.custom_vjp
+def _lookup(table, ids):
+    return table[ids]
+
+
+def _lookup_gradient(saved, gradient):
+    # A frequent id is added up thousands of times: in float32, whatever the table is computed in.
+    table, ids = saved
+    total = jnp.zeros(table.shape, jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_lookup.defvjp(lambda table, ids: (table[ids], (table, ids)), _lookup_gradient)
+
+
 class Embed(nn.Module):
     """int ids [B, T] -> their vectors [B, T, D]."""
 
@@ -132,7 +147,7 @@ class Embed(nn.Module):
         table = self.param("embedding", init, (self.vocab_size, self.config.hidden_size), dtype)
         # Whole in D, like any other parameter at its use: else each device would look up a part of every row of the
         # batch, and the whole batch would have to travel.
-        return constrain(table, "vocab", None)[ids]
+        return _lookup(constrain(table, "vocab", None), ids)
 
 
 class Head(nn.Module):

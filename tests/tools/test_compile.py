@@ -73,7 +73,6 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
         (["stage1", "--accumulate", "0"], "accumulate is 0, expected at least 1"),
         (["stage1", "--remat", "some"], "remat is 'some', expected one of none, dots, full"),
         (["stage2", "--mfu", "0"], "mfu is 0.0, expected above 0 and at most 1"),
-        (["stage1", "--topology", "v5e:2x4", "--fsdp", "3"], "mesh data 1 x fsdp 3"),
     ],
 )
 def test_what_is_refused(arguments, problem, capsys):
@@ -97,6 +96,12 @@ def test_a_tiny_model_compiles_and_a_wrong_topology_does_not(capsys, tmp_path):
     assert (
         result["fits"] and result["mesh"] == {"data": 2, "tensor": 2} and result["collectives"]["all-reduce"]["count"]
     )
+    step = ["compile", "stage1", "--size", "tiny", "--context", "64", "--batch", "4", "--topology", "v5e:2x2", "-o"]
+    assert main([*step, str(output), "--fsdp", "2", "--accumulate", "2"]) == 0
+    result = json.loads(output.read_text())
+    assert result["mesh"] == {"fsdp": 2, "sequence": 2} and result["tokens"] == 256 and result["step_flop"] > 0
     capsys.readouterr()
+    assert main([*step, str(output), "--fsdp", "3"]) == 2
+    assert "mesh data 1 x fsdp 3" in capsys.readouterr().err
     assert main([*arguments, "--topology", "v9:2x2"]) == 2
     assert "unknown topology 'v9:2x2'" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def test_values_and_gradients_are_those_of_the_plain_loss(chunk_rows):
     def total(nll):
         return jax.value_and_grad(lambda x, kernel: (weights * nll(x, kernel)).sum(), (0, 1))(x, kernel)
 
-    ours = total(lambda x, kernel: token_nll(x, kernel, labels, chunk_rows))
+    ours = total(lambda x, kernel: token_nll(x, kernel, labels, chunk_rows, 0))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
         ours, total(lambda x, kernel: plain(x, kernel, labels)),

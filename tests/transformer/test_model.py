@@ -283,3 +283,17 @@ def test_parameters_carry_logical_axes():
     shapes = flatten(nn.unbox(boxed)["params"])
     assert all(len(specs[path]) == shapes[path].ndim for path in shapes)
     assert tuple(specs["audio/layers/attention/k/kernel"]) == ("layers", "embed", "kv_heads", "head_dim")
+
+
+def test_the_gradient_of_a_frequent_id_does_not_drown_in_bfloat16():
+    config = replace(TINY, dtype="bfloat16", param_dtype="bfloat16")
+    model, gradient = LayerSplitModel(config), np.random.default_rng(0).normal(0.3, 1, (1, 4096, 64)).astype(np.float32)
+    grid = jnp.zeros((1, 4096, 2), jnp.int32)
+    tables = {"text": {"embed": {"embedding": jnp.zeros((320, 64), jnp.bfloat16)}}}
+    tables |= {"audio": {"embed": {"embedding": jnp.zeros((96, 64), jnp.bfloat16)}}}
+
+    def total(params):
+        return (model.apply({"params": params}, grid, method="embed").astype(jnp.float32) * gradient).sum()
+
+    ours = jax.grad(total)(tables)["text"]["embed"]["embedding"][0].astype(jnp.float32)
+    np.testing.assert_allclose(ours, gradient[0].sum(0), rtol=1e-2)
