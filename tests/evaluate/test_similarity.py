@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.cli import main
+from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
 from moss_jax.evaluate.similarity import Curves, derangement, layer_outputs
 from moss_jax.transformer import LayerSplitModel
@@ -137,3 +138,26 @@ def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
     for key, values in one.scores.items():
         np.testing.assert_allclose(two.scores[key], values, atol=1e-4)
         np.testing.assert_allclose(two.floors[key], one.floors[key], atol=1e-4)
+
+
+def test_a_plain_qwen3_as_control(model, folder, tmp_path):
+    """It is converted once; its text path stays what it was, codes get new vectors."""
+    from moss_jax.convert.system import export_text_path
+    from moss_jax.evaluate.model import Model, control_folder
+
+    export_text_path(folder, tmp_path / "qwen3", lambda line: None)
+    made, said = [], []
+    for _ in range(2):
+        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
+    assert made[0] == made[1] and len([line for line in said if "this once" in line]) == 1
+    control = Model(made[0])
+    assert control.code_count == model.code_count
+    config, params = control.config, control.system.language_model.params
+    grid = np.random.default_rng(0).integers(0, 256, (1, 9, 2)).astype(np.int32)
+    grid[..., 1] = config.audio_pad_id
+    ours = layer_outputs(params, grid, config=config)
+    theirs = layer_outputs(model.system.language_model.params, grid, config=model.config)
+    depth = [np.concatenate([x["shared"], x["text"]]) for x in (ours, theirs)]
+    np.testing.assert_allclose(*depth, atol=1e-5)
+    with pytest.raises(MossError, match="neither a system folder"):
+        control_folder(tmp_path, 256, tmp_path / "cache", said.append)
