@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
-from moss_jax.evaluate.similarity import Curves, derangement, layer_outputs
+from moss_jax.evaluate.similarity import Curves, layer_outputs, other_text
 from moss_jax.transformer import LayerSplitModel
 from tests.evaluate.conftest import tone
 
@@ -65,10 +65,13 @@ def test_layers_are_those_of_the_model(model):
     assert not np.allclose(outputs["shared"][0], outputs["shared"][1])
 
 
-def test_nothing_is_its_own_partner():
-    for count in (2, 3, 10):
-        others = derangement(count)
-        assert sorted(others) == list(range(count)) and (others != np.arange(count)).all()
+def test_the_floor_is_as_much_text_of_others():
+    for lengths in ((3, 9), (5, 2, 4), range(1, 12)):
+        text = [np.full((length, 2), i) for i, length in enumerate(lengths)]
+        others = other_text(text)
+        assert list(map(len, others)) == list(lengths)
+        assert all(i not in other for i, other in enumerate(others))
+        assert len({int(other[0, 0]) for other in others}) == len(text)  # each begins another floor
 
 
 def test_where_the_plateau_ends():
@@ -79,7 +82,11 @@ def test_where_the_plateau_ends():
     np.testing.assert_allclose(curves.depth().mean(1), [*rise, 0.45, 0.15])
     assert curves.split() == (6, 2) and "after layer 6; 2 layers" in curves.verdict()
     noise = {key: value + np.array([3.0, -3.0]) for key, value in scores.items()}
-    assert Curves("m", noise, curves.floors, {}).split() is None
+    noisy = Curves("m", noise, curves.floors, {})
+    assert noisy.split() is None and noisy.verdict().startswith("No effect")
+    rising = {key: value[::-1] * (0.5 if key[0] == "shared" else 3) for key, value in scores.items()}
+    rising = Curves("m", rising, curves.floors, {})
+    assert rising.split() is None and "does not fall again" in rising.verdict()
 
 
 def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, capsys):
@@ -107,7 +114,7 @@ def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, c
     arguments = ["similarity", str(file), "--model", str(twin), "--control", str(folder), "-o", str(out)]
     assert main([*arguments, "--heatmaps", "1", "--batch-size", "3"]) == 0
     table = capsys.readouterr().out
-    assert "| shared | 3 |" in table and "| audio | 5 |" in table and "The plateau ends after layer" in table
+    assert "| shared | 3 |" in table and "| audio | 5 |" in table
     ours, control = json.loads((out / "similarity.json").read_text())
     assert ours["sentences"] == ["s0", "s1", "s2", "s3"] and set(ours["blocks"]) == {"shared", "text", "audio"}
     for centre in ("raw", "centred"):
