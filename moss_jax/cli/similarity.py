@@ -5,9 +5,11 @@
 
 A line of SPEECH.jsonl is {"audio": "a.wav", "text": "what is said in it"}; two lines or more. OUT gets similarity.png,
 similarity.json and the heatmaps asked for. Each sentence passes the model as speech and as text; cosines between the
-two are compared with those to another sentence's text (the floor). A control is another system folder, or a plain
+two are compared with those to text of the others (the floor). A control is another system folder, or a plain
 Qwen3, which has no speech: its codes then have new random vectors, as a conversion gives them.
 """
+
+from pathlib import Path
 
 from moss_jax.cli.system_arguments import add_system_arguments, cache_folder, progress, system_folder
 
@@ -24,8 +26,6 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from pathlib import Path
-
     from moss_jax.errors import MossError
     from moss_jax.evaluate import similarity
     from moss_jax.evaluate.model import Model, control_folder
@@ -35,12 +35,17 @@ def run(args) -> int:
     sizes = {"fsdp": args.fsdp, "tensor": args.tensor, "batch_size": args.batch_size}
     model = Model(system_folder(args), **sizes)
     cache, codes = cache_folder(), model.code_count
-    made = [(Path(folder).name, control_folder(folder, codes, cache, progress)) for folder in args.control]
+    made = [(_name(folder), control_folder(folder, codes, cache, progress)) for folder in args.control]
     controls = ((name, Model(folder, **sizes)) for name, folder in made)  # one at a time in memory
-    name = Path(args.model).name
     print(
         similarity.run(
-            model, args.file, args.out, controls=controls, heatmaps=args.heatmaps, name=name, say=progress
+            model, args.file, args.out, controls=controls, heatmaps=args.heatmaps, name=_name(args.model), say=progress
         ), end="",
     )  # fmt: skip
     return 0
+
+
+def _name(folder: str) -> str:
+    """What a model is called: the end of its path, and more of it where that is only the step of an export."""
+    parts = Path(folder).parts
+    return "/".join(parts[-3:] if parts and parts[-1].isdigit() else parts[-1:])

@@ -3,7 +3,8 @@
 The same sentence passes the model once as speech and once as text. After each layer the rows that hold codes are
 compared with the rows that hold text: cosines, raw and with the layer's mean taken off (raw ones are inflated by a few
 large dimensions). Two scores: the mean over text positions of the best speech position, and the mean along the best
-monotone path, which respects order. The floor is the same with another sentence's text; the effect is what is above it.
+monotone path, which respects order. The floor is the same with text of other sentences, as many ids of it, since the
+scores depend on the lengths; the effect is what is above the floor.
 
 Left out are the markers (sosp, eosp), and the first position of each run. The mean of a layer is over the sentences at
 hand, speech and text weighing the same. Curves: the shared layers, then each branch. Source: the analysis of arXiv
@@ -93,7 +94,7 @@ class Curves:
     Attributes:
         name: of the model.
         scores: {(block, centre, score): float32 [layers of the block, sentences]} of each sentence with its own text.
-        floors: the same with another sentence's text.
+        floors: the same with as much text of other sentences.
         heatmaps: {sentence's name: {block: float32 [L, codes, text positions]}}, centred, of those that were asked for.
     """
 
@@ -120,21 +121,26 @@ class Curves:
     def split(self) -> tuple[int, int] | None:
         """(layer after which the plateau ends, counted from 1; layers above it): a rule of thumb for the split.
 
-        None where the highest effect does not stand out: it is below two standard errors over sentences.
+        None where the highest effect does not stand out (it is below two standard errors over sentences), or does not
+        fall again.
         """
+        means = self.depth().mean(1)
+        last = int(np.flatnonzero(means >= PLATEAU * means.max())[-1]) if self.stands_out() else len(means) - 1
+        return (last + 1, len(means) - 1 - last) if last < len(means) - 1 else None
+
+    def stands_out(self) -> bool:
+        """Whether the highest effect is above two standard errors over sentences."""
         effect = self.depth()
-        means, count = effect.mean(1), effect.shape[1]
-        best = int(means.argmax())
-        if means[best] <= 2 * effect[best].std(ddof=1) / np.sqrt(count):
-            return None
-        last = int(np.flatnonzero(means >= PLATEAU * means[best])[-1])
-        return last + 1, len(means) - 1 - last
+        best = effect[int(effect.mean(1).argmax())]
+        return bool(best.mean() > 2 * best.std(ddof=1) / np.sqrt(len(best)))
 
     def verdict(self) -> str:
         """What `split` says, in a sentence."""
+        if not self.stands_out():
+            return "No effect stands out of the spread over sentences"
         found = self.split()
         if found is None:
-            return "No effect stands out of the spread over sentences"
+            return "The effect does not fall again before the last layer"
         return f"The plateau ends after layer {found[0]}; {found[1]} layers are above it"
 
 
@@ -160,7 +166,7 @@ def measure(
             raise MossError(f"{sentence.name}: text of {len(written)} ids, speech of {len(spoken) - 2} codes: expected "
                             "at least two and one")  # fmt: skip
     spoken_counts, written_counts = (np.array([len(x) - less for x in rows]) for rows, less in ((speech, 2), (text, 1)))
-    others = derangement(len(sentences))
+    others = other_text(text)
     size, text_size = padded_length(max(map(len, speech))), padded_length(max(map(len, text)))
     batches = [
         np.resize(range(first, min(first + scorer.batch_size, len(sentences))), scorer.batch_size)
@@ -173,9 +179,7 @@ def measure(
     # Twice over the sentences: the layers' means first, then the comparison.
     totals: dict[str, Any] = {}
     for number, members in enumerate(batches):
-        fresh = (
-            np.arange(len(members)) < len(sentences) - number * scorer.batch_size
-        )  # not a repeat that fills the batch
+        fresh = np.arange(len(members)) < len(sentences) - number * scorer.batch_size  # no repeat that fills up
         for rows, counts, length in ((speech, spoken_counts, size), (text, written_counts, text_size)):
             weight = 0.5 / counts.sum()
             for block, own in outputs(rows, members, length).items():
@@ -187,13 +191,13 @@ def measure(
     for number, members in enumerate(batches):
         left = min(scorer.batch_size, len(sentences) - number * scorer.batch_size)
         spoken = outputs(speech, members, size)
-        for shuffled, partners in ((False, members), (True, others[members])):
-            written = outputs(text, partners, text_size)
+        for shuffled, rows in ((False, text), (True, others)):
+            written = outputs(rows, members, text_size)
             for block in [block for block in BLOCKS if block in totals]:
                 mean = totals[block]
                 for centre in CENTRES:
                     scores, c = _compare(
-                        spoken[block], written[block], spoken_counts[members], written_counts[partners],
+                        spoken[block], written[block], spoken_counts[members], written_counts[members],
                         mean if centre == "centred" else np.zeros_like(mean),
                     )  # fmt: skip
                     for score, values in scores.items():
@@ -208,14 +212,20 @@ def measure(
     return Curves(name, *curves, maps)
 
 
-def derangement(count: int) -> np.ndarray:
-    """For each of `count` things another one, always the same choice: int [count]."""
-    if count < 2:
-        raise MossError(f"{count} sentence: expected at least two, the text of another one is the floor")
-    order = np.random.default_rng(0).permutation(count)
-    others = np.empty(count, int)
-    others[order] = np.roll(order, 1)
-    return others
+def other_text(text: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each of at least two texts (rows [N, 2]) as many rows of the others.
+
+    They are those that follow it in an order drawn once and for all, one behind the other, and again where all of them
+    together are too short.
+    """
+    order = np.random.default_rng(0).permutation(len(text))
+    made: list[np.ndarray] = [np.zeros((0, 2), np.int32)] * len(text)
+    for place, own in enumerate(order):
+        following = itertools.cycle([*order[place + 1 :], *order[:place]])
+        while len(made[own]) < len(text[own]):
+            made[own] = np.concatenate([made[own], text[next(following)]])
+        made[own] = made[own][: len(text[own])]
+    return made
 
 
 def numbers(curves: Curves, sentences: Sequence[Sentence]) -> dict[str, Any]:
@@ -261,7 +271,8 @@ def run(
     from moss_jax.evaluate.similarity_plot import plot_curves, plot_heatmaps
 
     sentences = read_sentences(file, model.code_count)
-    derangement(len(sentences))
+    if len(sentences) < 2:
+        raise MossError(f"{file}: 1 sentence, expected at least two: the text of the others is the floor")
     with atomic_folder(out) as folder:
         found = model.codes([sentence.speech for sentence in sentences], say)
         codes = [found[sentence.speech] for sentence in sentences]

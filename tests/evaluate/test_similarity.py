@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.cli import main
+from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
-from moss_jax.evaluate.similarity import Curves, derangement, layer_outputs
+from moss_jax.evaluate.similarity import Curves, layer_outputs, other_text
 from moss_jax.transformer import LayerSplitModel
 from tests.evaluate.conftest import tone
 
@@ -64,10 +65,13 @@ def test_layers_are_those_of_the_model(model):
     assert not np.allclose(outputs["shared"][0], outputs["shared"][1])
 
 
-def test_nothing_is_its_own_partner():
-    for count in (2, 3, 10):
-        others = derangement(count)
-        assert sorted(others) == list(range(count)) and (others != np.arange(count)).all()
+def test_the_floor_is_as_much_text_of_others():
+    for lengths in ((3, 9), (5, 2, 4), range(1, 12)):
+        text = [np.full((length, 2), i) for i, length in enumerate(lengths)]
+        others = other_text(text)
+        assert list(map(len, others)) == list(lengths)
+        assert all(i not in other for i, other in enumerate(others))
+        assert len({int(other[0, 0]) for other in others}) == len(text)  # each begins another floor
 
 
 def test_where_the_plateau_ends():
@@ -78,7 +82,11 @@ def test_where_the_plateau_ends():
     np.testing.assert_allclose(curves.depth().mean(1), [*rise, 0.45, 0.15])
     assert curves.split() == (6, 2) and "after layer 6; 2 layers" in curves.verdict()
     noise = {key: value + np.array([3.0, -3.0]) for key, value in scores.items()}
-    assert Curves("m", noise, curves.floors, {}).split() is None
+    noisy = Curves("m", noise, curves.floors, {})
+    assert noisy.split() is None and noisy.verdict().startswith("No effect")
+    rising = {key: value[::-1] * (0.5 if key[0] == "shared" else 3) for key, value in scores.items()}
+    rising = Curves("m", rising, curves.floors, {})
+    assert rising.split() is None and "does not fall again" in rising.verdict()
 
 
 def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, capsys):
@@ -106,7 +114,7 @@ def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, c
     arguments = ["similarity", str(file), "--model", str(twin), "--control", str(folder), "-o", str(out)]
     assert main([*arguments, "--heatmaps", "1", "--batch-size", "3"]) == 0
     table = capsys.readouterr().out
-    assert "| shared | 3 |" in table and "| audio | 5 |" in table and "The plateau ends after layer" in table
+    assert "| shared | 3 |" in table and "| audio | 5 |" in table
     ours, control = json.loads((out / "similarity.json").read_text())
     assert ours["sentences"] == ["s0", "s1", "s2", "s3"] and set(ours["blocks"]) == {"shared", "text", "audio"}
     for centre in ("raw", "centred"):
@@ -137,3 +145,26 @@ def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
     for key, values in one.scores.items():
         np.testing.assert_allclose(two.scores[key], values, atol=1e-4)
         np.testing.assert_allclose(two.floors[key], one.floors[key], atol=1e-4)
+
+
+def test_a_plain_qwen3_as_control(model, folder, tmp_path):
+    """It is converted once; its text path stays what it was, codes get new vectors."""
+    from moss_jax.convert.system import export_text_path
+    from moss_jax.evaluate.model import Model, control_folder
+
+    export_text_path(folder, tmp_path / "qwen3", lambda line: None)
+    made, said = [], []
+    for _ in range(2):
+        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
+    assert made[0] == made[1] and len([line for line in said if "this once" in line]) == 1
+    control = Model(made[0])
+    assert control.code_count == model.code_count
+    config, params = control.config, control.system.language_model.params
+    grid = np.random.default_rng(0).integers(0, 256, (1, 9, 2)).astype(np.int32)
+    grid[..., 1] = config.audio_pad_id
+    ours = layer_outputs(params, grid, config=config)
+    theirs = layer_outputs(model.system.language_model.params, grid, config=model.config)
+    depth = [np.concatenate([x["shared"], x["text"]]) for x in (ours, theirs)]
+    np.testing.assert_allclose(*depth, atol=1e-5)
+    with pytest.raises(MossError, match="neither a system folder"):
+        control_folder(tmp_path, 256, tmp_path / "cache", said.append)
