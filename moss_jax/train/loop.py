@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from moss_jax.checkpoint import write_text
 from moss_jax.data import open_batches
 from moss_jax.errors import MossError
-from moss_jax.nn.config import write_config
+from moss_jax.nn.config import read_json, write_config
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
 from moss_jax.train.evaluation import Evaluation
@@ -46,7 +46,7 @@ from moss_jax.train.metrics import (
 from moss_jax.train.optimizer import make_optimizer
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record, describe, fingerprint
-from moss_jax.train.run import RUN_FILE, Run, read_run, run_text
+from moss_jax.train.run import RUN_FILE, Run, run_text
 from moss_jax.train.start import EXPORTS, starting_parameters
 from moss_jax.train.step import TrainState, batch_shardings, init_state, make_step, state_shardings
 
@@ -198,7 +198,7 @@ class Loop:
     def _tell_changes(self) -> None:
         """Says what is not as it was when this run ran last."""
         if (self._folder / RUN_FILE).is_file():
-            before, now = (_fields(write_config(run)) for run in (read_run(self._folder), self._run))
+            before, now = _fields(read_json(self._folder / RUN_FILE)), _fields(write_config(self._run))
             changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
                 told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)

@@ -8,9 +8,10 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_file
 from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.metrics import EVALUATIONS_FILE, METRICS_FILE, read_entries
-from moss_jax.train.run import read_run
+from moss_jax.train.run import RUN_FILE
 
 FORMATS = (".png", ".svg", ".pdf")
 SMOOTH = 50  # the bold line is a mean over a window of 1 / SMOOTH of the steps
@@ -26,7 +27,8 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     if output.suffix not in FORMATS:
         raise MossError(f"{output}: ends in {output.suffix!r}, expected one of {', '.join(FORMATS)}")
     runs = [
-        (read_run(folder), read_entries(Path(folder) / METRICS_FILE), _held_out(Path(folder))) for folder in folders
+        (_titled(Path(folder)), read_entries(Path(folder) / METRICS_FILE), _held_out(Path(folder)))
+        for folder in folders
     ]
     for folder, (_, steps, _) in zip(folders, runs, strict=True):
         if not steps:
@@ -37,13 +39,14 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(runs), figsize=(1 + 4.5 * len(runs), 4), squeeze=False, sharey=True)
-    for axis, (run, steps, held_out) in zip(axes[0], runs, strict=True):
+    for axis, (title, steps, held_out) in zip(axes[0], runs, strict=True):
         for channel, color in zip(CHANNELS, ("tab:blue", "tab:orange"), strict=True):
             _draw(axis, steps, held_out, channel, color)
-        axis.set(title=f"{run.name} ({run.stage.name})", xlabel="step")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss, nats per token")
-    axes[0][0].legend()
+    named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][0].legend(named.values(), named.keys())
     figure.tight_layout()
     with atomic_file(output) as part:
         figure.savefig(part, format=output.suffix[1:], dpi=150)
@@ -62,6 +65,14 @@ def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, colo
     points = [(entry["step"], entry[f"{channel}_loss"]) for entry in held_out if entry[f"{channel}_loss"]]
     if points:
         axis.plot(*np.asarray(points).T, "o", color=color, markersize=4, label=f"{channel}, held out")
+
+
+def _titled(folder: Path) -> str:
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise MossError(f"{folder}: no {RUN_FILE} in it, expected the folder of a run")
+    run = read_json(path)
+    return f"{run.get('name')} ({(run.get('stage') or {}).get('name')})"
 
 
 def _held_out(folder: Path) -> list[dict]:

@@ -10,17 +10,16 @@ from moss_jax.errors import MossError
 from moss_jax.train.run import MeshSizes, load_run, override, read_run, run_text
 from moss_jax.transformer import model_shapes
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.py"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_is_a_run_that_json_holds(path, tmp_path):
     run = load_run(path)
     (tmp_path / "run.json").write_text(run_text(run))
     assert read_run(tmp_path) == run
-    assert (
-        f"moss-jax train --config {path.relative_to(CONFIGS[0].parents[1])}" in path.read_text().partition('"""\n\n')[0]
-    )
+    assert f"moss-jax train --config {path.relative_to(ROOT)}" in path.read_text().partition('"""\n\n')[0]
 
 
 def test_there_are_configs():
@@ -98,7 +97,10 @@ def test_mesh_sizes():
 
 
 def test_print(capsys):
-    assert main(["train", "--config", str(CONFIGS[0]), "--print", "--init", "X", "--set", "steps=2000"]) == 0
+    assert (
+        main(["train", "--config", str(ROOT / "configs/stage1.py"), "--print", "--init", "X", "--set", "steps=2000"])
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["init"] == "X" and told["steps"] == 2000
 
@@ -106,7 +108,7 @@ def test_print(capsys):
 def test_errors_of_the_verbs(tmp_path, capsys):
     for words, says in (
         (["train", "--config", "nowhere.py"], "nowhere.py: no such file"),
-        (["train", "--config", str(CONFIGS[0]), "--set", "x=1"], "no field 'x'"),
+        (["train", "--config", str(ROOT / "configs/stage1.py"), "--set", "x=1"], "no field 'x'"),
         (["plot", str(tmp_path), "-o", "curves.png"], "no run.json in it"),
         (["plot", str(tmp_path), "-o", "curves.txt"], "expected one of .png"),
         (["export", str(tmp_path), "-o", str(tmp_path / "system")], "no run.json in it"),
