@@ -3,7 +3,7 @@
     python -m tests.train.places
 
 fsdp on 8 CPU devices; from step 10 on, 4 devices with tensor parallelism, for 20 steps; 2 processes of 4 devices each
-over jax.distributed, asked to end by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5, relative;
+over jax.distributed, asked to end by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative;
 each process reads half of the data.
 """
 
