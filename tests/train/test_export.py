@@ -57,6 +57,7 @@ def differing(one, other):
     return {path for path in before.tensors if before.read(path).tobytes() != after.read(path).tobytes()}
 
 
+@pytest.mark.slow
 def test_stage_1_changes_the_audio_branch_alone_and_its_export_answers(system, data, tmp_path, capsys):
     export = trained(system, data, tmp_path / "run", STAGE_1)
     changed = differing(system, export)

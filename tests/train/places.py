@@ -1,0 +1,131 @@
+"""The same run on other meshes and over two processes, compared with 8 devices of one process.
+
+    python -m tests.train.places
+
+fsdp on 8 CPU devices; from step 10 on, 4 devices with tensor parallelism, for 20 steps; 2 processes of 4 devices each
+over jax.distributed, asked to end by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative;
+each process reads half of the data.
+"""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.train import tiny
+
+STEPS, MOVED_AT, COMPARED, TOLERANCE = 50, 10, 20, 1e-5
+
+# `moss-jax train`, writing down which packed rows this process asks for.
+RECORDING = """
+import sys
+from moss_jax.cli import main
+from moss_jax.data.pipeline import PackedRows
+
+read, rows = PackedRows.__getitem__, open(sys.argv.pop(1), "a")
+
+def recorded(self, index):
+    print(self.index, index, file=rows, flush=True)
+    return read(self, index)
+
+PackedRows.__getitem__ = recorded
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Place:
+    """A folder with data, and a run for each name in it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, tiny.write_data(folder / "data")
+
+    def start(self, name: str, *settings: str, devices: int, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+        config = tiny.write_config(self.folder / f"{name}.py", self.data, self.folder / name)
+        settings = (f"steps={STEPS}", "held_out=none", f"save_every={MOVED_AT}", "keep=9", "log_every=1", *settings)
+        rows = self.folder / f"{name}.rows{flags[-1] if flags else ''}"
+        return subprocess.Popen(
+            [sys.executable, "-c", RECORDING, str(rows), *tiny.command(config, *settings, flags=flags)[3:]],
+            env=tiny.environment(devices, MOSS_JAX_CACHE=str(self.folder / "cache")), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd=tiny.ROOT,
+        )  # fmt: skip
+
+    def start_two(self, name: str) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            where = f"localhost:{probe.getsockname()[1]}"
+        flags = "--distributed", "--coordinator", where, "--processes", "2", "--process"
+        return [self.start(name, devices=4, flags=(*flags, str(i))) for i in range(2)]
+
+    def losses(self, name: str) -> np.ndarray:
+        """[steps, 3]: loss, text loss and audio loss of every step, none of them missing or twice."""
+        entries = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+        return np.asarray([[entry[key] for key in ("loss", "text_loss", "audio_loss")] for entry in entries])
+
+    def rows(self, name: str) -> set[tuple[int, ...]]:
+        return {tuple(map(int, line.split())) for line in (self.folder / name).read_text().splitlines()}
+
+
+def compare(folder: Path) -> dict[str, str]:
+    """Runs all of it and raises AssertionError where something differs; what was found, for people."""
+    place, result = Place(folder), {}
+    (told,) = finish(place.start("eight", devices=8))
+    expected = place.losses("eight")
+    assert "mesh: fsdp 8" in told and expected.shape == (STEPS, 3)
+
+    shutil.copytree(folder / "eight", folder / "moved")
+    for path in (folder / "moved/checkpoints").iterdir():
+        if path.name != str(MOVED_AT):
+            shutil.rmtree(path)
+    end = MOVED_AT + COMPARED
+    (told,) = finish(place.start("moved", f"steps={end}", "mesh.fsdp=1", "mesh.tensor=4", devices=4))
+    assert "mesh: tensor 4" in told and f"going on after step {MOVED_AT} of {end}" in told
+    worst = difference(place.losses("moved")[MOVED_AT:], expected[MOVED_AT:end])
+    result["8 devices, fsdp -> 4 devices, tensor"] = f"{COMPARED} steps, largest relative difference {worst:.1e}"
+
+    two = place.start_two("two")
+    next(line for line in two[0].stdout if line.startswith("step 5/"))
+    two[1].send_signal(signal.SIGTERM)  # the notice comes to one of them
+    told, _ = finish(*two, code=75)
+    saved = len(place.losses("two"))
+    assert saved < STEPS and f"saved after step {saved};" in told
+    result["SIGTERM to one of two processes"] = f"both ended with 75 after step {saved}"
+    told, _ = finish(*place.start_two("two"))
+    assert f"going on after step {saved} of {STEPS}" in told
+    worst = difference(place.losses("two"), expected)
+    result["1 process of 8 devices -> 2 of 4"] = f"{STEPS} steps, largest relative difference {worst:.1e}"
+
+    everything, shares = place.rows("eight.rows"), [place.rows(f"two.rows{i}") for i in range(2)]
+    assert not shares[0] & shares[1]
+    assert all(0.4 * len(everything) < len(share) < 0.6 * len(everything) for share in shares)
+    counts = " and ".join(str(len(share)) for share in shares)
+    result["packed rows read"] = f"{len(everything)} by one process; {counts} by two, none by both"
+    return result
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
+    return float(np.max(np.abs(found - expected) / np.abs(expected)))
+
+
+def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        for what, found in compare(Path(folder)).items():
+            print(f"{what}: {found}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
