@@ -33,6 +33,14 @@ moss-jax train --config configs/miniature/stage2.py
 moss-jax train --config configs/miniature/sft.py
 
 # What came of it.
+best="$M/runs/sft/exports/100"
+for run in text/exports/200 stage1/exports/100 unfrozen/exports/100 sft/exports/100; do
+  moss-jax eval pairs "$M/corpus/pairs-valid.jsonl" --model "$M/runs/$run" -o "$M/eval/pairs-${run%%/*}"
+done
+moss-jax eval spoken-qa "$M/corpus/questions-valid.jsonl" --reply text --model "$best" -o "$M/eval/questions" \
+  --batch-size 32 --max-new-tokens 40
+head -n 40 "$M/corpus/speech.jsonl" > "$M/corpus/speech-40.jsonl"
+moss-jax similarity "$M/corpus/speech-40.jsonl" --model "$best" --control "$M/qwen3" -o "$M/similarity"
 moss-jax plot "$M"/runs/text "$M"/runs/stage1 "$M"/runs/unfrozen "$M"/runs/stage2 "$M"/runs/sft -o "$M/curves.png"
 moss-jax chat --text "What is the capital of France?" --model "$M/runs/sft/exports/100" --reply text
 moss-jax chat --text "What is the capital of France?" --model "$M/runs/sft/exports/100" -o "$M/answer.wav"

@@ -12,6 +12,8 @@ from moss_jax.cli import main
 from moss_jax.data.corpus import facts
 from moss_jax.data.espeak import speak
 from moss_jax.errors import MossError
+from moss_jax.evaluate.pairs import read_stories
+from moss_jax.evaluate.spoken_qa import read_questions
 
 needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
 
@@ -51,6 +53,13 @@ def test_the_corpus_is_whole(tmp_path, capsys):
     kinds = {tuple("audio" in turn for turn in line["turns"][1:]) for line in chats}
     assert len(chats) == 18 and len(kinds) == 4
     assert len(lines(folder / "chat-valid.jsonl")) == 2
+    questions, pairs = read_questions(folder / "questions-valid.jsonl"), read_stories(folder / "pairs-valid.jsonl")
+    assert len(questions) == len(pairs) == 99 + 2 and sum(pair.context.audio is not None for pair in pairs) == 2
+    right = {fact.question(-1): fact.answer for fact in facts()}
+    for question, pair in zip(questions, pairs, strict=True):
+        assert pair.context == question.question and pair.endings[0] != pair.endings[1]
+        if pair.context.text:
+            assert pair.endings[pair.answer].text == right[pair.context.text] == f"It is {question.answers[0]}."
     assert main(["corpus", str(folder)]) == 2
     assert "is there already" in capsys.readouterr().err
 

@@ -5,9 +5,11 @@
            speech.jsonl                                 a few facts in a row, spoken: text and the time of each word
            chat.jsonl, chat-valid.jsonl                 questions and answers, spoken and written, all four ways
            recordings.jsonl                             other recordings that were given, sound only
+           pairs-valid.jsonl                            for `moss-jax eval pairs`: which answer is right
+           questions-valid.jsonl                        for `moss-jax eval spoken-qa`: written and spoken questions
 
-All are manifests of `moss-jax tokenize`. Facts are sums, capitals and colours; the valid files hold phrasings that the
-others do not.
+The others are manifests of `moss-jax tokenize`. Facts are sums, capitals and colours; the valid files hold phrasings
+that the others do not.
 """
 
 import json
@@ -51,6 +53,11 @@ class Fact:
     asked: tuple[str, ...]  # what a question about it names
     statement: str
     answer: str
+
+    @property
+    def word(self) -> str:
+        """The answer in a word."""
+        return self.answer.removeprefix("It is ").removesuffix(".")
 
     def question(self, phrasing: int) -> str:
         """Phrasings are counted from 0; -1 is the one kept for the valid files."""
@@ -115,6 +122,36 @@ def make_corpus(
         _manifest(part / "chat-valid.jsonl", valid)
         if recordings:
             _manifest(part / "recordings.jsonl", list(_copied(part, recordings)))
+        draw = random.Random(f"evaluation {seed}")  # of its own, so that what is trained on stays the same
+        questions = list(_questions(part, known, max(2, utterances // 10), draw))
+        _manifest(part / "questions-valid.jsonl", questions)
+        _manifest(part / "pairs-valid.jsonl", list(_pairs(part, known, questions, draw)))
+
+
+def _questions(part: Path, known: Sequence[Fact], spoken: int, draw: random.Random) -> Iterator[dict]:
+    """Every fact asked for in writing, some of them aloud as well."""
+    for fact in known:
+        yield {"question": fact.question(-1), "answers": [fact.word], "group": f"written, {fact.kind}"}
+    for i, fact in enumerate(draw.sample(known, min(spoken, len(known)))):
+        sound = _said(part, f"eval-{i:05d}-q", fact.question(-1), _speaker(draw))["audio"]
+        yield {"question": {"audio": sound}, "answers": [fact.word], "group": "spoken"}
+
+
+def _pairs(part: Path, known: Sequence[Fact], questions: Sequence[dict], draw: random.Random) -> Iterator[dict]:
+    """The right answer to each question and that to another one of its kind, said as the question is."""
+    right = {fact.word: fact for fact in known}
+    for i, question in enumerate(questions):
+        fact = right[question["answers"][0]]
+        wrong = draw.choice([other for other in known if other.kind == fact.kind and other.answer != fact.answer])
+        endings = [fact.answer, wrong.answer]
+        if question["group"] == "spoken":
+            endings = [
+                {"audio": _said(part, f"eval-{i:05d}-{name}", text, (ANSWERS, 150, 50))["audio"]}
+                for name, text in zip(("right", "wrong"), endings, strict=True)
+            ]
+        answer = draw.randrange(2)
+        yield {"context": question["question"], "endings": endings[::-1] if answer else endings, "answer": answer,
+               "group": question["group"]}  # fmt: skip
 
 
 def _speaker(draw: random.Random) -> tuple[str, int, int]:

@@ -118,6 +118,6 @@ def _table(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in (None, *(groups if len(groups) > 1 or None in {r["group"] for r in records} else ())):
         own = [record for record in records if group in (None, record["group"])]
         for kind in ("sum", "mean"):
-            name = f"{group or 'all'}, {kind} of log-likelihoods"
-            rows.append(accuracy_row(name, [record["right"][kind] for record in own]))
+            row = accuracy_row(group or "all", [record["right"][kind] for record in own])
+            rows.append({"what": row.pop("what"), "compared by": kind, **row})
     return rows

@@ -167,7 +167,8 @@ def error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[st
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a markdown table."""
     head = list(rows[0])
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *([str(row[key]) for key in head] for row in rows)]
+    rule = ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]
+    lines = [head, rule, *([str(row[key]) for key in head] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

@@ -43,8 +43,11 @@ def test_pairs(model, stories, tmp_path):
     table = pairs.run(model, stories, tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert (tmp_path / "out" / "table.md").read_text() == table
-    assert [row["items"] for row in rows[:2]] == [13, 13] and rows[0]["what"] == "all, sum of log-likelihoods"
-    assert {row["what"].split(",")[0] for row in rows} == {"all", "t", "s", "st", "ts"}
+    assert [row["items"] for row in rows[:2]] == [13, 13] and (rows[0]["what"], rows[1]["compared by"]) == (
+        "all",
+        "mean",
+    )
+    assert {row["what"] for row in rows} == {"all", "t", "s", "st", "ts"}
     records = {r["id"]: r for r in map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:])}
     assert records["00001"]["rows"] == [len(model.text_tokenizer.encode(f" {e}")) for e in
                                         ("He ate.", "He slept for a whole week.")]  # fmt: skip
