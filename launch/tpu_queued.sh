@@ -49,7 +49,7 @@ case "$verb" in
     price=()
     if [[ "${SPOT:-0}" == 1 ]]; then price=(--spot); fi
     run "${queue[@]}" create "$NAME" "${where[@]}" --accelerator-type="${TPU_TYPE:-v5litepod-16}" \
-      --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" "${nodes[@]}" "${price[@]}"
+      --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" "${nodes[@]}" ${price[@]+"${price[@]}"}
     ;;
   status)
     run "${queue[@]}" describe "$NAME" "${where[@]}" --format='value(state.state)'
