@@ -12,9 +12,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moss_jax.errors import MossError
@@ -87,8 +89,11 @@ def compile_function(request: Request) -> dict[str, Any]:
         MossError: unknown function, size or topology, a mesh that does not fit, or no libtpu.
     """
     request.check()
-    command = [sys.executable, "-m", "moss_jax.tools.compile", json.dumps(dataclasses.asdict(request))]
-    child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+        command = [sys.executable, "-m", "moss_jax.tools.compile", json.dumps(dataclasses.asdict(request)), dump]
+        environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode == 2:
         raise MossError(child.stdout.strip())
     if child.returncode:
@@ -96,8 +101,11 @@ def compile_function(request: Request) -> dict[str, Any]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def measure(request: Request) -> dict[str, Any]:
-    """Compiles in this process; GiB and collectives are those of one chip, sizes as the compiler states them."""
+def measure(request: Request, dump: Path) -> dict[str, Any]:
+    """Compiles in this process; GiB and collectives are those of one chip, sizes as the compiler states them.
+
+    `dump` is the folder of the flag `xla_dump_to`: there lies the text of a program that jax itself cannot print.
+    """
     import jax
 
     mesh, family = _mesh(request)
@@ -136,8 +144,17 @@ def measure(request: Request) -> dict[str, Any]:
         "total_gib": round(peak / GIB, 3),
         "chip_gib": CHIP_GIB.get(family),
         "fits": peak / GIB <= CHIP_GIB[family] if family in CHIP_GIB else None,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(_text(compiled, dump)),
     }
+
+
+def _text(compiled, dump: Path) -> str:
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # for v5p libtpu makes asynchronous instructions that jax refuses to read
+        return max(dump.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size).read_text()
 
 
 def _estimate(request: Request, chips: int, family: str) -> dict[str, Any]:
@@ -185,6 +202,8 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int, bool]]:
     """The computations that an instruction runs, each with the number of times and whether it is a loop's body."""
+    if re.search(r" async-(update|done)\(", line):  # the start has run it
+        return []
     called = [(callee, 1, False) for callee in re.findall(r"(?:calls|to_apply|_computation)=%?([\w.\-]+)", line)]
     for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
         called += [(callee.strip().lstrip("%"), 1, False) for callee in group.split(",")]
@@ -390,7 +409,7 @@ BUILDERS = {
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(measure(Request(**json.loads(sys.argv[1])))))
+        print(json.dumps(measure(Request(**json.loads(sys.argv[1])), Path(sys.argv[2]))))
     except MossError as error:
         print(error)
         sys.exit(2)

@@ -46,9 +46,15 @@ HLO = """HloModule jit_run, is_scheduled=true
   %all-gather.9 = s32[5]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="9"}
 }
 
+%beside2 (p: s32[3]) -> s32[5] {
+  %all-to-all.9 = s32[5]{0} all-to-all(%p), dimensions={0}
+}
+
 ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %while.2 = (s32[], bf16[8,16]) while(%p), condition=%more, body=%row
   %while.3 = (s32[], bf16[8,16]) while(%p), condition=%c, body=%taken, backend_config={"known_trip_count":{"n":"5"}}
+  %sent = s32[5] async-start(%a), calls=%beside2
+  %awaited = s32[5] async-done(%sent), calls=%beside2
   %begin = s32[5] fusion(%a), kind=kCustom, calls=%beside
   %middle = s32[5] fusion(%begin), kind=kCustom, calls=%beside
   %choice = s32[3] conditional(%which, %a, %b), branch_computations={%taken, %add}
@@ -61,6 +67,7 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
         "all-reduce": {"count": 33, "bytes": 32 * 256 + 40},
         "all-gather": {"count": 33, "bytes": 32 * 256 + 20},
         "collective-permute": {"count": 6, "bytes": 6 * 12},
+        "all-to-all": {"count": 1, "bytes": 20},
     }
 
 
