@@ -7,13 +7,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moss_jax.data import open_batches
-from moss_jax.train.feed import Feed, share
+from moss_jax.train.feed import Feed
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.run import Run
-from moss_jax.train.step import batch_shardings, make_eval_step
+from moss_jax.train.step import make_eval_step
 from moss_jax.transformer import TransformerConfig
 
 
@@ -21,15 +20,8 @@ class Evaluation:
     """The first `evaluate_batches` batches of `held_out`, of the size that the run trains with."""
 
     def __init__(self, run: Run, config: TransformerConfig, mesh: Mesh):
-        self._run = run
-        self._shardings = batch_shardings(mesh, (run.batch_size, run.context))
-        index, count = share(self._shardings["grid"], run.batch_size)
-        self._first_row = index * run.batch_size // count
-        self._batches = open_batches(
-            run.held_out, config, context=run.context, batch_size=run.batch_size, process_index=index,
-            process_count=count,
-        )  # fmt: skip
-        step = make_eval_step(config, run.stage, sources=len(self._batches.source_names))
+        self._run, self._feed = run, Feed(run.held_out, config, run, mesh)
+        step = make_eval_step(config, run.stage, sources=len(self._feed.source_names))
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
     def measure(
@@ -37,21 +29,20 @@ class Evaluation:
     ) -> dict[str, Any] | None:
         """{"loss", "text_loss", "audio_loss", "sources"}; None when a notice to end came meanwhile."""
         run, totals = self._run, {}
-        self._batches.skip_to(0)
-        feed = Feed(self._batches, self._shardings, run.batch_size, self._first_row)
+        self._feed.skip_to(0)
         try:
             for _ in range(run.evaluate_batches):
                 if preemption.asked:
                     return None
-                metrics = jax.device_get(self._step(trainable, frozen, next(feed)))
+                metrics = jax.device_get(self._step(trainable, frozen, next(self._feed)))
                 for name in metrics:
                     if name.startswith("source_"):
                         totals[name] = totals.get(name, 0) + np.asarray(metrics[name], np.float64)
         finally:
-            self._batches.close()
+            self._feed.close()
         losses = {}
         for name in CHANNELS:
             count = totals.get(f"source_{name}_count", np.zeros(1)).sum()
             losses[f"{name}_loss"] = float(totals[f"source_{name}_sum"].sum() / count) if count else 0.0
         loss = run.stage.text_weight * losses["text_loss"] + run.stage.audio_weight * losses["audio_loss"]
-        return {"loss": loss, **losses, "sources": by_source(totals, self._batches.source_names)}
+        return {"loss": loss, **losses, "sources": by_source(totals, self._feed.source_names)}

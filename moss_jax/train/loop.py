@@ -23,14 +23,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from moss_jax.checkpoint import write_text
-from moss_jax.data import open_batches
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_json, write_config
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
 from moss_jax.train.evaluation import Evaluation
 from moss_jax.train.export import export_system
-from moss_jax.train.feed import Feed, share
+from moss_jax.train.feed import Feed
 from moss_jax.train.flops import peak_flops, step_flops
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import (
@@ -48,7 +47,7 @@ from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record, describe, fingerprint
 from moss_jax.train.run import RUN_FILE, Run, run_text
 from moss_jax.train.start import EXPORTS, starting_parameters
-from moss_jax.train.step import TrainState, batch_shardings, init_state, make_step, state_shardings
+from moss_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 DONE, STOPPED, PREEMPTED = 0, 3, 75  # 75 is EX_TEMPFAIL: try again later
 PROFILE = "profile"
@@ -90,7 +89,7 @@ class Loop:
         self.mesh = make_mesh(**run.mesh.for_devices(jax.device_count()))
         self._check_rows()
         self._checkpoints = Checkpoints(self._folder / CHECKPOINTS, run.keep, say)
-        self._metrics = self._evaluations = self._board = self._batches = None
+        self._metrics = self._evaluations = self._board = self._feed = None
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
         self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
         self._profiling = False
@@ -117,7 +116,7 @@ class Loop:
         """Ends what runs in the background; a save that has begun is finished."""
         if self._profiling:
             jax.profiler.stop_trace()
-        for part in (self._metrics, self._evaluations, self._board, self._batches):
+        for part in (self._metrics, self._evaluations, self._board, self._feed):
             if part is not None:
                 part.close()
         self._checkpoints.close()
@@ -129,7 +128,9 @@ class Loop:
         self.config, trainable, self._frozen = starting_parameters(run, self.mesh, self._say)
         states = state_shardings(self.config, run.stage, run.optimizer, self.mesh)
         self._frozen_sum = fingerprint(self._frozen)
-        self._open_data()
+        self._feed = Feed(run.data, self.config, run, self.mesh, run.workers)
+        self._sources = self._feed.source_names
+        self._data_state = self._feed.get_state()
         at = self._checkpoints.newest_whole()
         self._tell_changes()
         if at is None:
@@ -143,7 +144,12 @@ class Loop:
             self._restore(at, jax.tree.map(_placed, like, states))
         self._saved = self._step
         self._compiled_step = make_step(
-            self.config, run.stage, run.optimizer, accumulate=run.accumulate, sources=len(self._sources), mesh=self.mesh
+            self.config,
+            run.stage,
+            run.optimizer,
+            accumulate=run.accumulate,
+            sources=len(self._sources),
+            mesh=self.mesh,
         )
         self._flops = step_flops(self.config, run.stage, run.batch_size * run.context, run.context)
         peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
@@ -158,18 +164,6 @@ class Loop:
             self._board = Board(self._folder, run.tensorboard, run.wandb, run.name, write_config(run))
         self._tell_beginning()
 
-    def _open_data(self) -> None:
-        run = self._run
-        shardings = batch_shardings(self.mesh, (run.batch_size, run.context))
-        index, count = share(shardings["grid"], run.batch_size)
-        self._batches = open_batches(
-            run.data, self.config, context=run.context, batch_size=run.batch_size, process_index=index,
-            process_count=count, workers=run.workers,
-        )  # fmt: skip
-        self._sources = self._batches.source_names
-        self._data_state = self._batches.get_state()
-        self._feed = Feed(self._batches, shardings, run.batch_size, index * run.batch_size // count)
-
     def _restore(self, at: int, like: TrainState) -> None:
         record = self._checkpoints.record(at)
         where = self._checkpoints.folder / str(at)
@@ -180,11 +174,11 @@ class Loop:
         self._step, self._tokens = at, record["tokens"]
         self._watch.restore(record["guard"])
         try:
-            self._batches.set_state(record["data"])
+            self._feed.set_state(record["data"])
         except MossError as error:
             self._say(f"note: {error}; the batches from step {at + 1} on are those of the new data")
-            self._batches.skip_to(at)
-        self._data_state = self._batches.get_state()
+            self._feed.skip_to(at)
+        self._data_state = self._feed.get_state()
         self._say(f"going on after step {at} of {self._run.steps} ({where})")
 
     def _check_rows(self) -> None:
@@ -230,7 +224,7 @@ class Loop:
             self._clock, self._waited = time.perf_counter(), 0.0
             self._say(f"the step is compiled, {duration(self._clock - begun)}")
         late, self._pending = self._pending, (self._step, metrics)
-        self._data_state = self._batches.get_state()
+        self._data_state = self._feed.get_state()
         batch = self._next_batch() if self._step < self._run.steps else None
         self._tell(late)
         return batch
