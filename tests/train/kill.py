@@ -79,7 +79,7 @@ def _wait(process: subprocess.Popen, folder: Path, before: int, rng: random.Rand
     while process.poll() is None:
         if aim_at_save:
             if _steps(folder) > before and _saving(folder):
-                time.sleep(rng.uniform(0, 0.03))
+                time.sleep(rng.uniform(0, 0.01))
                 return _saving(folder)
         elif _steps(folder) >= before + new_steps:
             time.sleep(rng.uniform(0, 0.1))
