@@ -64,7 +64,12 @@ def init_state(trainable: Flat, optimizer: OptimizerConfig) -> TrainState:
 
 
 def hidden(
-    config: TransformerConfig, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], stage: Stage | None = None
+    config: TransformerConfig,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    stage: Stage | None = None,
+    unroll: bool = False,
 ) -> dict[str, jax.Array]:
     """The branches' normed outputs {"text", "audio"}: [B, T, D] in the compute dtype; a head turns them into logits.
 
@@ -85,7 +90,7 @@ def hidden(
                 variables = {"params": {"layers": params[name]["layers"]}}
                 variables |= {"lora": {"layers": lora[name]["layers"]}} if name in lora else {}
                 depth = jax.tree.leaves(variables)[0].shape[0]
-                x = Block(config, depth).apply(variables, x, batch["positions"], batch["segment_ids"])
+                x = Block(config, depth, unroll=unroll).apply(variables, x, batch["positions"], batch["segment_ids"])
         return x
 
     if config.num_shared_layers:
@@ -100,11 +105,16 @@ def branches(config: TransformerConfig) -> tuple[str, ...]:
 
 
 def batch_nll(
-    config: TransformerConfig, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], stage: Stage | None = None
+    config: TransformerConfig,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    stage: Stage | None = None,
+    unroll: bool = False,
 ) -> dict[str, jax.Array]:
     """{"text", "audio"}: float32 [B, T], the loss of predicting row t + 1 in that channel."""
     labels = next_rows(batch)["labels"]
-    outputs = hidden(config, trainable, frozen, batch, stage)
+    outputs = hidden(config, trainable, frozen, batch, stage, unroll)
     heads = frozen | trainable
     return {
         name: token_nll(y, heads[f"{name}/head/kernel"], labels[..., CHANNELS.index(name)])
@@ -114,11 +124,11 @@ def batch_nll(
 
 def batch_sums(
     config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array],
-    counts: Mapping[str, jax.Array], sources: int,
+    counts: Mapping[str, jax.Array], sources: int, unroll: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """This (micro-)batch's share of the loss of a global batch with `counts`, and the sums it consists of."""
     rows, loss, sums = next_rows(batch), jnp.float32(0), {}
-    for name, nll in batch_nll(config, trainable, frozen, batch, stage).items():
+    for name, nll in batch_nll(config, trainable, frozen, batch, stage, unroll).items():
         weights = rows["weights"][..., CHANNELS.index(name)]
         total, by_source, source_counts = channel_sums(nll, weights, rows["source"], sources)
         loss += _weight(stage, name) * mean(total, counts[name])
@@ -128,13 +138,13 @@ def batch_sums(
 
 def gradients(
     config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], *,
-    accumulate: int = 1, sources: int = 1,
+    accumulate: int = 1, sources: int = 1, unroll: bool = False,
 ) -> tuple[dict[str, jax.Array], Flat]:  # fmt: skip
     """(metrics of the loss, float32 gradients of the trainable parameters); the arguments are those of `make_step`."""
     counts = _counts(config, batch)
 
     def loss_of(compute, micro):
-        return batch_sums(config, stage, compute, frozen, micro, counts, sources)
+        return batch_sums(config, stage, compute, frozen, micro, counts, sources, unroll)
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     (loss, sums), grads = _accumulated(gradient, _cast(trainable, jnp.dtype(config.dtype)), batch, accumulate)
@@ -143,7 +153,7 @@ def gradients(
 
 def make_step(
     config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, *, accumulate: int = 1, sources: int = 1,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, unroll: bool = False,
 ) -> Callable:  # fmt: skip
     """The compiled step: `step(state, frozen, batch, limit=inf) -> (state, metrics)`.
 
@@ -159,13 +169,14 @@ def make_step(
         accumulate: micro-batches that a batch is worked off in; it must divide the rows.
         sources: how many values `batch["source"]` has.
         mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
+        unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth.
     """
     update = make_optimizer(optimizer)
 
     def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], limit=jnp.inf):
         with jax.named_scope("gradient"):
             metrics, grads = gradients(
-                config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources
+                config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
             )
         with jax.named_scope("update"):
             norm = jnp.sqrt(sum(jnp.square(x).sum() for x in grads.values()))

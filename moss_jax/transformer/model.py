@@ -170,6 +170,7 @@ class Block(nn.Module):
     config: TransformerConfig
     num_layers: int
     vocab_size: int = 0
+    unroll: bool = False  # the layers one after the other in the program: faster on a CPU, longer to compile
 
     def setup(self):
         cfg, layer = self.config, Layer
@@ -181,6 +182,7 @@ class Block(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=self.num_layers,
+            unroll=self.num_layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg)
         if self.vocab_size:

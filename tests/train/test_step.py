@@ -84,6 +84,12 @@ def test_remat_changes_no_gradient(full, remat):
     close(metrics, full[0])
 
 
+def test_a_loop_over_layers_changes_no_gradient(full):
+    metrics, grads = gradients_of(STAGE_2, unroll=True)
+    close(grads, full[1])
+    close(metrics, full[0])
+
+
 def test_layers_one_by_one_give_the_gradients_of_the_scan(full):
     params, batch = random_params(), random_batch()
 

@@ -90,7 +90,7 @@ class Ours:
         self.start = jax.tree.map(np.asarray, self.start)  # for the peer; the step takes the arrays
         self.state = init_state(trainable, OPTIMIZER)
         self.batch = jax.device_put(batch)
-        self._step = make_step(config, stage, OPTIMIZER)
+        self._step = make_step(config, stage, OPTIMIZER, unroll=jax.default_backend() == "cpu")
 
     def step(self):
         self.state, metrics = self._step(self.state, self.frozen, self.batch)
