@@ -31,6 +31,7 @@ from moss_jax.transformer import LayerSplitModel, TransformerConfig
 from moss_jax.transformer.model import Block, RMSNorm
 
 Flat = dict[str, jax.Array]
+UNROLLED_LAYERS = 16
 BATCH_AXES = {
     "grid": ("batch", "length", None),
     "positions": ("batch", "length"),
@@ -151,6 +152,12 @@ def gradients(
     return _metrics(stage, counts, sums) | {"loss": loss}, grads
 
 
+def unrolled(config: TransformerConfig) -> bool:
+    """Whether `make_step` should unroll the layers here: on a CPU, and while they are so few that it compiles fast."""
+    layers = config.num_shared_layers + config.num_modality_layers * len(branches(config))
+    return jax.default_backend() == "cpu" and layers <= UNROLLED_LAYERS
+
+
 def make_step(
     config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, *, accumulate: int = 1, sources: int = 1,
     mesh: Mesh | None = None, unroll: bool = False,
@@ -169,7 +176,8 @@ def make_step(
         accumulate: micro-batches that a batch is worked off in; it must divide the rows.
         sources: how many values `batch["source"]` has.
         mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
-        unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth.
+        unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth;
+            see `unrolled`.
     """
     update = make_optimizer(optimizer)
 

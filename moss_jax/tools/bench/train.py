@@ -21,7 +21,7 @@ from moss_jax.train.initial import initial_split
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_1, STAGE_2, Stage, join_params
-from moss_jax.train.step import init_state, make_step
+from moss_jax.train.step import init_state, make_step, unrolled
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY, TransformerConfig
 
 SIZES = {
@@ -90,7 +90,7 @@ class Ours:
         self.start = jax.tree.map(np.asarray, self.start)  # for the peer; the step takes the arrays
         self.state = init_state(trainable, OPTIMIZER)
         self.batch = jax.device_put(batch)
-        self._step = make_step(config, stage, OPTIMIZER, unroll=jax.default_backend() == "cpu")
+        self._step = make_step(config, stage, OPTIMIZER, unroll=unrolled(config))
 
     def step(self):
         self.state, metrics = self._step(self.state, self.frozen, self.batch)
