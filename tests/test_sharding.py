@@ -79,6 +79,7 @@ def test_an_axis_without_a_rule_is_an_error():
         shardings_for({"x": ("width",)}, {"x": jnp.zeros(2)}, Devices())
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_logits_gradients_and_replies_of_one():
     root = Path(__file__).resolve().parents[1]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster

@@ -20,6 +20,7 @@ def system(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_recording_and_several(system, tmp_path, capsys):
     line = {"path": "some/where/a.wav", "codes": CODES}
     (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")

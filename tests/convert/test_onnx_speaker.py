@@ -46,6 +46,7 @@ def test_the_export_is_what_it_should_be(exports):
     assert count[0] > count[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 def test_an_exported_network_is_the_same_network(model, exports, folded):
     graph = SpeakerGraph(exports / f"{folded}.onnx")

@@ -28,6 +28,7 @@ def answer(model, turns, reply, conversation=None, settings=SETTINGS, seed=0):
     return conversation.replace(state=state), notices
 
 
+@pytest.mark.slow
 def test_kept_caches_change_nothing(model):
     conversation = None
     for turn, reply in [(TEXT, "speech"), (SPEECH, "text"), (SPEECH, "speech")]:
@@ -120,6 +121,7 @@ def test_saved_and_resumed(model, tmp_path):
         model.resume(path)
 
 
+@pytest.mark.slow
 def test_a_batch_answers_as_each_alone(model):
     questions = [[TEXT], [SPEECH], [Turn("system", text="x"), TEXT, Turn("assistant", text="no"), SPEECH]]
     state, start, notices = model.begin_batch(questions, "speech", SETTINGS, seed=3, rows=4)

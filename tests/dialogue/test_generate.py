@@ -101,6 +101,7 @@ def chosen_settings(greedy, **keywords):
     return GenerationSettings(text=text, audio=audio, **{"max_new_tokens": 24, "text_size": 315, **keywords})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [True, False])
 def test_the_loop_equals_the_plain_way_alone_and_in_batches(params, greedy):
     events = set()
@@ -218,6 +219,7 @@ def test_the_loop_copies_no_cache(params):
     assert memory.alias_size_in_bytes > caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsm_table", "grids", "sampler", "generate", "generate_quirks"])
 def test_golden(golden, name):
     checks = list(check_golden(read_golden(golden(f"lm/{name}"))))

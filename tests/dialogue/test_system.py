@@ -49,6 +49,7 @@ def spoken(recording_file):
     return Turn("user", audio=recording_file)
 
 
+@pytest.mark.slow
 def test_speech_to_speech_whole_and_streamed(system, spoken, tmp_path):
     reply = system.reply([spoken], seed=1, **SHORT)
     assert len(reply.codes) == 14 and reply.wave.shape == (14 * 1920,) and reply.sample_rate == 24000
@@ -90,6 +91,7 @@ def test_three_turns_of_every_kind_and_a_saved_conversation(system, spoken, tmp_
         system.reply([WRITTEN], conversation=second.conversation)
 
 
+@pytest.mark.slow
 def test_a_batch_in_order(system, spoken):
     questions = [[WRITTEN], [spoken], [WRITTEN, Turn("assistant", codes=[1, 2]), spoken]]
     replies = list(system.reply_batch(questions, batch_size=2, seed=5, **SHORT))
@@ -109,6 +111,7 @@ def test_an_array_is_as_good_as_a_file(system, spoken, recording_file):
             system.reply([Turn("user", audio=bad, sample_rate=16000)])
 
 
+@pytest.mark.slow
 def test_a_voice_is_enrolled_kept_and_used(system, recording_file, tmp_path):
     voice = system.enrol(recording_file)
     wave, rate = load_audio(recording_file)
@@ -197,6 +200,7 @@ def run(capfd, *arguments):
     return code, out, err
 
 
+@pytest.mark.slow
 def test_the_verbs(folder, recording_file, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MOSS_JAX_CACHE", str(tmp_path / "cache"))
     mine = tmp_path / "mine"

@@ -44,6 +44,7 @@ def direct(model, passage):
     return total
 
 
+@pytest.mark.slow
 def test_sums_equal_a_direct_computation_in_any_batch(model, passages):
     expected = [direct(model, passage) for passage in passages]
     assert len({round(value) for value in expected}) == len(expected)

@@ -126,6 +126,7 @@ def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, c
     assert (out / "similarity.png").stat().st_size > 20_000 and (out / "heatmap-s0.png").is_file()
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
     from moss_jax.evaluate.items import read_sentences
     from moss_jax.evaluate.scoring import Scorer

@@ -192,6 +192,7 @@ def test_choice_files(tmp_path):
     assert "bad.csv: 3 lines" in str(told.value)
 
 
+@pytest.mark.slow
 def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command):
     command, heard = judge_command
     clip = tone(tmp_path / "q.wav", 0.8)
@@ -228,6 +229,7 @@ def test_written_replies_need_no_judge(model, tmp_path):
         spoken_qa.run(model, questions, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_resynthesis(model, tmp_path, judge_command):
     lines = [{"audio": tone(tmp_path / "a.wav", 0.8), "text": "I think it is Paris!"},
              {"audio": tone(tmp_path / "b.wav", 0.3), "text": "A SHORT"},

@@ -60,6 +60,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_offline_decode(decoder, compilations):
     first = decoder.decode(CODES[:11], voice(7), seed=3)
     assert first.dtype == np.float32 and first.shape == (11 * 1920,)
@@ -86,7 +87,8 @@ def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
         assert np.isfinite(waves[-1]).all() and noise.shape == (1920, 9)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([0, 7, 10]), st.integers(1, 21), st.lists(st.integers(0, 9), max_size=6))
 @example(7, 1, [])
 @example(10, 13, [1] * 13)
@@ -197,6 +199,7 @@ def test_config_round_trip_and_contradictions():
         replace(TINY, code_rate=25.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, outputs", [("token2wav_offline", 3), ("token2wav_streaming", 9)])
 def test_goldens(golden, name, outputs):
     checks = list(check_golden(read_golden(golden(f"codec/{name}"))))

@@ -109,6 +109,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     np.testing.assert_allclose(attention.attend(q, k, v, mask, (), turned, turn), whole, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streaming", "finalize"), [(False, True), (True, False)])
 def test_other_lengths_of_a_bucket_compile_nothing_and_padding_changes_nothing(params, streaming, finalize):
     voice, flags = make_voice(TINY, 6), {"streaming": streaming, "finalize": finalize}
@@ -125,6 +126,7 @@ def test_other_lengths_of_a_bucket_compile_nothing_and_padding_changes_nothing(p
     np.testing.assert_allclose(mels[7], exact, atol=3e-6 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_items_of_a_batch_get_what_they_get_alone(params):
     random = np.random.default_rng(2)
     codes = random.integers(0, 90, (2, 12)).astype(np.int32)
@@ -138,6 +140,7 @@ def test_items_of_a_batch_get_what_they_get_alone(params):
     np.testing.assert_allclose(both[1, :28], alone[0], atol=3e-6 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 def test_streaming_never_looks_beyond_its_chunk_and_the_lookahead(params):
     codes, voice = make_codes(TINY, 16), make_voice(TINY, 4)  # chunks end at 5, 10, 15, 20
     changed = codes.copy()
@@ -195,6 +198,7 @@ def test_the_table_reads_back_what_it_wrote(params):
     assert all(np.array_equal(back[path], leaf) for path, leaf in flat.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["upsample_encoder", "cfm_estimator", "cfm_rand_noise", "flow_inference"])
 def test_golden(golden, name):
     checks = list(check_golden(read_golden(golden(f"codec/{name}"))))

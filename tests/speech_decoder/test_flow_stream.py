@@ -56,7 +56,8 @@ def delivered(flow, voice, codes, portions=()):
     return np.concatenate([*mels, request.finish()], 1)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cached_is_the_prefix_run(flow, reference, data):
     prompt, count = data.draw(st.integers(0, 27)), data.draw(st.integers(1, 50))
@@ -89,6 +90,7 @@ def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, refer
     assert sizes == [function._cache_size() for function in (flow._step, flow._piece, flow._last)]
 
 
+@pytest.mark.slow
 def test_growing_changes_nothing(params, reference, monkeypatch):
     monkeypatch.setattr(stream, "FIRST_CODES", 10)
     voice, codes = make_voice(TINY, 7), make_codes(TINY, 36)
@@ -107,6 +109,7 @@ def windowed(params, slots, **options):
     return stream.CachedFlow(params, TINY, memory=slots * stream.chunk_bytes(TINY), **options)
 
 
+@pytest.mark.slow
 def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, flow):
     voice, codes = make_voice(TINY, 13), make_codes(TINY, 75)  # 2 chunks prefilled, 1 that straddles: pinned
     small = windowed(params, 6)
@@ -124,6 +127,7 @@ def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, fl
     assert held[-1][0] == 2 and sorted(held[-1][1:]) == list(range(last - 4, last + 1))
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_narrowed_to_the_window(params, flow):
     voice, codes = make_voice(TINY, 13), make_codes(TINY, 95)  # the first slot is pinned
     small = windowed(params, 12, window=34)

@@ -114,6 +114,7 @@ def test_flow(stored, flow_params, streaming, finalize):
     np.testing.assert_allclose(flow_slices(ours[0]), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_flow_gives_the_mel_of_the_reference_s_chunks(stored, flow_params):
     codes, prompt, mel, embedding = flow_inputs()
     cached = stream.CachedFlow(flow_params, FLOW)

@@ -124,6 +124,7 @@ def test_a_padded_item_gives_what_it_gives_alone(vocoder, lengths):
         np.testing.assert_allclose(waves[i, :samples], alone[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_weight_norm_in_the_model_and_folded_are_one(vocoder):
     _, run = vocoder
     mel, noise = draws(4)
@@ -196,6 +197,7 @@ def test_a_config_that_contradicts_itself(change, words):
         replace(TINY, **change)
 
 
+@pytest.mark.slow
 def test_golden(golden):
     checks = list(check_golden(read_golden(golden("codec/hift"))))
     assert [c.output for c in checks if not c.passed] == []

@@ -129,6 +129,7 @@ def test_no_code_sees_the_future(params):
     assert (reach[23:] == 0).all() and (reach[:23] > 0).all()  # strides leave frame 23 to the next code
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.sampled_from([1, 1281, 4999, 19200, 30001]), min_size=1, max_size=4), seed=st.integers(0, 9))
 def test_a_clip_gets_the_same_codes_in_any_company(speech_tokenizer, lengths, seed):

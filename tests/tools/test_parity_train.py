@@ -24,6 +24,7 @@ def missed(file, results, grads):
     return {check.output for check in checks if not check.passed}
 
 
+@pytest.mark.slow
 def test_every_output_matches_and_each_one_changed_is_noticed(ran):
     file, results, grads = ran
     assert sorted(file.outputs) == sorted(file.final) and missed(file, results, grads) == set()

@@ -20,7 +20,7 @@ import numpy as np
 
 from tests.train import tiny
 
-STEPS, MOVED_AT, COMPARED, TOLERANCE = 50, 10, 20, 1e-5
+TOLERANCE = 1e-5
 
 # `moss-jax train`, writing down which packed rows this process asks for.
 RECORDING = """
@@ -40,14 +40,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Place:
-    """A folder with data, and a run for each name in it."""
+    """A folder with data, and a run of so many steps for each name in it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, steps: int, save_every: int):
         self.folder, self.data = folder, tiny.write_data(folder / "data")
+        self._settings = f"steps={steps}", f"save_every={save_every}", "held_out=none", "keep=9", "log_every=1"
 
     def start(self, name: str, *settings: str, devices: int, flags: tuple[str, ...] = ()) -> subprocess.Popen:
         config = tiny.write_config(self.folder / f"{name}.py", self.data, self.folder / name)
-        settings = (f"steps={STEPS}", "held_out=none", f"save_every={MOVED_AT}", "keep=9", "log_every=1", *settings)
+        settings = (*self._settings, *settings)
         rows = self.folder / f"{name}.rows{flags[-1] if flags else ''}"
         return subprocess.Popen(
             [sys.executable, "-c", RECORDING, str(rows), *tiny.command(config, *settings, flags=flags)[3:]],
@@ -72,34 +73,34 @@ class Place:
         return {tuple(map(int, line.split())) for line in (self.folder / name).read_text().splitlines()}
 
 
-def compare(folder: Path) -> dict[str, str]:
+def compare(folder: Path, steps: int = 50, moved_at: int = 10, compared: int = 20) -> dict[str, str]:
     """Runs all of it and raises AssertionError where something differs; what was found, for people."""
-    place, result = Place(folder), {}
+    place, result = Place(folder, steps, moved_at), {}
     (told,) = finish(place.start("eight", devices=8))
     expected = place.losses("eight")
-    assert "mesh: fsdp 8" in told and expected.shape == (STEPS, 3)
+    assert "mesh: fsdp 8" in told and expected.shape == (steps, 3)
 
     shutil.copytree(folder / "eight", folder / "moved")
     for path in (folder / "moved/checkpoints").iterdir():
-        if path.name != str(MOVED_AT):
+        if path.name != str(moved_at):
             shutil.rmtree(path)
-    end = MOVED_AT + COMPARED
+    end = moved_at + compared
     (told,) = finish(place.start("moved", f"steps={end}", "mesh.fsdp=1", "mesh.tensor=4", devices=4))
-    assert "mesh: tensor 4" in told and f"going on after step {MOVED_AT} of {end}" in told
-    worst = difference(place.losses("moved")[MOVED_AT:], expected[MOVED_AT:end])
-    result["8 devices, fsdp -> 4 devices, tensor"] = f"{COMPARED} steps, largest relative difference {worst:.1e}"
+    assert "mesh: tensor 4" in told and f"going on after step {moved_at} of {end}" in told
+    worst = difference(place.losses("moved")[moved_at:], expected[moved_at:end])
+    result["8 devices, fsdp -> 4 devices, tensor"] = f"{compared} steps, largest relative difference {worst:.1e}"
 
     two = place.start_two("two")
     next(line for line in two[0].stdout if line.startswith("step 5/"))
     two[1].send_signal(signal.SIGTERM)  # the notice comes to one of them
     told, _ = finish(*two, code=75)
     saved = len(place.losses("two"))
-    assert saved < STEPS and f"saved after step {saved};" in told
+    assert saved < steps and f"saved after step {saved};" in told
     result["SIGTERM to one of two processes"] = f"both ended with 75 after step {saved}"
     told, _ = finish(*place.start_two("two"))
-    assert f"going on after step {saved} of {STEPS}" in told
+    assert f"going on after step {saved} of {steps}" in told
     worst = difference(place.losses("two"), expected)
-    result["1 process of 8 devices -> 2 of 4"] = f"{STEPS} steps, largest relative difference {worst:.1e}"
+    result["1 process of 8 devices -> 2 of 4"] = f"{steps} steps, largest relative difference {worst:.1e}"
 
     everything, shares = place.rows("eight.rows"), [place.rows(f"two.rows{i}") for i in range(2)]
     assert not shares[0] & shares[1]
