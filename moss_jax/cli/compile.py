@@ -35,6 +35,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
+    from moss_jax.checkpoint import write_text
     from moss_jax.tools.compile import Request, compile_function
 
     request = Request(
@@ -48,5 +49,5 @@ def run(args) -> int:
     text = json.dumps(result, indent=1)
     print(text)
     if args.output:
-        args.output.write_text(text + "\n")
+        write_text(args.output, text + "\n")
     return int(result["fits"] is False)

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "lora": "the same with adapters of rank 16 beside every kernel of the layers, the rest frozen",
 }
 TRAINING = ("stage1", "stage2", "sft", "lora")
+TRAINING_FIELDS = ("sequence", "accumulate", "remat", "mfu")  # of a request: what only a training step has
 SIZES = ("8b", "tiny")
 REMAT = ("none", "dots", "full")
 CHIP_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # memory that a program may use
@@ -114,8 +115,9 @@ def measure(request: Request, dump: Path) -> dict[str, Any]:
         start = time.perf_counter()
         lowered = function.lower(*args)
         lower_seconds = time.perf_counter() - start
+        asked = dataclasses.asdict(request)
         result = {
-            **dataclasses.asdict(request),
+            **{name: asked[name] for name in asked if request.function in TRAINING or name not in TRAINING_FIELDS},
             "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
             "chips": mesh.size,
             "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},

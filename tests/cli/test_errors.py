@@ -287,7 +287,7 @@ CASES = [
         "a flow without middle stages",
         lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav --model "
         f"{shop.nested('speech_decoder', 'flow', 'estimator', num_mid_stages=0)}",
-        "config.json", "num_mid_stages is 0",
+        "config.json", "num_mid_stages is 0, expected at least 1",
     ),
     case(
         "no speech tokenizer", lambda shop: f"encode {shop.wave()} --model {shop.without('speech_tokenizer')}",

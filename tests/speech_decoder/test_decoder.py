@@ -88,7 +88,7 @@ def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([0, 7, 10]), st.integers(1, 21), st.lists(st.integers(0, 9), max_size=6))
 @example(7, 1, [])
 @example(10, 13, [1] * 13)

@@ -57,7 +57,7 @@ def delivered(flow, voice, codes, portions=()):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cached_is_the_prefix_run(flow, reference, data):
     prompt, count = data.draw(st.integers(0, 27)), data.draw(st.integers(1, 50))

@@ -88,9 +88,9 @@ class FlowConfig:
 
 def _require_positive(config, name: str) -> None:
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        if isinstance(value, int) and value < (entry.name != "lookahead"):
-            raise MossError(f"{name} config: {entry.name} is {value}, too small")
+        value, least = getattr(config, entry.name), int(entry.name != "lookahead")
+        if isinstance(value, int) and value < least:
+            raise MossError(f"{name} config: {entry.name} is {value}, expected at least {least}")
 
 
 RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes
