@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a query that sees nothing gives numbers, not NaN
 SPLASH_BLOCK = 128  # splash wants lengths and head size in multiples of this
+BLOCKS, SMALLEST_BLOCK = 8, 64  # without a kernel: blocks of a sequence, and queries that a block has at least
 
 
 def attention(
@@ -79,20 +80,49 @@ def _divides(q, length: int, size: int) -> bool:
 
 
 def _xla(q, k, v, segment_ids, key_segment_ids, rows):
-    """Heads first and normalised last: two plain batched products around one pass over the scores, forward and back."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    rows = jnp.arange(T) if rows is None else rows
-    seen = (rows[:, None] >= jnp.arange(S))[None, None]
-    if segment_ids is not None:
-        seen = seen & _same_segment(segment_ids, key_segment_ids)
-    q = (q.transpose(0, 2, 1, 3) / math.sqrt(H)).reshape(B, K, N // K * T, H).astype(k.dtype)
+    """Heads first, block of queries after block of queries, each with the keys up to its own end only."""
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q = (q.transpose(0, 2, 1, 3) / math.sqrt(H)).reshape(B, K, N // K, T, H).astype(k.dtype)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(B, K, N // K, T, S)
+    if rows is not None:  # a part of the sequence: they may see any of it
+        y = _block(q, k, v, _seen(rows, segment_ids, key_segment_ids, slice(None), k.shape[2]))
+        return y.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+    size = max(SMALLEST_BLOCK, math.ceil(T / BLOCKS))
+    starts = list(range(0, T, size))
+    # Divided, not sliced: the gradient of a slice is as long as the whole.
+    q, k, v = (jnp.split(x, starts[1:], axis) for x, axis in ((q, 3), (k, 2), (v, 2)))
+    parts = []
+    for i, start in enumerate(starts):
+        end = min(start + size, T)
+        seen = _seen(jnp.arange(start, end), segment_ids, key_segment_ids, slice(start, end), end)
+        parts.append(_block(q[i], _joined(k[: i + 1], 2), _joined(v[: i + 1], 2), seen))
+    return _joined(parts, 3).reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+
+def _seen(rows, segment_ids, key_segment_ids, queries: slice, columns: int):
+    """bool [1 or B, 1, rows, columns]: which of the first `columns` keys each of these queries sees."""
+    seen = (rows[:, None] >= jnp.arange(columns))[None, None]
+    if segment_ids is None:
+        return seen
+    return seen & _same_segment(segment_ids[:, queries], key_segment_ids[:, :columns])
+
+
+def _joined(parts, axis: int):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _block(q, k, v, seen):
+    """q [B, K, G, T, H], k and v [B, K, S, H], seen bool [B, 1, T, S] -> [B, K, G, T, H].
+
+    Normalised last: two plain batched products around one pass over the scores, forward and back.
+    """
+    (B, K, G, T, H), S = q.shape, k.shape[2]
+    q = q.reshape(B, K, G * T, H)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, S)
     scores = scores + jnp.where(seen, 0.0, MASKED)[:, :, None]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).reshape(B, K, N // K * T, S)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).reshape(B, K, G * T, S)
     y = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    y = (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
-    return y.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+    return (y / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(B, K, G, T, H)
 
 
 def _same_segment(segment_ids, key_segment_ids):

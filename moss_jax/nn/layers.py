@@ -1,5 +1,6 @@
 """Layers with logical axis names on every parameter. Channels are last everywhere: `[batch, time, channels]`."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -10,6 +11,32 @@ import jax.numpy as jnp
 def named(init, *axes: str | None):
     """An initialiser whose parameter carries logical axis names; `sharding.py` says what they mean on a mesh."""
     return nn.with_logical_partitioning(init, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, in_dims: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [..., *in] and a kernel [*in, *out] of the same dtype -> [..., *out] of `dtype`, None: the same.
+
+    Its kernel gradient is one product in the kernel's own layout. Left to itself JAX makes the transposed one, and
+    XLA's CPU backend then computes what lies before it, an activation's derivative say, in transposed order.
+    """
+    contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims))
+    return jax.lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=dtype)
+
+
+def _product_forward(x, kernel, in_dims, dtype):
+    return product(x, kernel, in_dims, dtype), (x, kernel)
+
+
+def _product_backward(in_dims, _, saved, y):
+    x, kernel = saved
+    out, lead = tuple(range(in_dims, kernel.ndim)), tuple(range(x.ndim - in_dims))
+    contract = tuple(range(y.ndim - len(out), y.ndim)), out
+    dx = jax.lax.dot_general(y, kernel, (contract, ((), ())), preferred_element_type=x.dtype)
+    return dx, jax.lax.dot_general(x, y, ((lead, lead), ((), ())), preferred_element_type=kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
@@ -37,8 +64,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, *self.axes[self.in_dims :]), out, self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        contract = (tuple(range(x.ndim - self.in_dims, x.ndim)), in_axes)
-        y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
+        y = product(x, kernel, self.in_dims)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
             y = y + jnp.tensordot(jnp.tensordot(x, a, self.in_dims), b, 1)

@@ -11,7 +11,8 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    # Made once: XLA's CPU backend would make them again for every head of every layer that is not in a loop.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moss_jax.nn.layers import product
 from moss_jax.sharding import RULES, per_device
 
 CHANNELS = ("text", "audio")  # channel 0 and 1 of the grid, and the branch that predicts it
@@ -79,7 +80,7 @@ def _local_nll(x, kernel, labels, chunk_rows: int, small: int):
 
 
 def _chunk_nll(x, kernel, labels):
-    logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=jnp.float32)
+    logits = product(x, kernel, 1, jnp.float32)
     picked = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
     return jax.nn.logsumexp(logits, -1) - picked
 
