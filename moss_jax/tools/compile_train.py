@@ -11,7 +11,8 @@ from moss_jax.train.flops import PEAK, step_flops
 from moss_jax.train.lora import Lora
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.stages import stage_shapes
-from moss_jax.train.step import BATCH_AXES, TrainState, frozen_shardings, make_step, state_shardings
+from moss_jax.train.state import TrainState
+from moss_jax.train.step import BATCH_AXES, frozen_shardings, make_step, state_shardings
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY
 
 STAGES = {

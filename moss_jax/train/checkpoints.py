@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moss_jax.errors import MossError
+from moss_jax.train.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 CHECKSUMS = "checksums.json"
@@ -109,6 +110,24 @@ class Checkpoints:
         self._saving = step
         self._guarded(self._check_room, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
         self._guarded(self._manager.save, step, args=args, force=True)
+
+    def save_state(self, step: int, record: dict[str, Any], state: TrainState) -> None:
+        """`save` of a whole state, in parts that can be read alone."""
+        extra = {"extra": state.extra} if jax.tree.leaves(state.extra) else {}
+        self.save(step, record, params=state.params, optimizer=(state.step, state.opt_state), **extra)
+
+    def restore_state(self, step: int, like: TrainState, optimizer: bool = True) -> TrainState:
+        """What `save_state` saved; without `optimizer` its step and optimizer state are those of `like`.
+
+        Args:
+            like: of jax.ShapeDtypeStruct with shardings.
+        """
+        wanted = {"params": like.params}
+        wanted |= {"optimizer": (like.step, like.opt_state)} if optimizer else {}
+        wanted |= {"extra": like.extra} if jax.tree.leaves(like.extra) else {}
+        found = self.restore(step, **wanted)
+        count, opt_state = found.get("optimizer", (like.step, like.opt_state))
+        return TrainState(count, found["params"], opt_state, found.get("extra", like.extra))
 
     def check(self) -> None:
         """Raises MossError when the save in the background has failed; never waits."""

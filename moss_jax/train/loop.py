@@ -10,7 +10,6 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 """
 
 import contextlib
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -20,34 +19,28 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json, write_config
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
-from moss_jax.train.evaluation import Evaluation
-from moss_jax.train.export import export_system
-from moss_jax.train.feed import Feed
-from moss_jax.train.flops import peak_flops, step_flops
+from moss_jax.train.export import placed
+from moss_jax.train.flops import peak_flops
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     Board,
     MetricsFile,
-    by_source,
     duration,
+    losses,
     memory_gib,
     progress_line,
 )
-from moss_jax.train.optimizer import make_optimizer
 from moss_jax.train.preemption import Preemption
-from moss_jax.train.record import check_record, describe, fingerprint
-from moss_jax.train.run import RUN_FILE, Run, run_text
-from moss_jax.train.start import EXPORTS, starting_parameters
-from moss_jax.train.step import TrainState, init_state, make_step, state_shardings
+from moss_jax.train.record import check_record, fingerprint
+from moss_jax.train.run import EXPORTS, RUN_FILE, BaseRun, run_text, run_values, values_in
+from moss_jax.train.state import TrainState
 
 DONE, STOPPED, PREEMPTED = 0, 3, 75  # 75 is EX_TEMPFAIL: try again later
 PROFILE = "profile"
@@ -55,7 +48,7 @@ PROFILE = "profile"
 Say = Callable[[str], None]
 
 
-def train(run: Run, say: Say = print) -> int:
+def train(run: BaseRun, say: Say = print) -> int:
     """Runs the run, from the beginning or from its newest whole checkpoint; returns DONE, STOPPED or PREEMPTED.
 
     In a run of several processes each calls this; `jax.distributed` has been initialised before.
@@ -82,12 +75,12 @@ def train(run: Run, say: Say = print) -> int:
 class Loop:
     """One process's part of a run. Everything it decides follows from values that are the same in all of them."""
 
-    def __init__(self, run: Run, preemption: Preemption, say: Say):
+    def __init__(self, run: BaseRun, preemption: Preemption, say: Say):
         self._run, self._preemption, self._say = run, preemption, say
         self._folder = Path(run.folder)
         self._first = jax.process_index() == 0
         self.mesh = make_mesh(**run.mesh.for_devices(jax.device_count()))
-        self._check_rows()
+        self._task = run.task(self.mesh, say)
         self._checkpoints = Checkpoints(self._folder / CHECKPOINTS, run.keep, say)
         self._metrics = self._evaluations = self._board = self._feed = None
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
@@ -125,52 +118,40 @@ class Loop:
 
     def _begin(self) -> None:
         run = self._run
-        self.config, trainable, self._frozen = starting_parameters(run, self.mesh, self._say)
-        states = state_shardings(self.config, run.stage, run.optimizer, self.mesh)
+        parameters, task = self._task.start(), self._task
+        states = task.state_shardings()
+        self._frozen = task.frozen
         self._frozen_sum = fingerprint(self._frozen)
-        self._feed = Feed(run.data, self.config, run, self.mesh, run.workers)
-        self._sources = self._feed.source_names
+        self._feed = task.feed()
         self._data_state = self._feed.get_state()
         at = self._checkpoints.newest_whole()
         self._tell_changes()
         if at is None:
             self._step, self._tokens = 0, 0
-            self._state = jax.device_put(init_state(trainable, run.optimizer), states)
+            self._state = jax.jit(task.new_state, out_shardings=states, donate_argnums=0)(parameters)
         else:
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
-            jax.tree.map(lambda x: x.delete(), trainable)
-            opt_state = jax.eval_shape(make_optimizer(run.optimizer).init, shapes)
-            like = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, opt_state)
-            self._restore(at, jax.tree.map(_placed, like, states))
+            like = jax.eval_shape(task.new_state, parameters)
+            jax.tree.map(lambda x: x.delete(), parameters)
+            self._restore(at, jax.tree.map(placed, like, states))
         self._saved = self._step
-        self._compiled_step = make_step(
-            self.config,
-            run.stage,
-            run.optimizer,
-            accumulate=run.accumulate,
-            sources=len(self._sources),
-            mesh=self.mesh,
-        )
-        self._flops = step_flops(self.config, run.stage, run.batch_size * run.context, run.context)
+        self._compiled_step = task.make_step()
         peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()  # FLOP/s; None where it is not known
-        self._evaluation = Evaluation(run, self.config, self.mesh) if run.held_out else None
+        self._evaluation = task.evaluation()
         if self._first:
             self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
             self._evaluations = MetricsFile(self._folder / EVALUATIONS_FILE, self._step)
             write_text(self._folder / RUN_FILE, run_text(run))
             for part in (self._folder / EXPORTS).glob(".*"):  # of an export that was killed
                 shutil.rmtree(part, ignore_errors=True)
-            self._board = Board(self._folder, run.tensorboard, run.wandb, run.name, write_config(run))
+            self._board = Board(self._folder, run.tensorboard, run.wandb, run.name, run_values(run))
         self._tell_beginning()
 
     def _restore(self, at: int, like: TrainState) -> None:
         record = self._checkpoints.record(at)
         where = self._checkpoints.folder / str(at)
-        check_record(record, describe(self.config, self._run, self._frozen_sum), where, self._say)
-        restored = self._checkpoints.restore(at, params=like.params, optimizer=(like.step, like.opt_state))
-        step, opt_state = restored["optimizer"]
-        self._state = dataclasses.replace(like, step=step, params=restored["params"], opt_state=opt_state)
+        check_record(record, self._described(), where, self._say)
+        self._state = self._checkpoints.restore_state(at, like)
         self._step, self._tokens = at, record["tokens"]
         self._watch.restore(record["guard"])
         try:
@@ -181,18 +162,13 @@ class Loop:
         self._data_state = self._feed.get_state()
         self._say(f"going on after step {at} of {self._run.steps} ({where})")
 
-    def _check_rows(self) -> None:
-        rows, parts = self._run.batch_size // self._run.accumulate, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if rows % parts:
-            raise MossError(
-                f"batch_size {self._run.batch_size} in {self._run.accumulate} part(s) does not divide over the mesh's "
-                f"data x fsdp of {parts}; choose a multiple of {parts * self._run.accumulate}"
-            )
+    def _described(self) -> dict[str, Any]:
+        return self._task.described() | {"frozen": self._frozen_sum}
 
     def _tell_changes(self) -> None:
         """Says what is not as it was when this run ran last."""
         if (self._folder / RUN_FILE).is_file():
-            before, now = _fields(read_json(self._folder / RUN_FILE)), _fields(write_config(self._run))
+            before, now = _fields(values_in(self._folder)), _fields(run_values(self._run))
             changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
                 told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
@@ -202,8 +178,8 @@ class Loop:
         run, count = self._run, lambda flat: sum(leaf.size for leaf in flat.values())
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
         self._say(
-            f"{run.name}: stage {run.stage.name} trains {count(self._state.params):,} parameters, "
-            f"{count(self._frozen):,} are frozen; {run.batch_size} x {run.context} rows a step; mesh: {mesh}"
+            f"{run.name}: {self._task.what} trains {count(self._state.params):,} parameters, "
+            f"{count(self._frozen):,} are frozen; {self._task.rows} a step; mesh: {mesh}"
         )
 
     # one update
@@ -223,7 +199,7 @@ class Loop:
         if first:
             self._clock, self._waited = time.perf_counter(), 0.0
             self._say(f"the step is compiled, {duration(self._clock - begun)}")
-        late, self._pending = self._pending, (self._step, metrics)
+        late, self._pending = self._pending, (self._step, metrics, self._task.tokens(batch), self._task.flops(batch))
         self._data_state = self._feed.get_state()
         batch = self._next_batch() if self._step < self._run.steps else None
         self._tell(late)
@@ -234,22 +210,21 @@ class Loop:
         late, self._pending = self._pending, None
         self._tell(late)
 
-    def _tell(self, late: tuple[int, dict[str, jax.Array]] | None) -> None:
+    def _tell(self, late: tuple[int, dict[str, jax.Array], int, float] | None) -> None:
         if late is None:
             return
-        step, metrics = late
+        step, metrics, tokens, flops = late
         metrics = jax.device_get(metrics)  # waits until the update is done
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         waited, self._waited = self._waited, 0.0
         saving, self._saving = self._saving, 0.0
-        run, tokens = self._run, self._run.batch_size * self._run.context
+        run = self._run
         self._tokens += tokens
         entry = {
-            "step": step, **{name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
-            "sources": by_source(metrics, self._sources), "tokens": self._tokens, "tokens_per_second": tokens / seconds,
+            "step": step, **self._task.entry(metrics), "tokens": self._tokens, "tokens_per_second": tokens / seconds,
             "step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds,
-            "checkpoint_seconds": saving, "mfu": self._peak and self._flops / seconds / self._peak,
+            "checkpoint_seconds": saving, "mfu": self._peak and flops / seconds / self._peak,
             "memory_gib": memory_gib(),
         }  # fmt: skip
         self._stop = self._stop or self._watch.add(step, entry["grad_norm"], entry["skipped"] > 0)
@@ -261,7 +236,7 @@ class Loop:
                 f"step {step}: skipped, its loss is {entry['loss']:.4g} and its gradient norm {entry['grad_norm']:.4g}"
             )
         if step % run.log_every == 0 or step in (1, run.steps):
-            self._say(progress_line(entry, run.steps))
+            self._say(progress_line(entry, run.steps, run.shown, run.unit))
 
     # between updates
 
@@ -300,9 +275,10 @@ class Loop:
 
     def _measure(self, evaluation: bool, export: bool) -> bool:
         """Evaluates and exports; False when a notice came and the run is saved without them."""
+        run = self._run
         if evaluation and self._evaluation is not None:
             begun = time.perf_counter()
-            entry = self._evaluation.measure(self._state.params, self._frozen, self._preemption)
+            entry = self._evaluation(self._state, self._preemption)
             if entry is None:
                 self._save()
                 return False
@@ -310,15 +286,12 @@ class Loop:
             if self._first:
                 self._evaluations.write({"step": self._step, **entry, "seconds": seconds})
                 self._board.write("held_out", {"step": self._step, **entry})
-            self._say(
-                f"step {self._step}: held-out loss {entry['loss']:.4f} (text {entry['text_loss']:.4f}, audio "
-                f"{entry['audio_loss']:.4f}), {duration(seconds)}"
-            )
+            self._say(f"step {self._step}: held-out {losses(entry, run.shown)}, {duration(seconds)}")
         if export:
             if self._preemption.asked:  # a large export takes longer than a notice leaves
                 self._save()
                 return False
-            export_system(self._run, self.config, self._state.params, self._frozen, self._export_folder(), self._say)
+            self._task.export(self._state, self._export_folder())
         return True
 
     def _export_folder(self) -> Path:
@@ -330,11 +303,10 @@ class Loop:
         begun = time.perf_counter()
         if self._first:
             self._metrics.sync()
-        record = describe(self.config, self._run, self._frozen_sum) | {
+        record = self._described() | {
             "step": self._step, "tokens": self._tokens, "data": self._data_state, "guard": self._watch.state()
         }  # fmt: skip
-        state = self._state
-        self._checkpoints.save(self._step, record, params=state.params, optimizer=(state.step, state.opt_state))
+        self._checkpoints.save_state(self._step, record, self._state)
         self._saved = self._step
         self._saving += time.perf_counter() - begun
 
@@ -375,10 +347,6 @@ def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return fields
-
-
-def _placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _silent(line: str) -> None:

@@ -134,15 +134,28 @@ def memory_gib() -> float:
     return peak / GIB
 
 
-def progress_line(entry: Mapping[str, Any], steps: int) -> str:
-    """What a person reads of a step."""
+def losses(entry: Mapping[str, Any], shown: Sequence[str] = ("text_loss", "audio_loss")) -> str:
+    """What a person reads of the losses: "loss 2.0000 (text 1.5000, audio 0.5000)"."""
+    parts = [f"{name.removesuffix('_loss')} {entry[name]:.4f}" for name in shown if name in entry]
+    return f"loss {entry['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def progress_line(
+    entry: Mapping[str, Any], steps: int, shown: Sequence[str] = ("text_loss", "audio_loss"), unit: str = "tokens"
+) -> str:
+    """What a person reads of a step.
+
+    Args:
+        shown: the metrics that stand beside the loss, as far as there are any.
+        unit: of what the throughput counts.
+    """
     left = (steps - entry["step"]) * entry["step_seconds"]
     words = [
         f"step {entry['step']}/{steps}",
-        f"loss {entry['loss']:.4f} (text {entry['text_loss']:.4f}, audio {entry.get('audio_loss', 0):.4f})",
+        losses(entry, shown),
         f"grad {entry['grad_norm']:.3g}",
         f"lr {entry['learning_rate']:.2e}",
-        f"{_short(entry['tokens_per_second'])} tokens/s",
+        f"{_short(entry['tokens_per_second'])} {unit}/s",
         f"{duration(entry['step_seconds'])} a step",
         f"data {100 * entry['data_share']:.1f}%",
     ]

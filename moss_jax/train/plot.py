@@ -8,17 +8,16 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_file
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
-from moss_jax.train.losses import CHANNELS
 from moss_jax.train.metrics import EVALUATIONS_FILE, METRICS_FILE, read_entries
-from moss_jax.train.run import RUN_FILE
+from moss_jax.train.run import run_class, values_in
 
 FORMATS = (".png", ".svg", ".pdf")
 SMOOTH = 50  # the bold line is a mean over a window of 1 / SMOOTH of the steps
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Draws text and audio loss over the steps, a column a run, held-out losses as points.
+    """Draws the losses that a run shows (text and audio of a language model) over the steps, a column a run, held-out
+    losses as points.
 
     Raises:
         MossError: a folder is not that of a run, or has no metrics; the output has another ending or cannot be written.
@@ -27,8 +26,8 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     if output.suffix not in FORMATS:
         raise MossError(f"{output}: ends in {output.suffix!r}, expected one of {', '.join(FORMATS)}")
     runs = [
-        (_titled(Path(folder)), read_entries(Path(folder) / METRICS_FILE), _held_out(Path(folder)))
-        for folder in folders
+        (values_in(folder), read_entries(Path(folder) / METRICS_FILE), _held_out(Path(folder)))
+        for folder in map(Path, folders)
     ]
     for folder, (_, steps, _) in zip(folders, runs, strict=True):
         if not steps:
@@ -39,12 +38,14 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(runs), figsize=(1 + 4.5 * len(runs), 4), squeeze=False, sharey=True)
-    for axis, (title, steps, held_out) in zip(axes[0], runs, strict=True):
-        for channel, color in zip(CHANNELS, ("tab:blue", "tab:orange"), strict=True):
-            _draw(axis, steps, held_out, channel, color)
-        axis.set(title=title, xlabel="step")
+    kinds = {values["kind"]: run_class(values["kind"]) for values, _, _ in runs}
+    for axis, (values, steps, held_out) in zip(axes[0], runs, strict=True):
+        shown = [name for name in kinds[values["kind"]].shown if name.endswith("_loss")]
+        for place, name in enumerate(shown):
+            _draw(axis, steps, held_out, name.removesuffix("_loss"), f"C{place}")
+        axis.set(title=_title(values), xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss, nats per token")
+    axes[0][0].set_ylabel("loss, nats per token" if set(kinds) == {"language_model"} else "loss")
     named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0][0].legend(named.values(), named.keys())
     figure.tight_layout()
@@ -54,7 +55,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, color: str) -> None:
-    points = [(entry["step"], float(entry[f"{channel}_loss"])) for entry in steps if entry.get(f"{channel}_count")]
+    points = [(entry["step"], float(entry[f"{channel}_loss"])) for entry in steps if _counts(entry, channel)]
     if not points:
         return
     x, y = np.asarray(points).T
@@ -62,17 +63,19 @@ def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, colo
     width = max(1, len(y) // SMOOTH)
     smooth = np.convolve(y, np.ones(width) / width, "valid")
     axis.plot(x[width - 1 :], smooth, color=color, label=channel)
-    points = [(entry["step"], entry[f"{channel}_loss"]) for entry in held_out if entry[f"{channel}_loss"]]
+    points = [(entry["step"], entry[f"{channel}_loss"]) for entry in held_out if entry.get(f"{channel}_loss")]
     if points:
         axis.plot(*np.asarray(points).T, "o", color=color, markersize=4, label=f"{channel}, held out")
 
 
-def _titled(folder: Path) -> str:
-    path = folder / RUN_FILE
-    if not path.is_file():
-        raise MossError(f"{folder}: no {RUN_FILE} in it, expected the folder of a run")
-    run = read_json(path)
-    return f"{run.get('name')} ({(run.get('stage') or {}).get('name')})"
+def _counts(entry: dict, channel: str) -> bool:
+    """Whether a step has this loss: a language model's may have had no target of the channel."""
+    return bool(entry.get(f"{channel}_count", f"{channel}_loss" in entry))
+
+
+def _title(values: dict[str, Any]) -> str:
+    stage = (values.get("stage") or {}).get("name")
+    return f"{values.get('name')} ({stage})" if stage else f"{values.get('name')}"
 
 
 def _held_out(folder: Path) -> list[dict]:

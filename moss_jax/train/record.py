@@ -10,30 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.errors import MossError
-from moss_jax.nn.config import write_config
-from moss_jax.train.run import Run
-from moss_jax.transformer import TransformerConfig
 
-COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the model that change how, not what
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-
-def describe(config: TransformerConfig, run: Run, frozen: int) -> dict[str, Any]:
-    """What must be the same when a run goes on; `frozen` is the `fingerprint` of the frozen parameters."""
-    architecture = {name: value for name, value in write_config(config).items() if name not in COMPUTE}
-    return {"architecture": architecture, "stage": write_config(run.stage), "frozen": frozen}
 
 
 def check_record(
     found: Mapping[str, Any], expected: Mapping[str, Any], where: Path, say: Callable[[str], None]
 ) -> None:
-    """Raises MossError when a checkpoint is of another architecture or stage; says when frozen weights are others."""
-    for part, what in (("architecture", "of another architecture"), ("stage", "of another stage")):
-        have, want = found.get(part) or {}, expected[part]
+    """Raises MossError when a checkpoint is of another architecture, stage or whatever else `expected` has (a
+    `Task.described` and the `fingerprint` of the frozen parameters); says when frozen weights are others."""
+    for part, want in expected.items():
+        if part == "frozen":
+            continue
+        have = found.get(part) or {}
         names = [name for name in want if have.get(name) != want[name] and not name.endswith("_weight")]
         if names:
             differs = [f"{name} is {have.get(name)!r}, this run's is {want[name]!r}" for name in names]
-            told = f"{where}: {what} ({differs[0]}); give the run another folder, or the same {part}"
+            told = f"{where}: of another {part} ({differs[0]}); give the run another folder, or the same {part}"
             raise MossError("\n  ".join([told, *differs[1:]]))
     if found.get("frozen") != expected["frozen"]:
         say(f"note: {where} was trained beside other frozen weights: init, or how they are held, is not what it was")

@@ -6,16 +6,19 @@ kept as JSON in its folder: an export needs no config.
 
 import ast
 import dataclasses
+import importlib
 import json
 import math
 import runpy
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jax.sharding import Mesh
 
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
@@ -25,7 +28,10 @@ from moss_jax.train.stages import Stage
 from moss_jax.transformer import TransformerConfig
 from moss_jax.transformer.config import ATTENTION, DTYPES, REMAT
 
-RUN_FILE = "run.json"
+if TYPE_CHECKING:
+    from moss_jax.train.task import Task
+
+RUN_FILE, EXPORTS = "run.json", "exports"  # in the folder of a run
 ACTIONS = ("skip", "stop")
 
 
@@ -74,39 +80,30 @@ class Guard:
         _require(self.window >= 2 and self.most >= 1, "guard.window and guard.most: expected at least 2 and 1")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of training. Paths are relative to where the command runs."""
+@dataclass(frozen=True, kw_only=True)
+class BaseRun:
+    """What every run has, whatever it trains. Paths are relative to where the command runs."""
+
+    kind: ClassVar[str]  # a key of KINDS; stands in run.json
+    shown: ClassVar[tuple[str, ...]] = ()  # metrics that people read beside the loss; those in _loss are plotted
+    unit: ClassVar[str] = "tokens"  # of the throughput
 
     name: str  # in tables, plots and on Weights & Biases
     folder: str  # gets checkpoints, metrics and exports
-    init: str  # a Qwen3, released or system folder, an earlier run's folder (its last export), or "random"
-    stage: Stage
     optimizer: OptimizerConfig
-    data: Mixture
-    context: int  # rows of a sequence
     batch_size: int  # sequences of a step, over all devices and accumulation
     steps: int  # updates of the whole run
-    model: TransformerConfig | None = None  # None: the sizes of `init`
-    split: int | None = None  # layers of each branch when `init` is a Qwen3; None: a ninth of its depth
-    held_out: Mixture | None = None  # what the evaluation reads
-    workers: int = 0  # processes that read and pack ahead; 0: threads
-    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    workers: int = 0  # processes that read ahead; 0: threads
     mesh: MeshSizes = MeshSizes()
     seed: int = 0  # of new weights
     dtype: str = "bfloat16"  # of activations
-    frozen_dtype: str | None = "bfloat16"  # of parameters that do not train; None: as `init` has them
-    remat: str = "full"  # what the backward pass recomputes: "none", "dots" or "full"
-    attention: str = "auto"  # how attention is computed; "auto": by backend
     guard: Guard = Guard()
     save_every: int = 500  # steps; the last one is saved as well
     keep: int = 3  # newest checkpoints that stay
     evaluate_every: int = 0  # steps; 0: only at the end
     evaluate_batches: int = 8
     export_every: int = 0  # steps; 0: only at the end
-    export_dtype: str | None = None  # of trained parameters in an export; None: as the frozen ones, else as dtype
-    system: str | None = None  # whose codec, text tokenizer and voices an export gets; None: those of `init`. Beside a
-    # Qwen3 it also says how many speech codes there are
+    export_dtype: str | None = None  # of trained parameters in an export; None: see the run
     log_every: int = 10  # steps between two progress lines; metrics.jsonl gets every step
     tensorboard: bool = False
     wandb: str | None = None  # project on Weights & Biases
@@ -114,29 +111,82 @@ class Run:
     peak_tflops: float | None = None  # of one device at `dtype`, for the MFU; None: known kinds of devices
 
     def __post_init__(self):
-        for name in ("context", "batch_size", "steps", "accumulate", "save_every", "evaluate_batches", "log_every"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, f"{name} is {value!r}, expected a whole number above 0")
-        for name in ("evaluate_every", "export_every", "seed", "workers"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, f"{name} is {value!r}, expected a whole number, 0 or above")
+        self._check_whole(1, "batch_size", "steps", "save_every", "evaluate_batches", "log_every")
+        self._check_whole(0, "evaluate_every", "export_every", "seed", "workers")
+        self._check_known(dtype=DTYPES, export_dtype=(*DTYPES, None))
         _require(self.keep >= 2, f"keep is {self.keep}, expected at least 2: one checkpoint may turn out to be damaged")
+        if self.profile is not None:
+            first, last = self.profile
+            _require(1 <= first <= last, f"profile is {self.profile}, expected the first and the last step of it")
+        _require(bool(self.folder), "folder is empty")
+
+    def _check_whole(self, least: int, *names: str) -> None:
+        expected = "a whole number above 0" if least else "a whole number, 0 or above"
+        for name in names:
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= least, f"{name} is {value!r}, expected {expected}")
+
+    def _check_known(self, **known: tuple[str | None, ...]) -> None:
+        for name, values in known.items():
+            value = getattr(self, name)
+            _require(value in values, f"{name} is {value!r}, expected one of {', '.join(map(str, values))}")
+
+    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+        """What the loop trains; see `moss_jax.train.task`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(BaseRun):
+    """One run of a language model's training."""
+
+    kind: ClassVar[str] = "language_model"
+    shown: ClassVar[tuple[str, ...]] = ("text_loss", "audio_loss")
+
+    init: str  # a Qwen3, released or system folder, an earlier run's folder (its last export), or "random"
+    stage: Stage
+    data: Mixture
+    context: int  # rows of a sequence
+    model: TransformerConfig | None = None  # None: the sizes of `init`
+    split: int | None = None  # layers of each branch when `init` is a Qwen3; None: a ninth of its depth
+    held_out: Mixture | None = None  # what the evaluation reads
+    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    frozen_dtype: str | None = "bfloat16"  # of parameters that do not train; None: as `init` has them
+    remat: str = "full"  # what the backward pass recomputes: "none", "dots" or "full"
+    attention: str = "auto"  # how attention is computed; "auto": by backend
+    export_dtype: str | None = None  # of trained parameters in an export; None: as the frozen ones, else as dtype
+    system: str | None = None  # whose codec, text tokenizer and voices an export gets; None: those of `init`. Beside a
+    # Qwen3 it also says how many speech codes there are
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_whole(1, "context", "accumulate")
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} does not divide into {self.accumulate} parts (accumulate)",
         )
-        for name, known in (("dtype", DTYPES), ("frozen_dtype", (*DTYPES, None)), ("export_dtype", (*DTYPES, None)),
-                            ("remat", REMAT), ("attention", ATTENTION)):  # fmt: skip
-            value = getattr(self, name)
-            _require(value in known, f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
-        if self.profile is not None:
-            first, last = self.profile
-            _require(1 <= first <= last, f"profile is {self.profile}, expected the first and the last step of it")
-        for name in ("folder", "init"):
-            _require(bool(getattr(self, name)), f"{name} is empty")
+        self._check_known(frozen_dtype=(*DTYPES, None), remat=REMAT, attention=ATTENTION)
+        _require(bool(self.init), "init is empty")
+
+    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+        from moss_jax.train.language_model import LanguageModel
+
+        return LanguageModel(self, mesh, say)
 
 
-def load_run(config: str | Path, assignments: Sequence[str] = ()) -> Run:
+# kind -> where its run is; a run.json without a kind is a language model's
+KINDS = {Run.kind: "moss_jax.train.run:Run"}
+
+
+def run_class(kind: str) -> type[BaseRun]:
+    """The run of a kind. Raises MossError when there is no such kind."""
+    if kind not in KINDS:
+        raise MossError(f"run: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_run(config: str | Path, assignments: Sequence[str] = ()) -> BaseRun:
     """The run of a config file, with `name=value` assignments applied. Raises MossError in one line."""
     path = Path(config)
     if not path.is_file():
@@ -149,13 +199,13 @@ def load_run(config: str | Path, assignments: Sequence[str] = ()) -> Run:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
         raise MossError(f"{path} line {line}: {type(error).__name__}: {error}") from error
-    if not isinstance(run, Run):
+    if not isinstance(run, BaseRun):
         found = "nothing" if run is None else type(run).__name__
-        raise MossError(f"{path}: sets RUN to {found}, expected a moss_jax.train.run.Run")
+        raise MossError(f"{path}: sets RUN to {found}, expected a moss_jax.train.run.Run or another run")
     return override(run, assignments)
 
 
-def override(run: Run, assignments: Sequence[str]) -> Run:
+def override(run: BaseRun, assignments: Sequence[str]) -> BaseRun:
     """The run with fields changed: "steps=100", "optimizer.learning_rate=1e-4", "data.seed=1".
 
     Values are read as their field's type: numbers, true, false, none, plain strings; lists and dictionaries as Python
@@ -170,30 +220,40 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise MossError(f"--set {assignment}: expected name=value")
-        _assign(values, name.strip(), text.strip())
+        _assign(type(run), values, name.strip(), text.strip())
     names = {assignment.partition("=")[0].strip() for assignment in assignments}
     follows = run.steps == run.optimizer.total_steps and "optimizer.total_steps" not in names
     if "steps" in names and follows and isinstance(values["steps"], int):
         values["optimizer"]["total_steps"] = values["steps"]
-    return read_config(Run, values, "--set") if assignments else run
+    return read_config(type(run), values, "--set") if assignments else run
 
 
-def read_run(folder: str | Path) -> Run:
-    """The run that was made in a folder."""
+def values_in(folder: str | Path) -> dict[str, Any]:
+    """The JSON of the run that was made in a folder, its kind included."""
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise MossError(f"{folder}: no {RUN_FILE} in it, expected the folder of a run")
-    return read_config(Run, read_json(path), str(path))
+    return {"kind": Run.kind, **read_json(path)}
 
 
-def run_text(run: Run) -> str:
+def read_run(folder: str | Path) -> BaseRun:
+    """The run that was made in a folder."""
+    values = values_in(folder)
+    return read_config(run_class(values.pop("kind")), values, str(Path(folder) / RUN_FILE))
+
+
+def run_values(run: BaseRun) -> dict[str, Any]:
+    """The run as a JSON object: its kind and its fields."""
+    return {"kind": run.kind, **write_config(run)}
+
+
+def run_text(run: BaseRun) -> str:
     """The run as JSON."""
-    return json.dumps(write_config(run), indent=2) + "\n"
+    return json.dumps(run_values(run), indent=2) + "\n"
 
 
-def _assign(values: dict[str, Any], name: str, text: str) -> None:
+def _assign(cls: Any, values: dict[str, Any], name: str, text: str) -> None:
     *parents, leaf = name.split(".")
-    cls: Any = Run
     for i, parent in enumerate(parents):
         where = ".".join(parents[: i + 1])
         cls = _dataclass_of(_hint(cls, parent, where, name))
@@ -206,10 +266,10 @@ def _assign(values: dict[str, Any], name: str, text: str) -> None:
 
 
 def _hint(cls: type, key: str, where: str, name: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    if key not in hints:
-        raise MossError(f"--set {name}: no field {where!r}, expected one of {', '.join(hints)}")
-    return hints[key]
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if key not in fields:
+        raise MossError(f"--set {name}: no field {where!r}, expected one of {', '.join(fields)}")
+    return typing.get_type_hints(cls)[key]
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

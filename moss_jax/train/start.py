@@ -11,10 +11,9 @@ from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.initial import initial_split
-from moss_jax.train.run import RUN_FILE, Run
+from moss_jax.train.run import EXPORTS, RUN_FILE, Run
 from moss_jax.transformer import TransformerConfig
 
-EXPORTS = "exports"
 Say = Callable[[str], None]
 Flat = dict[str, jax.Array]
 

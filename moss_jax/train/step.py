@@ -2,7 +2,7 @@
 
     trainable, frozen = split_params(params, stage)
     step = make_step(config, stage, optimizer, mesh=mesh)
-    state = init_state(trainable, optimizer)
+    state = init_state(trainable, optimizer)  # of moss_jax.train.state
     with jax.set_mesh(mesh):
         state, metrics = step(state, frozen, batch)
 
@@ -11,12 +11,9 @@ forward pass runs in `config.dtype`, norms' statistics, softmax, losses, gradien
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,8 +22,9 @@ from moss_jax.nn.tree import unflatten
 from moss_jax.sharding import constrain, fitting, shardings_for
 from moss_jax.train.lora import is_adapter, scaled
 from moss_jax.train.losses import CHANNELS, channel_sums, mean, next_rows, token_nll
-from moss_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
+from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import Stage, stage_axes, stage_shapes
+from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 from moss_jax.transformer import LayerSplitModel, TransformerConfig
 from moss_jax.transformer.model import Block, RMSNorm
 
@@ -39,29 +37,6 @@ BATCH_AXES = {
     "loss_weights": ("batch", "length", None),
     "source": ("batch", "length"),
 }
-
-
-@struct.dataclass
-class TrainState:
-    """What a step changes. `step` counts batches; skipped ones count too, but not in the optimizer's own count."""
-
-    step: jax.Array  # int32
-    params: Flat  # float32, the trainable parameters only
-    opt_state: Any
-
-
-def init_state(trainable: Flat, optimizer: OptimizerConfig) -> TrainState:
-    """The state before the first step; moments lie where their parameters lie.
-
-    The arrays are handed over: the first step takes their memory.
-    """
-    transformation, meshes = make_optimizer(optimizer), {getattr(x.sharding, "mesh", None) for x in trainable.values()}
-    mesh, shardings = meshes.pop(), None
-    if mesh is not None:
-        placed = {path: x.sharding for path, x in trainable.items()}
-        shardings = _moments(transformation, trainable, placed, NamedSharding(mesh, P()))
-    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
-    return TrainState(step, dict(trainable), jax.jit(transformation.init, out_shardings=shardings)(dict(trainable)))
 
 
 def hidden(
@@ -179,7 +154,6 @@ def make_step(
         unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth;
             see `unrolled`.
     """
-    update = make_optimizer(optimizer)
 
     def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], limit=jnp.inf):
         with jax.named_scope("gradient"):
@@ -187,20 +161,8 @@ def make_step(
                 config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
             )
         with jax.named_scope("update"):
-            norm = jnp.sqrt(sum(jnp.square(x).sum() for x in grads.values()))
-            limits = jnp.broadcast_to(jnp.asarray(limit, jnp.float32), (2,))
-            loss = metrics["loss"]
-            good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
-            updates, opt_state = update.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-            )
-        rate = learning_rate(optimizer)(updates_made(state.opt_state))
-        metrics |= {
-            "grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - good.astype(jnp.float32)
-        }  # fmt: skip
-        return TrainState(state.step + 1, params, opt_state), metrics
+            state, told = updated(state, grads, metrics["loss"], limit, optimizer)
+        return state, metrics | told
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -226,19 +188,8 @@ def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1)
 
 def state_shardings(config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
     """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
-    params, everywhere = trainable_shardings(config, stage, mesh), NamedSharding(mesh, P())
-    shapes, _ = stage_shapes(config, stage)
-    return TrainState(everywhere, params, _moments(make_optimizer(optimizer), shapes, params, everywhere))
-
-
-def _moments(transformation, shapes, params: Mapping[str, NamedSharding], everywhere: NamedSharding):
-    """An optimizer state of shardings: what belongs to a parameter lies as it does."""
-
-    def place(path, _):
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return params[keys[0]] if keys else everywhere
-
-    return jax.tree.map_with_path(place, jax.eval_shape(transformation.init, dict(shapes)))
+    shapes = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), stage_shapes(config, stage)[0])
+    return shardings_of(shapes, trainable_shardings(config, stage, mesh), mesh)
 
 
 def trainable_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -12,7 +12,7 @@ import pytest
 
 from moss_jax.checkpoint import open_tensors
 from moss_jax.errors import MossError
-from moss_jax.train import export, loop
+from moss_jax.train import export, language_model, loop
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.run import Guard, load_run, override
 from moss_jax.train.stages import STAGE_1
@@ -85,8 +85,10 @@ def test_what_a_run_leaves(whole):
 
 def test_a_run_compiles_its_step_once(run, monkeypatch):
     steps = []
-    make = loop.make_step
-    monkeypatch.setattr(loop, "make_step", lambda *args, **options: steps.append(make(*args, **options)) or steps[-1])
+    make = language_model.make_step
+    monkeypatch.setattr(
+        language_model, "make_step", lambda *args, **options: steps.append(make(*args, **options)) or steps[-1]
+    )
     assert train(run)[0] == loop.DONE
     assert train(override(run, ["steps=16"]))[0] == loop.DONE  # goes on from a checkpoint
     assert [step._cache_size() for step in steps] == [1, 1]
@@ -94,7 +96,7 @@ def test_a_run_compiles_its_step_once(run, monkeypatch):
 
 def test_the_next_step_is_under_way_before_metrics_are_fetched(run, monkeypatch):
     """But where the run pauses: at steps 4, 8 and 12."""
-    events, make, fetch = [], loop.make_step, jax.device_get
+    events, make, fetch = [], language_model.make_step, jax.device_get
 
     def made(*args, **options):
         step = make(*args, **options)
@@ -105,7 +107,7 @@ def test_the_next_step_is_under_way_before_metrics_are_fetched(run, monkeypatch)
 
         return logged
 
-    monkeypatch.setattr(loop, "make_step", made)
+    monkeypatch.setattr(language_model, "make_step", made)
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
     assert train(replace(run, held_out=None))[0] == loop.DONE
     begin = events.index("step")
@@ -148,11 +150,11 @@ def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, mo
         raise RuntimeError("the machine went away")
 
     with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
-        patch.setattr(loop.Evaluation, "measure", broken)
+        patch.setattr(language_model.Evaluation, "measure", broken)
         train(run)
     assert entries(run)[-1]["step"] == 4 and not entries(run, "evaluations.jsonl")
     with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
-        patch.setattr(loop, "export_system", broken)
+        patch.setattr(language_model, "export_system", broken)
         train(run)
     tiny.Path(run.folder, "exports/.12.new.part").mkdir(parents=True)
     assert [entry["step"] for entry in entries(run, "evaluations.jsonl")] == [4, 8, 12]
@@ -200,7 +202,7 @@ def test_the_guard_stops_a_run(run, monkeypatch, guard, last):
 def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
     run = replace(run, stage=STAGE_1, frozen_dtype="bfloat16", export_dtype="float32")
     kept = {}
-    split = loop.starting_parameters
+    split = language_model.starting_parameters
 
     def remember(*args):
         config, trainable, frozen = split(*args)
@@ -208,7 +210,7 @@ def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
         return config, trainable, frozen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "starting_parameters", remember)
+        patch.setattr(language_model, "starting_parameters", remember)
         assert train(run)[0] == loop.DONE
     assert kept and not any(path.startswith("audio/") for path in kept)
     by_verb = tmp_path / "system"

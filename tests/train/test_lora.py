@@ -9,7 +9,8 @@ from moss_jax.nn.tree import flatten
 from moss_jax.train.lora import Lora
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_2, Stage, join_params, split_params, stage_axes, stage_shapes, with_lora
-from moss_jax.train.step import init_state, make_eval_step, make_step
+from moss_jax.train.state import init_state
+from moss_jax.train.step import make_eval_step, make_step
 from moss_jax.transformer import MOSS_SPEECH_8B
 from tests.train.small import SMALL, random_batch, random_params
 

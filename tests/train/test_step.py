@@ -11,7 +11,8 @@ from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.stages import LAYERWISE, SHARED_ONLY, STAGE_1, STAGE_2, split_params, stage_shapes
-from moss_jax.train.step import TrainState, gradients, init_state, make_eval_step, make_step
+from moss_jax.train.state import TrainState, init_state
+from moss_jax.train.step import gradients, make_eval_step, make_step
 from moss_jax.transformer import LayerSplitModel
 from moss_jax.transformer.model import Block
 from tests.train.small import SMALL, random_batch, random_params

@@ -21,7 +21,8 @@ from moss_jax.train.initial import initial_split
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_1, STAGE_2, Stage, join_params
-from moss_jax.train.step import init_state, make_step, unrolled
+from moss_jax.train.state import init_state
+from moss_jax.train.step import make_step, unrolled
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY, TransformerConfig
 
 SIZES = {

@@ -18,7 +18,8 @@ from moss_jax.tools.parity.transformer import split_params as golden_params
 from moss_jax.train.losses import CHANNELS
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_1, STAGE_2, split_params
-from moss_jax.train.step import batch_nll, gradients, init_state, make_eval_step, make_step
+from moss_jax.train.state import init_state
+from moss_jax.train.step import batch_nll, gradients, make_eval_step, make_step
 from moss_jax.transformer import TransformerConfig
 
 IGNORED = -100  # label of an entry that does not count
