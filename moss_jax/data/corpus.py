@@ -29,7 +29,7 @@ ANSWERS = "en-us+klatt3"  # the voice that answers
 FACTS = (1, 4)  # fewest and most in one recording
 NUMBERS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Egypt": "Cairo", "Japan": "Tokyo",
@@ -105,8 +105,8 @@ def make_corpus(
         (part / "wav").mkdir()
         written = [{"text": fact.statement} for fact in known]
         written += [{"text": f"{fact.question(i)} {fact.answer}"} for fact in known for i in range(2)]
-        _manifest(part / "text.jsonl", written)
-        _manifest(part / "text-valid.jsonl", [{"text": f"{fact.question(-1)} {fact.answer}"} for fact in known])
+        write_manifest(part / "text.jsonl", written)
+        write_manifest(part / "text-valid.jsonl", [{"text": f"{fact.question(-1)} {fact.answer}"} for fact in known])
         spoken, chats, valid = [], [], []
         for i in range(utterances):
             fact = draw.choice(known)
@@ -117,15 +117,15 @@ def make_corpus(
             (valid if held else chats).append({"turns": turns})
             if progress is not None:
                 progress(i + 1, utterances)
-        _manifest(part / "speech.jsonl", spoken)
-        _manifest(part / "chat.jsonl", chats or valid)
-        _manifest(part / "chat-valid.jsonl", valid)
+        write_manifest(part / "speech.jsonl", spoken)
+        write_manifest(part / "chat.jsonl", chats or valid)
+        write_manifest(part / "chat-valid.jsonl", valid)
         if recordings:
-            _manifest(part / "recordings.jsonl", list(_copied(part, recordings)))
+            write_manifest(part / "recordings.jsonl", list(_copied(part, recordings)))
         draw = random.Random(f"evaluation {seed}")  # of its own, so that what is trained on stays the same
         questions = list(_questions(part, known, max(2, utterances // 10), draw))
-        _manifest(part / "questions-valid.jsonl", questions)
-        _manifest(part / "pairs-valid.jsonl", list(_pairs(part, known, questions, draw)))
+        write_manifest(part / "questions-valid.jsonl", questions)
+        write_manifest(part / "pairs-valid.jsonl", list(_pairs(part, known, questions, draw)))
 
 
 def _questions(part: Path, known: Sequence[Fact], spoken: int, draw: random.Random) -> Iterator[dict]:
@@ -186,5 +186,5 @@ def _copied(part: Path, recordings: Sequence[str | Path]) -> Iterator[dict]:
         yield {"audio": place}
 
 
-def _manifest(path: Path, lines: Sequence[dict]) -> None:
+def write_manifest(path: Path, lines: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,361 @@
+"""Nano's corpus, made from nothing with espeak-ng: manifests and sound for every step of the recipe.
+
+    CORPUS/tokenizer.jsonl, tokenizer-valid.jsonl   speech tokenizer: all voices, sound with text and word times
+           decoder.jsonl, decoder-valid.jsonl       decoder: the answering voice, 24 kHz
+           text.jsonl, text-valid.jsonl             facts as statements, and questions with their answers
+           interleaved.jsonl                        several facts in a row with word times; answering and asking voices
+           asr.jsonl, tts.jsonl                     questions and answers to write down; answers to say
+           chat.jsonl, chat-valid.jsonl             questions and answers, spoken and written, all four ways; two turns
+           text_tokenizer.json                      a text tokenizer of the domain's words
+           about.json                               what was asked for, hours and counts
+
+Every manifest is in the order of a draw, so that its first lines are a fair sample. What `domain` keeps for tests is in
+none of them: no reserved voice, no reserved phrasing, no question that is kept. Of the answers that are kept the LM's
+manifests hold the sound, tokenizer.jsonl and decoder.jsonl do not.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moss_jax.audio.wave import resample, save_audio
+from moss_jax.checkpoint import write_text
+from moss_jax.data.corpus import write_manifest
+from moss_jax.data.espeak import speak
+from moss_jax.data.nano import domain
+from moss_jax.data.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
+from moss_jax.dialogue.byte_level import byte_level, learn_merges
+from moss_jax.dialogue.conversation import SYSTEM
+from moss_jax.errors import MossError
+
+RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
+CHUNK = 100  # utterances that are made, and made again when interrupted, together
+# Spoken questions of each kind, at scale 1.
+AMOUNTS = {
+    "sum": 2200, "difference": 2200, "greater": 500, "less": 500, "digits": 2000, "capital": 500, "colour": 400,
+    "greeting": 80, "wellbeing": 80, "thanks": 80, "goodbye": 80, "name": 80,
+}  # fmt: skip
+DIALOGUES, DOCUMENTS, EXTRAS = 1600, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
+VALID = 0.03  # of what is drawn is for the valid manifests
+WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
+# Fields of the transformer's config that this text tokenizer wants.
+TEXT_IDS = {
+    "text_vocab_size": 800, "endoftext_id": 768, "im_start_id": 769, "im_end_id": 770, "sosp_id": 771,
+    "modality_pad_id": 792,
+}  # fmt: skip
+Said = dict[str, object]  # a line of a manifest: audio, text, words
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What is to be said, by whom, and as what: a key of RATES."""
+
+    text: str
+    voice: str
+    words_per_minute: int
+    pitch: int
+    use: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A question with its answer, and perhaps a second turn; places are in the plan's utterances."""
+
+    question: Question
+    asked: int
+    second: FollowUp | None = None
+    asked_second: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a corpus holds, before anything is said; a function of seed and scale alone."""
+
+    utterances: list[Utterance]
+    answers: dict[str, int]  # text -> place; every answer of the domain
+    extras: list[int]  # the answering voice saying what is no answer
+    singles: list[Dialogue]
+    doubles: list[Dialogue]
+    documents: list[int]
+    valid: int  # so many of the first singles and doubles (each), extras and documents are for the valid manifests
+
+
+def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
+    """What to say. At scale 1 about nine hours, of which one and a half are the answering voice."""
+    draw = random.Random(f"nano corpus {seed}")
+    utterances: list[Utterance] = []
+
+    def add(text: str, speaker: tuple[str, int, int], use: str) -> int:
+        utterances.append(Utterance(text, *speaker, use))
+        return len(utterances) - 1
+
+    def count(amount: int) -> int:
+        return max(2, round(amount * scale))
+
+    answers = {text: add(text, ANSWERS, "answer") for text in domain.answers()}
+    singles = [
+        Dialogue(question, add(question.text, domain.speaker(draw), "question"))
+        for kind, amount in AMOUNTS.items()
+        for question in _asked(kind, count(amount), draw)
+    ]
+    draw.shuffle(singles)
+    doubles = []
+    going_on = [dialogue for dialogue in singles if dialogue.question.fact.kind not in (*SOCIAL, "greater", "less")]
+    for first in draw.choices(going_on, k=count(DIALOGUES)):
+        second = draw.choice(list(domain.follow_ups(first.question.fact, reserved=False)))
+        speaker = _speaker(utterances[first.asked])
+        doubles.append(Dialogue(first.question, first.asked, second, add(second.text, speaker, "question")))
+    documents = []
+    for number in range(count(DOCUMENTS)):
+        facts = draw.sample(domain.facts(), draw.randint(2, 5))
+        if number % 2:  # somebody asks and answers
+            parts = [f"{_trained(fact, draw).text} {fact.answer}" for fact in facts[:3]]
+            documents.append(add(" ".join(parts), domain.speaker(draw), "question"))
+        else:
+            documents.append(add(" ".join(fact.answer for fact in facts), ANSWERS, "answer"))
+    extras = [add(text, ANSWERS, "answer") for text in _other_sentences(count(EXTRAS), draw)]
+    return Plan(utterances, answers, extras, singles, doubles, documents, max(1, round(VALID * len(singles))))
+
+
+def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
+    """So many questions of a kind; every fact as often as the others."""
+    facts = [fact for fact in domain.facts() if fact.kind == kind]
+    order: list[Fact] = []
+    while len(order) < amount:
+        order += draw.sample(facts, len(facts))
+    for fact in order[:amount]:
+        yield _trained(fact, draw)
+
+
+def _trained(fact: Fact, draw: random.Random) -> Question:
+    """A question about a fact that is not kept for tests."""
+    phrasings = [Question(fact, phrasing) for phrasing in range(len(PHRASINGS[fact.kind]) - 1)]
+    return draw.choice([question for question in phrasings if not question.kept])
+
+
+def _other_sentences(amount: int, draw: random.Random) -> list[str]:
+    """Sentences that are no answers, for the decoder: longer rows of digits, what is not so, questions."""
+    capitals, colours = domain.CAPITALS, domain.COLOURS
+    untrue = [
+        f"The capital of {x} is not {city}." for x in capitals for city in capitals.values() if city != capitals[x]
+    ]
+    untrue += [f"{x} is not {c}." for x in colours for c in dict.fromkeys(colours.values()) if c != colours[x]]
+    found: dict[str, None] = dict.fromkeys(draw.sample(untrue, min(len(untrue), amount // 4)))
+    while len(found) < amount:
+        digits = f"{' '.join(draw.choices(domain.NUMBERS, k=draw.randint(3, 7)))}."
+        found[draw.choice((digits, _trained(draw.choice(domain.facts()), draw).text))] = None
+    return [domain.sentence(text) for text in draw.sample(list(found), len(found))]
+
+
+def _speaker(utterance: Utterance) -> tuple[str, int, int]:
+    return utterance.voice, utterance.words_per_minute, utterance.pitch
+
+
+def make_nano_corpus(
+    folder: str | Path,
+    scale: float = 1.0,
+    seed: int = 0,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the corpus. Until it is whole it lies in FOLDER.part, where the same command goes on after it was stopped.
+
+    Args:
+        folder: must not exist.
+        scale: how much is said, of the released recipe's amounts; the answers are said all at any scale.
+        processes: that speak side by side; None for one a core.
+        progress: called with how many utterances are there, and of how many.
+
+    Raises:
+        MossError: espeak-ng is missing, the folder exists, FOLDER.part is of another seed or scale, or the place cannot
+            be written.
+    """
+    folder = Path(folder)
+    if not 0 < scale <= 100:
+        raise MossError(f"scale is {scale:g}, expected a number above 0, at most 100")
+    if folder.exists():
+        raise MossError(f"{folder}: is there already, expected a new folder")
+    plan, part = make_plan(seed, scale), folder.with_name(folder.name + ".part")
+    _begin(part, {"seed": seed, "scale": scale, "utterances": len(plan.utterances)})
+    said = _say_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
+    _write_manifests(part, plan, said, random.Random(f"nano manifests {seed}"))
+    write_text(part / "text_tokenizer.json", text_tokenizer(plan))
+    for journal in part.glob("wav/*/said.jsonl"):
+        journal.unlink()
+    os.rename(part, folder)
+
+
+def _begin(part: Path, about: dict) -> None:
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MossError(f"{part}: cannot be written ({error.strerror})") from error
+    path = part / "about.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if any(found.get(key) != value for key, value in about.items()):
+            raise MossError(f"{part}: is there already, of another seed or scale; remove it or choose another folder")
+    write_text(path, json.dumps(about, indent=1) + "\n")
+
+
+def _say_all(
+    part: Path, utterances: Sequence[Utterance], processes: int, progress: Callable[[int, int], None] | None
+) -> list[Said]:
+    """The lines of all utterances; chunks that were made before are read."""
+    chunks = [range(first, min(first + CHUNK, len(utterances))) for first in range(0, len(utterances), CHUNK)]
+    places = [f"wav/{number:04d}" for number in range(len(chunks))]
+    left = [i for i, place in enumerate(places) if not (part / place / "said.jsonl").exists()]
+    done = sum(len(chunk) for chunk in chunks) - sum(len(chunks[i]) for i in left)
+    if left:
+        # Each process has espeak-ng, which speaks with one voice at a time, to itself.
+        with ProcessPoolExecutor(min(processes, len(left)), multiprocessing.get_context("spawn")) as pool:
+            jobs = {
+                pool.submit(_say_chunk, part, places[i], [asdict(utterances[u]) for u in chunks[i]]): i for i in left
+            }
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    done += len(chunks[jobs[job]])
+                    if progress is not None:
+                        progress(done, len(utterances))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [
+        json.loads(line)
+        for place in places
+        for line in (part / place / "said.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def _say_chunk(part: Path, place: str, utterances: Sequence[dict]) -> None:
+    """Says some utterances into PART/PLACE; said.jsonl is there when all are."""
+    (part / place).mkdir(parents=True, exist_ok=True)
+    lines = [say(part, f"{place}/{i:02d}.wav", Utterance(**utterance)) for i, utterance in enumerate(utterances)]
+    write_text(part / place / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def say(folder: Path, place: str, utterance: Utterance) -> Said:
+    """Writes FOLDER/PLACE and returns its line of a manifest."""
+    wave, rate, words = speak(utterance.text, *_speaker(utterance))
+    own = RATES[utterance.use]
+    save_audio(folder / place, resample(wave, rate, own), own)
+    # Resampling may cost the last part of a sample's time.
+    return {"audio": place, "text": utterance.text, "words": [[word, round(a, 3), round(b, 3)] for word, a, b in words]}
+
+
+def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.Random) -> None:
+    valid = plan.valid
+    heard = [
+        text for text in plan.answers if not domain.kept_answer(text)
+    ]  # by the speech tokenizer and the decoder, in training
+    questions = [dialogue.asked for dialogue in plan.singles]
+    seconds = [dialogue.asked_second for dialogue in plan.doubles]
+    spoken = [plan.answers[text] for text in heard]
+
+    def write(name: str, places: Sequence[int]) -> None:
+        write_manifest(part / f"{name}.jsonl", [said[place] for place in draw.sample(places, len(places))])
+
+    write("tokenizer", [*questions[valid:], *seconds[valid:], *spoken, *plan.extras[valid:]])
+    write("tokenizer-valid", [*questions[:valid], *seconds[:valid]])
+    write("decoder", [*spoken, *plan.extras[valid:]])
+    write("decoder-valid", plan.extras[:valid])
+    write("interleaved", plan.documents)
+    write("asr", [*questions[valid:], *seconds[valid:], *plan.answers.values()])
+    write("tts", [*plan.answers.values(), *plan.extras])
+    for name, singles, doubles in (
+        ("chat", plan.singles[valid:], plan.doubles[valid:]),
+        ("chat-valid", plan.singles[:valid], plan.doubles[:valid]),
+    ):
+        lines = list(_chats(plan, said, singles, doubles, draw))
+        write_manifest(part / f"{name}.jsonl", draw.sample(lines, len(lines)))
+    texts = {name: list(lines) for name, lines in _texts(draw).items()}
+    for name, lines in texts.items():
+        write_manifest(part / f"{name}.jsonl", [{"text": text} for text in lines])
+    hours = {
+        name: round(sum(said[place]["words"][-1][2] for place in places) / 3600, 2)
+        for name, places in {
+            "questions": [*questions, *seconds], "answers": [*plan.answers.values(), *plan.extras],
+            "documents": plan.documents,
+        }.items()
+    }  # fmt: skip
+    about = json.loads((part / "about.json").read_text())
+    write_text(part / "about.json", json.dumps({**about, "hours": hours}, indent=1) + "\n")
+
+
+def _chats(
+    plan: Plan, said: Sequence[Said], singles: Sequence[Dialogue], doubles: Sequence[Dialogue], draw: random.Random
+) -> Iterator[dict]:
+    """Every spoken question with a spoken answer, and one of the other three ways as well; two turns as they come."""
+
+    def turn(role: str, spoken: bool, text: str, place: int) -> dict:
+        return {"role": role, **({"audio": said[place]["audio"]} if spoken else {"text": text})}
+
+    def turns(way: str, question: str, asked: int, answer: str) -> list[dict]:
+        return [
+            turn("user", way[0] == "s", question, asked),
+            turn("assistant", way[1] == "s", answer, plan.answers[answer]),
+        ]
+
+    def system(way: str) -> dict:
+        return {"role": "system", "text": SYSTEM["speech" if way[1] == "s" else "text"]}
+
+    for number, dialogue in enumerate(singles):
+        fact = dialogue.question.fact
+        for way in ("ss", WAYS[1:][number % 3]):
+            # A written question need not be the one that was spoken.
+            text = dialogue.question.text if way[0] == "s" else _trained(fact, draw).text
+            yield {"turns": [system(way), *turns(way, text, dialogue.asked, fact.answer)]}
+    for number, dialogue in enumerate(doubles):
+        first = "ss" if number % 2 else WAYS[number // 2 % 4]
+        second = first if number % 4 else first[0] + draw.choice("st")
+        fact = dialogue.question.fact
+        yield {
+            "turns": [
+                system(first),
+                *turns(first, dialogue.question.text, dialogue.asked, fact.answer),
+                *turns(second, dialogue.second.text, dialogue.asked_second, dialogue.second.answer),
+            ]
+        }
+
+
+def _texts(draw: random.Random) -> dict[str, list[str]]:
+    """What the text model reads: statements in a row, and questions with answers; each fact often."""
+    lines = []
+    for _ in range(3):
+        order = draw.sample(domain.facts(), len(domain.facts()))
+        while order:
+            several, order = order[:4], order[4:]
+            lines.append(" ".join(fact.answer for fact in several))
+    trained = [question for question in domain.questions() if not question.kept]
+    few = [question for question in trained if question.fact.kind not in ("digits", "greater", "less")]
+    many = draw.sample([q for q in trained if q.fact.kind in ("digits", "greater", "less")], 6000)
+    asked = [f"{question.text} {question.fact.answer}" for question in [*few, *many]]
+    draw.shuffle(asked)
+    draw.shuffle(lines)
+    held = len(asked) // 30
+    train = lines + asked[held:]
+    draw.shuffle(train)
+    return {"text": train, "text-valid": asked[:held]}
+
+
+def tokenizer_texts(plan: Plan) -> Iterator[str]:
+    """What the text tokenizer learns its words from."""
+    for text in (*plan.answers, *SYSTEM.values(), "user", "assistant", "system"):
+        yield from [text] * 3
+    for question in domain.questions():
+        if not question.kept:
+            yield question.text
+    for phrasings in FOLLOW_UPS.values():
+        yield from (phrasing.format("one") for phrasing in phrasings[:RESERVED])
+
+
+def text_tokenizer(plan: Plan) -> str:
+    """A `tokenizer.json`: bytes, every word of the domain, and the special tokens at the ids of TEXT_IDS."""
+    endoftext = TEXT_IDS["endoftext_id"]
+    return byte_level(learn_merges(tokenizer_texts(plan), endoftext - 256), endoftext)

@@ -1,0 +1,216 @@
+"""Nano's domain: nothing that is kept for tests gets into training, and the corpus is what its plan says."""
+
+import ctypes.util
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from moss_jax.audio import load_audio
+from moss_jax.cli import main
+from moss_jax.data.espeak import speak
+from moss_jax.data.manifest import Manifest
+from moss_jax.data.nano import corpus, domain
+from moss_jax.data.nano.domain import PHRASINGS, RESERVED, RESERVED_VOICES, SOCIAL, VOICES
+from moss_jax.data.nano.items import FOLDER, SETS, make_items, read_items, speak_items
+from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.errors import MossError
+
+needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
+PLAN = corpus.make_plan()
+
+
+def trained_texts():
+    return {utterance.text for utterance in PLAN.utterances}
+
+
+def reserved_texts():
+    first = {fact.question(RESERVED) for fact in domain.facts()}
+    second = {f.text for fact in domain.facts() for f in domain.follow_ups(fact, reserved=True)}
+    return first | second
+
+
+def test_the_domain():
+    facts = domain.facts()
+    counts = {kind: sum(fact.kind == kind for fact in facts) for kind in PHRASINGS}
+    assert counts == {"sum": 231, "difference": 231, "capital": 10, "colour": 8, "greater": 420, "less": 420,
+                      "digits": 1000, **dict.fromkeys(SOCIAL, 1)}  # fmt: skip
+    answers = {(fact.kind, fact.asked): fact.answer for fact in facts}
+    assert answers["sum", ("seven", "five")] == "Seven plus five is twelve."
+    assert answers["difference", ("seven", "five")] == "Seven minus five is two."
+    assert answers["greater", ("seven", "five")] == "Yes, seven is greater than five."
+    assert answers["less", ("seven", "five")] == "No, seven is greater than five."
+    assert all(len(set(phrasings)) == len(phrasings) >= 11 for phrasings in (*PHRASINGS.values(),))
+    assert len(set(VOICES)) == 12 and len(set(RESERVED_VOICES)) == 3 and not set(VOICES) & set(RESERVED_VOICES)
+
+
+def test_a_reserved_phrasing_has_no_word_of_its_own():
+    def vocabulary(texts):
+        return {word.strip(".,?").lower() for text in texts for word in text.split()}
+
+    for phrasings in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()):
+        others = [p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED]]
+        assert vocabulary([phrasings[RESERVED]]) <= vocabulary(others)
+
+
+def test_second_turns_speak_of_the_answer_before():
+    (seven,) = (f for f in domain.facts() if f.kind == "sum" and f.asked == ("seven", "five"))
+    found = {f.text: f.answer for f in domain.follow_ups(seven, reserved=False)}
+    assert found["And plus one?"] == "Twelve plus one is thirteen."
+    assert found["Now subtract five."] == "Twelve minus five is seven."
+    answers = set(domain.answers())
+    for fact in domain.facts():
+        assert all(f.answer in answers for f in domain.follow_ups(fact, reserved=False))
+
+
+def test_nothing_that_is_kept_is_said_in_training():
+    texts, voices = trained_texts(), {utterance.voice for utterance in PLAN.utterances}
+    assert voices == {*VOICES, domain.ANSWERS[0]}
+    assert not texts & reserved_texts()
+    kept = {q.text for q in domain.questions() if q.kept}
+    assert len(kept) > 3000 and not texts & kept
+    # Documents and the answering voice's other sentences hold questions in their middle.
+    long = [u.text for u in PLAN.utterances if u.text.count(" ") > 8]
+    few = [text for text in kept if "capital" in text or "colour" in text]
+    assert not any(text in several for several in long for text in few)
+
+
+def test_nothing_that_is_tested_is_trained():
+    texts, reserved, made = trained_texts(), reserved_texts(), make_items()
+    for group, items in made.items():
+        for item in items:
+            if group == "sentences":
+                assert domain.kept_answer(item.answers[0])
+            elif group in ("voices", "both", "two-turn"):
+                assert item.voice in RESERVED_VOICES
+            else:
+                assert item.voice in VOICES
+            if (group != "sentences" and item.kind not in SOCIAL) or group == "both":
+                assert item.questions[0] not in texts
+            if group in ("phrasings", "both"):
+                assert item.questions[0] in reserved
+    codec = {PLAN.utterances[PLAN.answers[text]].text for text in PLAN.answers if not domain.kept_answer(text)}
+    assert not codec & {item.answers[0] for item in made["sentences"]}
+
+
+def test_the_items_are_frozen():
+    made = make_items()
+    assert made.keys() == SETS.keys() == {path.stem for path in FOLDER.glob("*.jsonl")}
+    for group in SETS:
+        assert read_items(group) == made[group]
+    least = {"voices": 400, "phrasings": 200, "both": 100, "seen": 200, "two-turn": 120, "sentences": 200}
+    assert all(len(made[group]) >= count for group, count in least.items())
+    names = [item.name for items in made.values() for item in items]
+    assert len(set(names)) == len(names)
+    with pytest.raises(MossError, match="items 'x': unknown"):
+        read_items("x")
+
+
+def test_the_text_tokenizer_has_every_word():
+    class Config:
+        text_vocab_size = corpus.TEXT_IDS["text_vocab_size"]
+
+    for field in SPECIAL_STRINGS:
+        setattr(Config, field, corpus.TEXT_IDS[field])
+    text_tokenizer = TextTokenizer(corpus.text_tokenizer(PLAN))
+    text_tokenizer.check(Config)
+    for text in (*domain.answers(), *(q.text for q in domain.questions()[::50])):
+        ids = text_tokenizer.encode(text)
+        assert text_tokenizer.decode(ids) == text
+        assert len(ids) == len(text.replace(",", " ,").replace(".", " .").replace("?", " ?").split())
+
+
+@needs_espeak
+def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 12)
+    said = []
+    monkeypatch.setattr(corpus, "ProcessPoolExecutor", Here)
+
+    def speak_until(text, *speaker):
+        said.append(text)
+        if len(said) == 30:
+            raise KeyboardInterrupt
+        return speak(text, *speaker)
+
+    monkeypatch.setattr(corpus, "speak", speak_until)
+    few = corpus.make_plan(scale=0.001)
+    some = dict(list(few.answers.items())[:3]) | {d.question.fact.answer: few.answers[d.question.fact.answer]
+                                                  for d in (*few.singles, *few.doubles)}  # fmt: skip
+    some |= {d.second.answer: few.answers[d.second.answer] for d in few.doubles}
+    order = [*some.values(), *range(len(few.answers), len(few.utterances))]
+    places = {old: new for new, old in enumerate(order)}
+    plan = corpus.Plan(
+        [few.utterances[old] for old in order],
+        {text: places[old] for text, old in some.items()},
+        [places[old] for old in few.extras],
+        [replace(d, asked=places[d.asked]) for d in few.singles],
+        [replace(d, asked=places[d.asked], asked_second=places[d.asked_second]) for d in few.doubles],
+        [places[old] for old in few.documents],
+        few.valid,
+    )
+    monkeypatch.setattr(corpus, "make_plan", lambda seed, scale: plan)
+    folder, part = tmp_path / "corpus", tmp_path / "corpus.part"
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.make_nano_corpus(folder, 0.001)
+    assert not folder.exists()
+    with pytest.raises(MossError, match="of another seed or scale"):
+        corpus.make_nano_corpus(folder, 0.001, seed=1)
+    assert main(["corpus", str(folder), "--nano", "--scale", "0.001"]) == 0
+    assert len(said) - 30 == len(order) - 24 and not part.exists()  # two chunks of twelve were whole
+    formats = {"tokenizer": "asr", "tokenizer-valid": "interleaved", "decoder": "speech", "decoder-valid": "speech",
+               "interleaved": "interleaved", "asr": "asr", "tts": "tts", "chat": "chat", "chat-valid": "chat",
+               "text": "text", "text-valid": "text"}  # fmt: skip
+    assert {path.stem for path in folder.glob("*.jsonl")} == formats.keys()
+    for name, format in formats.items():
+        assert len(Manifest(folder / f"{name}.jsonl", format)) > 0
+    for line in (folder / "tokenizer.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        wave, rate = load_audio(folder / entry["audio"])
+        assert rate in (16000, 24000) and abs(entry["words"][-1][2] - len(wave) / rate) < 2e-3
+    chats = [json.loads(line)["turns"] for line in (folder / "chat.jsonl").read_text().splitlines()]
+    assert {tuple("audio" in turn for turn in turns[1:3]) for turns in chats} == set(product((True, False), repeat=2))
+    assert {len(turns) for turns in chats} == {3, 5}
+    assert main(["corpus", str(folder), "--nano"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+class Here:
+    """A pool of processes that is this process."""
+
+    def __init__(self, processes, context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        job = Future()
+        job.set_result(function(*args))
+        return job
+
+    def shutdown(self, **_):
+        pass
+
+
+@needs_espeak
+def test_items_are_said_once(tmp_path):
+    items = read_items("two-turn")[:2]
+    (first, second) = speak_items("two-turn", tmp_path, items)
+    assert len(first["questions"]) == len(first["answers"]) == 2
+    assert load_audio(first["questions"][1])[1] == 16000 and load_audio(second["answers"][0])[1] == 24000
+    before = first["questions"][0].stat().st_mtime_ns
+    assert speak_items("two-turn", tmp_path, items) == [first, second]
+    assert first["questions"][0].stat().st_mtime_ns == before
+
+
+def test_bad_requests(tmp_path, capsys):
+    for words, told in ((["--nano", "--scale", "0"], "scale is 0"), (["--scale", "2"], "--scale goes with --nano"),
+                        (["--nano", "--utterances", "3"], "--nano goes without")):  # fmt: skip
+        assert main(["corpus", str(tmp_path / "x"), *words]) == 2
+        assert told in capsys.readouterr().err
