@@ -207,7 +207,7 @@ class Demo:
                         max_length=self.limits.question_characters, elem_id="moss-text", submit_btn=False,
                     )  # fmt: skip
                     with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", elem_id="moss-ask", scale=3)
+                        ask = gr.Button("Ask", variant="primary", elem_id="moss-ask", scale=3, visible=False)
                         stop = gr.Button("Stop", variant="stop", elem_id="moss-stop", interactive=False)
                         clear = gr.Button("Clear", elem_id="moss-clear")
                 with gr.Column(scale=2, min_width=260):
@@ -226,10 +226,11 @@ class Demo:
                 "outputs": [talk, live, recording, text, ask, stop],
                 "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden",
             }  # fmt: skip
-            gr.on([ask.click, recording.stop_recording, text.submit], **asking, api_name="ask")
+            # A recording is asked with as soon as it ends, and a file as soon as it is there.
+            gr.on([ask.click, text.submit, recording.stop_recording, recording.upload], **asking, api_name="ask")
             stop.click(self._stop, queue=False, api_name="stop")
             clear.click(self._clear, outputs=[talk, live, recording, text], queue=False, api_name="clear")
-            you.change(_inputs_shown, you, [recording, text], queue=False, show_progress="hidden")
+            you.change(_inputs_shown, you, [recording, text, ask], queue=False, show_progress="hidden")
             reply.change(_system_turn, [reply, system_turn], system_turn, queue=False, show_progress="hidden")
             if own is not None:
                 gr.on(
@@ -275,8 +276,8 @@ def _sampling_panel() -> dict[str, gr.components.Component]:
         }
 
 
-def _inputs_shown(you: str) -> tuple[Any, Any]:
-    return gr.Audio(visible=you == SPEAK), gr.Textbox(visible=you == WRITE)
+def _inputs_shown(you: str) -> tuple[Any, Any, Any]:
+    return gr.Audio(visible=you == SPEAK), gr.Textbox(visible=you == WRITE), gr.Button(visible=you == WRITE)
 
 
 def _system_turn(reply: str, shown: str) -> Any:

@@ -11,7 +11,7 @@ EMPTY = """
 <div class="moss-empty">
   <p class="moss-empty-title">Ask something</p>
   <ol>
-    <li><b>Press Record</b>, say your question, press Stop. Or choose <b>Write</b> and type it.</li>
+    <li>Press <b>Record</b>, say your question, press <b>Stop</b>. Or choose <b>Write</b> and type it.</li>
     <li>The answer starts to play while it is still being made.</li>
     <li>Ask on: it remembers what was said. <b>Clear</b> forgets it all.</li>
   </ol>

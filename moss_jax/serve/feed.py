@@ -28,5 +28,5 @@ class SpeechFeed:
 
 
 def samples(wave: np.ndarray) -> bytes:
-    """A wave in [-1, 1] as 16-bit samples."""
-    return np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
+    """A wave as 16-bit samples, scaled as a wav file has them."""
+    return np.clip(np.rint(wave * 32768), -32768, 32767).astype("<i2").tobytes()

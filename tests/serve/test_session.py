@@ -50,7 +50,7 @@ def test_four_pairings_in_one_conversation(session, system, recording):
     assert question.picture.read_bytes()[:8] == answer.picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     heard, rate = load_audio(answer.audio)
     assert (len(heard), rate) == (14 * 1920, 24000)
-    np.testing.assert_allclose(np.concatenate(waves), heard, atol=1 / 32767)
+    np.testing.assert_allclose(np.concatenate(waves), heard, atol=1 / 32768)
     assert len(waves) > 1 and 0 < answer.first < answer.spent
     assert answer.real_time_factor == pytest.approx(answer.spent / (14 * 0.08))
 

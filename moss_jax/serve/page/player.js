@@ -37,7 +37,7 @@
     const context = wake(rate);
     const buffer = context.createBuffer(1, data.length, rate);
     const channel = buffer.getChannelData(0);
-    for (let i = 0; i < data.length; i++) channel[i] = data[i] / 32767;
+    for (let i = 0; i < data.length; i++) channel[i] = data[i] / 32768;
     const source = context.createBufferSource();
     source.buffer = buffer;
     source.connect(player.output);
