@@ -11,6 +11,7 @@ from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed, samples
 from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session
+from moss_jax.speech_decoder.voice import Voice
 
 pytest.importorskip("matplotlib")
 
@@ -136,13 +137,21 @@ def test_what_is_too_much_or_too_little_is_said_in_one_line(session, recording, 
     assert session.entries == []
 
 
-@pytest.mark.slow
-def test_an_enrolled_voice_is_spoken_with(session, recording):
+def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
+    zero = Voice.zero(80, 192)
+    voice = zero.replace(embedding=np.ones_like(zero.embedding))
+    monkeypatch.setattr(type(session.system), "enrol", lambda self, heard: voice if heard[1] == 22050 else None)
     assert session.enrol(recording) == pytest.approx(1.1)
     own = np.concatenate([piece.wave for piece in session.ask(text="Hi", voice=OWN_VOICE, **SPOKEN)])
     session.clear()
     plain = np.concatenate([piece.wave for piece in session.ask(text="Hi", **SPOKEN)])
     assert own.shape == plain.shape and np.abs(own - plain).max() > 1e-3
+    session.limits = Limits(voice_seconds=1)
+    with pytest.raises(MossError, match="voice recording is 1.1 s long, at most 1 s"):
+        session.enrol(recording)
+    monkeypatch.setattr(type(session.system), "enrols", False)
+    with pytest.raises(MossError, match="no speaker network"):
+        session.enrol(recording)
 
 
 def test_a_feed_gives_the_samples_of_the_wav_file(tmp_path):
