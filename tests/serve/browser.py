@@ -123,7 +123,7 @@ class Browser:
     def wait(self, script: str, what: str, seconds: float):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.run(script):
+            if value := self.run(f"(value => value instanceof Node || value)({script})"):
                 return value
             time.sleep(0.05)
         raise TimeoutError(f"waited {seconds:.0f} s for: {what}")

@@ -147,7 +147,7 @@ def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
     plain = np.concatenate([piece.wave for piece in session.ask(text="Hi", **SPOKEN)])
     assert own.shape == plain.shape and np.abs(own - plain).max() > 1e-3
     session.limits = Limits(voice_seconds=1)
-    with pytest.raises(MossError, match="voice recording is 1.1 s long, at most 1 s"):
+    with pytest.raises(MossError, match="at most 1 s are taken"):
         session.enrol(recording)
     monkeypatch.setattr(type(session.system), "enrols", False)
     with pytest.raises(MossError, match="no speaker network"):
