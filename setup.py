@@ -14,8 +14,10 @@ TRAIN = [
     "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
     "matplotlib>=3.8",
 ]  # fmt: skip
+SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8"]
 TEST = [
-    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51", *M4A, *TRAIN
+    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
+    *M4A, *TRAIN, *SERVE,
 ]  # fmt: skip
 
 setup(
@@ -27,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moss_jax", "moss_jax.*"]),
-    package_data={"moss_jax": ["assets/*", "data/nano/items/*"]},
+    package_data={"moss_jax": ["assets/*", "data/nano/items/*", "serve/page/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -44,6 +46,7 @@ setup(
         "m4a": M4A,
         "train": TRAIN,
         "convert": CONVERT,
+        "serve": SERVE,
         "test": TEST,
     },
     entry_points={"console_scripts": ["moss-jax = moss_jax.cli:main"]},

@@ -23,7 +23,8 @@ ALLOWED = {
     "train": GROUND | MODELS | {"dialogue", "convert", "data"},
     "evaluate": GROUND | MODELS | {"dialogue", "convert", "data"},
     "tools": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate"},
-    "cli": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate", "tools"},
+    "serve": GROUND | MODELS | {"dialogue"},
+    "cli": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate", "tools", "serve"},
 }
 
 

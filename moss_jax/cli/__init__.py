@@ -15,6 +15,7 @@ VERBS = {
     "convert": "checkpoints into a system folder, and back",
     "corpus": "make a small corpus of spoken facts with espeak-ng",
     "decode": "turn codes into sound",
+    "demo": "talk to a system in the browser",
     "encode": "turn recordings into codes",
     "eval": "measure on files: likelihoods, multiple choice, spoken questions, resynthesis",
     "export": "a checkpoint of a run as a system folder",

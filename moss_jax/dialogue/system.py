@@ -5,6 +5,7 @@ reply = system.reply([Turn("user", audio="QUESTION.wav")])
 reply.save("ANSWER.wav")
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,8 +75,8 @@ class Piece:
 class ReplyStream:
     """An iterator over the pieces of a reply as they come. `reply` is the whole of it once it has ended."""
 
-    def __init__(self, pieces: Iterator[Piece | Reply], sample_rate: int):
-        self._pieces = pieces
+    def __init__(self, pieces: Iterator[Piece | Reply], sample_rate: int, stopped: threading.Event):
+        self._pieces, self._stopped = pieces, stopped
         self.sample_rate = sample_rate
         self.reply: Reply | None = None
 
@@ -85,6 +86,10 @@ class ReplyStream:
                 self.reply = piece
             else:
                 yield piece
+
+    def stop(self) -> None:
+        """Ends the reply with the next piece, from any thread: `reply` is what there is so far, to be asked on from."""
+        self._stopped.set()
 
 
 def generation_settings(
@@ -156,6 +161,11 @@ class System:
             return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"])
         except MossError as error:
             raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
+
+    @property
+    def enrols(self) -> bool:
+        """Whether the system can take a voice from a recording: it has a speaker network."""
+        return "speaker" in self._decoder_parts[1]
 
     def voice(self, voice: Voice | str | Path | None = None) -> tuple[Voice, list[str]]:
         """A voice by name, by file or as it is; None is the folder's default. And what there is to say about it."""
@@ -229,10 +239,11 @@ class System:
         decoder = self.speech_decoder if reply == "speech" else None
         begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
         rate = decoder.config.sample_rate if decoder else 0
-        pieces = self._pieces(begun, reply, settings, decoder, voice, seed, [*notices, *told])
-        return ReplyStream(pieces, rate)
+        stopped = threading.Event()
+        pieces = self._pieces(begun, reply, settings, decoder, voice, seed, [*notices, *told], stopped)
+        return ReplyStream(pieces, rate, stopped)
 
-    def _pieces(self, begun, reply, settings, decoder, voice, seed, notices) -> Iterator[Piece | Reply]:
+    def _pieces(self, begun, reply, settings, decoder, voice, seed, notices, stopped) -> Iterator[Piece | Reply]:
         speech = decoder.stream(voice, seed) if decoder else None
         text = TextStream(self.language_model.text_tokenizer)
         ids_told, codes_told, waves = 0, 0, []
@@ -243,6 +254,8 @@ class System:
         begun = begun.replace(state=self.language_model.go_on(begun.state, settings, k))
         while goes_on:
             rows, goes_on = self._so_far(begun, settings)
+            cut = goes_on and stopped.is_set()
+            goes_on = goes_on and not cut
             said = read_reply(rows, self.language_model.config)
             wave = SILENCE
             if speech and len(said.codes) > codes_told:
@@ -257,7 +270,7 @@ class System:
                 piece += text.finish()
             if piece or wave.size:
                 yield Piece(piece, wave)
-        answer = self._read(rows, reply, not begun.running, settings)
+        answer = self._read(rows, reply, not begun.running, settings, cut)
         wave = np.concatenate(waves) if decoder else None
         yield replace(answer, wave=wave, conversation=begun, notices=(*notices, *answer.notices))
 
@@ -342,10 +355,12 @@ class System:
         room = int(begun.state.filled) < begun.state.capacity
         return rows, begun.running and room and len(rows) < settings.max_new_tokens
 
-    def _read(self, rows: np.ndarray, reply: str, ended: bool, settings: GenerationSettings) -> Reply:
+    def _read(self, rows, reply: str, ended: bool, settings: GenerationSettings, stopped: bool = False) -> Reply:
         said = read_reply(rows, self.language_model.config)
         notices = []
-        if not ended:
+        if stopped:
+            notices.append(f"the reply was stopped after {len(rows)} rows")
+        elif not ended:
             notices.append(
                 f"the reply was cut off after {len(rows)} rows (max_new_tokens is {settings.max_new_tokens})"
             )

@@ -1,0 +1,41 @@
+"""Talk to a system in the browser: ask aloud or in writing, hear the answer while it is being made.
+
+  moss-jax demo --model FOLDER
+  moss-jax demo --model fnlp/MOSS-Speech --codec fnlp/MOSS-Speech-Codec --port 8080
+
+Needs Gradio: pip install 'moss-jax[serve]'. The page is served to this machine alone unless --host says otherwise
+(0.0.0.0: to everybody who can reach it, without a password). One answer is made at a time, others wait in a queue.
+Recordings and answers lie in a temporary folder until the conversation is cleared, its page closed, or Ctrl-C.
+"""
+
+import signal
+from pathlib import Path
+
+from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.errors import MossError
+
+
+def add_arguments(parser):
+    add_system_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at, default 127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+
+
+def run(args) -> int:
+    if not 1 <= args.port <= 65535:
+        raise MossError(f"--port is {args.port}, expected 1 to 65535")
+    import moss_jax
+    from moss_jax.serve.app import Demo
+    from moss_jax.serve.session import warm_up
+
+    system = moss_jax.load(system_folder(args))
+    warm_up(system, say)
+    demo = Demo(system, Path(args.model).name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files go then too
+    try:
+        address = demo.launch(args.host, args.port, block=False)
+        say(f"open {address} in a browser; Ctrl-C ends it")
+        demo.blocks.block_thread()
+    finally:
+        demo.close()
+    return 0

@@ -1,0 +1,1 @@
+"""The web demo. Only `app` knows Gradio; `session` is what it does, without a browser."""

@@ -1,0 +1,301 @@
+"""One person's conversation in the demo: a question in, pieces of the answer out, and files that go when it goes."""
+
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.audio.wave import load_audio, save_audio
+from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System, generation_settings
+from moss_jax.dialogue.turns import Turn
+from moss_jax.errors import MossError
+from moss_jax.serve.picture import draw
+from moss_jax.speech_decoder.voice import Voice
+
+OWN_VOICE = "my recording"  # among the voices' names: the one that this person enrolled
+QUIET = 1e-3  # of full scale; a recording whose loudest sample lies below holds no question
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one person may send."""
+
+    upload_bytes: int = 25 * 2**20
+    question_seconds: float = 60.0
+    question_characters: int = 4000
+    voice_seconds: float = 30.0
+
+
+@dataclass
+class Entry:
+    """One turn as the page shows it."""
+
+    turn: Turn | None  # what the model is told again when the system turn changes; None: nothing was said
+    role: str  # "user" or "assistant"
+    text: str = ""
+    audio: Path | None = None  # wav
+    picture: Path | None = None  # png: waveform and spectrogram
+    seconds: float = 0.0  # of the audio
+    first: float | None = None  # s from the question to the first sound, or the first words
+    spent: float | None = None  # s from the question to the end of the answer
+    notices: tuple[str, ...] = ()
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds of work for a second of speech; None where there is no speech."""
+        return self.spent / self.seconds if self.spent is not None and self.seconds else None
+
+
+@dataclass
+class _Question:
+    entry: Entry
+    wave: tuple[np.ndarray, int] | None  # (samples, rate in Hz) of a spoken one
+    asked: float  # clock
+    epoch: int  # of the conversation that it belongs to
+
+
+@dataclass
+class Session:
+    """Turns, caches and files of one page. Asking and enrolling use the model, so they come one at a time; `stop`,
+    `clear` and `close` may come from any thread meanwhile.
+
+    Args:
+        system: shared by all sessions.
+        folder: of this session alone; made here, and removed by `close`.
+    """
+
+    system: System
+    folder: Path
+    limits: Limits = field(default_factory=Limits)
+    entries: list[Entry] = field(default_factory=list)
+    voice: Voice | None = None
+
+    def __post_init__(self):
+        self.key = secrets.token_urlsafe(16)
+        self.folder.mkdir(parents=True)
+        self._guard = threading.Lock()  # of entries and files against `clear`
+        self._epoch, self._count = 0, 0
+        self._stopped, self._stream = threading.Event(), None
+        self._conversation, self._system_turn = None, None
+
+    def ask(
+        self,
+        *,
+        text: str | None = None,
+        recording: str | Path | None = None,
+        reply: str = "speech",
+        system_turn: str,
+        voice: str | None = None,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Takes a question, written or else recorded, which is the last of `entries` from then on, and answers it.
+
+        Args:
+            reply: "speech" or "text".
+            system_turn: when it is another one than before, the conversation so far is told to the model once more.
+            voice: a name in the system, OWN_VOICE, or None for the system's default.
+            sampling: keywords of `generation_settings`.
+
+        Returns:
+            The pieces of the answer, as they come. Afterwards the answer is the last of `entries`.
+
+        Raises:
+            MossError: at once for a question that cannot be taken, on the way for what goes wrong later; the question
+                is then forgotten.
+        """
+        asked = time.perf_counter()
+        generation_settings(**sampling)
+        if not system_turn.strip():
+            raise MossError("the system prompt is empty; it tells the assistant how to answer")
+        if not 0 <= seed < 2**32:
+            raise MossError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
+        if voice == OWN_VOICE:
+            if self.voice is None:
+                raise MossError("there is no recording of your voice yet; upload or record one, or choose another")
+            voice = self.voice
+        if text is None and recording is None:
+            raise MossError("record a question or choose a file first")
+        if text is not None:
+            question = _Question(self._written(text), None, asked, self._epoch)
+        else:
+            wave = _load(recording, self.limits.question_seconds, "question", self.limits)
+            question = _Question(Entry(None, "user"), wave, asked, self._epoch)
+            with self._guard:
+                self._keep_wave(question.entry, *wave)
+        self._stopped.clear()
+        with self._guard:
+            self.entries.append(question.entry)
+        return self._answer(question, reply, Turn("system", text=system_turn), voice, seed, sampling)
+
+    def stop(self) -> None:
+        """Ends the answer that is being made; what was said so far stays and can be asked on from."""
+        self._stopped.set()
+        if self._stream is not None:
+            self._stream.stop()
+
+    def clear(self) -> None:
+        """Forgets the conversation and removes its files. An answer that is being made ends and is not kept."""
+        self.stop()
+        with self._guard:
+            self._epoch += 1
+            self.entries, self._conversation = [], None
+            for path in self.folder.glob("*"):  # none once it is closed
+                path.unlink()
+
+    def close(self) -> None:
+        """`clear`, and the folder and the enrolled voice go too."""
+        self.clear()
+        self.voice = None
+        with self._guard:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def enrol(self, recording: str | Path) -> float:
+        """Answers with OWN_VOICE are in the voice of this recording from now on. Returns its seconds.
+
+        Raises:
+            MossError: the system has no speaker network, or the recording is no good.
+        """
+        if not self.system.enrols:
+            raise MossError("this system speaks with its own voices only: it has no speaker network")
+        wave, rate = _load(recording, self.limits.voice_seconds, "voice recording", self.limits)
+        self.voice = self.system.enrol((wave, rate))
+        return len(wave) / rate
+
+    def file(self, name: str) -> Path | None:
+        """The file of an entry by its name, for whoever serves it."""
+        with self._guard:
+            kept = {path.name: path for entry in self.entries for path in (entry.audio, entry.picture) if path}
+        return kept.get(name)
+
+    def _written(self, text: str) -> Entry:
+        text = text.strip()
+        if not text:
+            raise MossError("write a question first")
+        most = self.limits.question_characters
+        if len(text) > most:
+            raise MossError(f"the question has {len(text)} characters, at most {most} are taken; shorten it")
+        return Entry(Turn("user", text=text), "user", text)
+
+    def _answer(self, question: _Question, reply, system_turn, voice, seed, sampling) -> Iterator[Piece]:
+        done = False
+        try:
+            if question.wave is not None:
+                question.entry.turn = Turn("user", codes=self.system.encode([question.wave])[0])
+            turns = [question.entry.turn]
+            conversation, self._conversation = self._conversation, None  # it can be used once
+            if conversation is None or self._system_turn != system_turn.text:
+                said = [entry.turn for entry in self.entries if entry.turn is not None]
+                turns, conversation = [system_turn, *said], None
+            stream = self._stream = self.system.stream(
+                turns, reply=reply, voice=voice, conversation=conversation, seed=seed, **sampling
+            )
+            if self._stopped.is_set():
+                stream.stop()
+            first = None
+            for piece in stream:
+                if first is None and (piece.wave.size if reply == "speech" else piece.text):
+                    first = time.perf_counter() - question.asked
+                yield piece
+            done = self._finish(question, stream, reply, first)
+            self._system_turn = system_turn.text
+        finally:
+            self._stream = None
+            if not done:
+                self._forget(question)
+
+    def _finish(self, question: _Question, stream: ReplyStream, reply: str, first: float | None) -> bool:
+        said: Reply = stream.reply
+        answer = Entry(
+            _turn(said, reply), "assistant", said.text, first=first, spent=time.perf_counter() - question.asked,
+            notices=said.notices,
+        )  # fmt: skip
+        with self._guard:
+            if question.epoch != self._epoch:
+                return False
+            if said.wave is not None and said.wave.size:
+                self._keep_wave(answer, said.wave, said.sample_rate)
+                self._draw(answer, said.wave, said.sample_rate)
+            if question.wave is not None:
+                self._draw(question.entry, *question.wave)
+            self.entries.append(answer)
+            self._conversation = said.conversation
+        return True
+
+    def _forget(self, question: _Question) -> None:
+        """A question that found no answer."""
+        with self._guard:
+            if question.epoch == self._epoch:
+                self.entries = [entry for entry in self.entries if entry is not question.entry]
+            if question.entry.audio is not None:
+                question.entry.audio.unlink(missing_ok=True)
+
+    def _keep_wave(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
+        self._count += 1
+        entry.audio, entry.seconds = self.folder / f"{self._count}-{entry.role}.wav", len(wave) / rate
+        save_audio(entry.audio, wave, rate)
+
+    def _draw(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
+        entry.picture = entry.audio.with_suffix(".png")
+        draw(entry.picture, wave, rate, entry.role)
+
+
+def warm_up(system: System, say: Any = lambda line: None) -> None:
+    """Compiles what the first answers need, so that nobody waits for it in the page: a spoken and a written answer to a
+    spoken question, each stopped at once."""
+    silence = np.zeros(2 * 16000, np.float32)
+    for reply in ("speech", "text"):
+        say(f"getting ready to answer in {reply}")
+        stream = system.stream([Turn("user", audio=silence, sample_rate=16000)], reply=reply)
+        for _ in stream:
+            stream.stop()
+
+
+def _turn(said: Reply, reply: str) -> Turn | None:
+    if reply == "speech" and len(said.codes):
+        return Turn("assistant", codes=said.codes)
+    return Turn("assistant", text=said.text) if said.text.strip() else None
+
+
+def _load(path: str | Path, most: float, what: str, limits: Limits) -> tuple[np.ndarray, int]:
+    """A recording that somebody sent: (wave float32 [samples], rate in Hz). The server's paths stay out of errors."""
+    path = Path(path)
+    size = path.stat().st_size if path.is_file() else 0
+    if size > limits.upload_bytes:
+        most_mb = limits.upload_bytes / 2**20
+        raise MossError(f"the {what} has {size / 2**20:.1f} MB, at most {most_mb:.0f} MB are taken; send a shorter one")
+    try:
+        seconds = _promised_seconds(path)
+        if seconds <= most:
+            wave, rate = load_audio(path)
+            seconds = len(wave) / rate
+    except MossError as error:
+        raise MossError(str(error).replace(str(path), f"the {what}")) from error
+    if seconds > most:
+        raise MossError(f"the {what} is {seconds:.1f} s long, at most {most:.0f} s are taken; send a shorter one")
+    if np.abs(wave).max() < QUIET:
+        raise MossError(f"the {what} is silent; check that the right microphone is chosen and not muted")
+    return wave, rate
+
+
+def _promised_seconds(path: Path) -> float:
+    """What the header says, before anything is decoded; 0 where it says nothing. `load_audio` tells what is wrong."""
+    import soundfile
+
+    try:
+        return soundfile.info(path).duration
+    except (soundfile.LibsndfileError, OSError):
+        pass
+    try:
+        import av
+
+        with av.open(str(path)) as container:
+            return (container.duration or 0) / av.time_base
+    except (ImportError, OSError, ValueError):  # av.FFmpegError is one of both
+        return 0.0
