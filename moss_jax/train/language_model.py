@@ -17,7 +17,7 @@ from moss_jax.train.preemption import Preemption
 from moss_jax.train.run import Run
 from moss_jax.train.start import starting_parameters
 from moss_jax.train.state import TrainState, new_state
-from moss_jax.train.step import make_step, state_shardings
+from moss_jax.train.step import make_step, state_shardings, unrolled
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 
 COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the model that change how, not what
@@ -59,7 +59,7 @@ class LanguageModel:
         self._flops = step_flops(self.config, run.stage, run.batch_size * run.context, run.context)
         return make_step(
             self.config, run.stage, run.optimizer, accumulate=run.accumulate, sources=len(self._sources),
-            mesh=self._mesh,
+            mesh=self._mesh, unroll=unrolled(self.config),
         )  # fmt: skip
 
     def evaluation(self) -> Callable[[TrainState, Preemption], dict[str, Any] | None] | None:
