@@ -90,6 +90,23 @@ def _self_attention(implementation: str, q, k, v, segment_ids):
     return per_device(local, axes, queries)(q, k, v, segment_ids, segment_ids, rows, kernel)
 
 
+@jax.custom_vjp
+def _swiglu(gate, up):
+    return nn.silu(gate) * up
+
+
+def _swiglu_gradient(saved, gradient):
+    # From the two inputs alone, and both as a whole: each is read by two products, and XLA's CPU backend would make it
+    # again for each.
+    gate, up, gradient = (x.astype(jnp.float32) for x in (*saved, gradient))
+    share = nn.sigmoid(gate)
+    gradients = gradient * up * share * (1 + gate * (1 - share)), gradient * gate * share
+    return jax.lax.optimization_barrier(tuple(x.astype(saved[0].dtype) for x in gradients))
+
+
+_swiglu.defvjp(lambda gate, up: (_swiglu(gate, up), (gate, up)), _swiglu_gradient)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -100,7 +117,7 @@ class MLP(nn.Module):
         cfg = self.config
         gate = _linear(cfg, cfg.intermediate_size, ("embed", "mlp"), name="gate")(x)
         up = _linear(cfg, cfg.intermediate_size, ("embed", "mlp"), name="up")(x)
-        return _linear(cfg, cfg.hidden_size, ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+        return _linear(cfg, cfg.hidden_size, ("mlp", "embed"), name="down")(_swiglu(gate, up))
 
 
 class Layer(nn.Module):
