@@ -64,7 +64,7 @@ def test_the_loss_is_the_formula(params, batch):
         "keep": np.array([False, True]), "prompt": np.array([0, 9]), "chunk": np.array([12, 5]),
     }  # fmt: skip
     said, right, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
-    loss = squared_error(said, right, valid) / valid.sum()
+    loss = squared_error(said, right, valid).sum() / valid.sum()
     model, total = FlowModel(CONFIG), 0.0
 
     def apply(*inputs, method):
@@ -77,9 +77,8 @@ def test_the_loss_is_the_formula(params, batch):
         speaker, time = apply(embedding, method="speaker_projection"), apply(t, method="time_embedding")
         if chunk is None:
             mu, speaker, prompt = 0 * mu, 0 * speaker, 0 * prompt
-        return apply(y, mu, speaker, prompt, time, np.ones((1, frames), bool), chunk and 4 * chunk, method="velocity")[
-            0
-        ]
+        valid = np.ones((1, frames), bool)
+        return apply(y, mu, speaker, prompt, time, valid, chunk and 4 * chunk, method="velocity")[0]
 
     for i, (count, chunk) in enumerate(((12, None), (7, 5))):
         mel = ((two["mel"][i] + 5) / 2.5)[: 4 * count]
@@ -134,7 +133,7 @@ def test_the_start_is_centred_and_steps_teach(batch):
 
     def loss(flat):
         said, right, valid = velocity(unflatten(flat), config, far, drawn, objective.sigma)
-        return squared_error(said, right, valid) / valid.sum()
+        return squared_error(said, right, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss))
     params = centred(raw, config, mean)
@@ -162,7 +161,7 @@ def test_bfloat16_is_the_same_but_for_rounding(params, batch):
     def loss(params, dtype):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         said, right, valid = velocity(params, CONFIG, batch, drawn, 1e-6, dtype)
-        return squared_error(said, right, valid) / valid.sum()
+        return squared_error(said, right, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     (high, _), (low, grads) = gradient(params, jnp.float32), gradient(params, jnp.bfloat16)

@@ -150,7 +150,7 @@ def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
         updates, state = step(grads, state)
         params = optax.apply_updates(params, updates)
     for name in ("mel_loss", "f0_loss"):
-        assert now[name] < 0.9 * terms[name], name
+        assert now[name] < 0.95 * terms[name], name
     (low, _), grads = gradient(params, key, 1, OBJECTIVE, jnp.bfloat16)
     assert bool(jnp.isfinite(low)) and all(bool(jnp.isfinite(leaf).all()) for leaf in grads.values())
 

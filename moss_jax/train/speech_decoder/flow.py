@@ -100,8 +100,8 @@ def velocity(
 
 
 def squared_error(said: jax.Array, right: jax.Array, valid: jax.Array) -> jax.Array:
-    """The sum over valid frames of the mean square over mel bins, float32."""
-    return jnp.where(valid[..., None], jnp.square(said - right), 0).sum() / said.shape[-1]
+    """Of each item the sum over valid frames of the mean square over mel bins, float32 [B]."""
+    return jnp.where(valid[..., None], jnp.square(said - right), 0).sum((1, 2)) / said.shape[-1]
 
 
 def centred(params: Mapping[str, jax.Array], config: FlowConfig, mel_mean: np.ndarray) -> dict[str, jax.Array]:

@@ -166,23 +166,29 @@ class FlowTask(SpeechDecoderTask):
         mean = np.average([entry["mel_mean"] for entry in about], 0, [weight for *_, weight in run.data.sources])
         return jax.device_put(centred(params, config, mean), self._everywhere)
 
-    def _mean_error(self, params: Flat, batch: Batch, drawn: Mapping[str, Any]) -> jax.Array:
+    def _errors(self, params: Flat, batch: Batch, drawn: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Of each item the error, summed over its frames, and how many frames it has: float32 [B] each."""
         dtype = jnp.dtype(self._run.dtype)
         nested = unflatten({path: leaf.astype(dtype) for path, leaf in params.items()})
         said, right, valid = velocity(nested, self.config.flow, batch, drawn, self._run.objective.sigma, dtype)
-        return squared_error(said, right, valid) / jnp.maximum(valid.sum(), 1)
+        return squared_error(said, right, valid), valid.sum(1).astype(jnp.float32)
 
     def _loss(self, params: Flat, batch: Batch, key: jax.Array, step: jax.Array):
-        drawn = draw(key, self._run.objective, self.config.flow, batch["count"], batch["codes"].shape[1])
-        return self._mean_error(params, batch, drawn), {}
+        codes = batch["codes"].shape[1]
+        drawn = draw(key, self._run.objective, self.config.flow, batch["count"], codes)
+        errors, frames = self._errors(params, batch, drawn)
+        masked = drawn["chunk"] < codes
+        terms = {"offline_loss": _mean(errors, frames, ~masked), "stream_loss": _mean(errors, frames, masked)}
+        return _mean(errors, frames), terms
 
     def _measured(self, params: Flat, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """With all conditions: the error offline and as a stream has it."""
+        """With all conditions: the error offline and as a stream has it, and the mean of the two."""
         config, codes = self.config.flow, batch["codes"].shape[1]
         objective = FlowObjective(drop=0.0, prompt=0.0, chunks=(0,), sigma=self._run.objective.sigma)
         drawn = draw(key, objective, config, batch["count"], codes)
         stream = drawn | {"chunk": jnp.full_like(drawn["chunk"], config.chunk)}
-        return {"loss": self._mean_error(params, batch, drawn), "stream_loss": self._mean_error(params, batch, stream)}
+        offline, stream = (_mean(*self._errors(params, batch, given)) for given in (drawn, stream))
+        return {"loss": (offline + stream) / 2, "offline_loss": offline, "stream_loss": stream}
 
     def tokens(self, batch: Batch) -> int:
         return self._run.batch_size * self._run.codes * self.config.flow.frames_per_code
@@ -199,6 +205,10 @@ class FlowTask(SpeechDecoderTask):
             return replace(there, flow=mine.flow, speaker=mine.speaker, chunks=mine.chunks)
 
         export_parts(self._run, mine, merged, "flow*", parts, folder, dtype, self._say)
+
+
+def _mean(errors: jax.Array, frames: jax.Array, chosen: jax.Array | bool = True) -> jax.Array:
+    return jnp.where(chosen, errors, 0).sum() / jnp.maximum(jnp.where(chosen, frames, 0).sum(), 1)
 
 
 class VocoderTask(SpeechDecoderTask):
