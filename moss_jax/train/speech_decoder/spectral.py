@@ -3,36 +3,29 @@
 Sources: Parallel WaveGAN (https://arxiv.org/abs/1910.11480) for the STFT loss, `mel_loss` of the released code.
 """
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.audio.features import MelConfig, mel_filters
+from moss_jax.audio.features import MelConfig, framed, mel_filters
+from moss_jax.speech_decoder.stft import hann
 
 FLOOR = 1e-7  # of power: below -70 dB of a full-scale bin nothing counts, and no square root has a steep gradient
 MEL_FLOOR = 1e-5  # as in the features
 
 
 def stft(wave: jax.Array, fft: int, hop: int, window: int, centred: bool = True) -> jax.Array:
-    """wave float32 [B, L] -> complex [B, T, fft / 2 + 1] under a periodic Hann window, as torch.stft.
+    """wave float32 [B, L] -> complex [B, T, fft / 2 + 1] under a periodic Hann window, as torch.stft; where the window
+    is shorter than the fft, but for a linear phase.
 
     Args:
         centred: frames stand around samples 0, hop, ... of the reflected wave; otherwise they begin there.
     """
     if centred:
         wave = jnp.pad(wave, ((0, 0), (fft // 2, fft // 2)), mode="reflect")
-    count = 1 + (wave.shape[1] - fft) // hop
-    index = hop * np.arange(count)[:, None] + np.arange(fft)
-    return jnp.fft.rfft(wave[:, index] * _window(fft, window), axis=-1)
-
-
-@lru_cache(maxsize=16)
-def _window(fft: int, size: int) -> np.ndarray:
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
-    before = (fft - size) // 2
-    return np.pad(window, (before, fft - size - before)).astype(np.float32)
+    before = (fft - window) // 2  # the window stands in the middle; a shift within the frame turns phases only
+    wave = wave[:, before : wave.shape[1] - (fft - window - before)]
+    return jnp.fft.rfft(framed(wave, window, hop) * hann(window).astype(np.float32), fft, axis=-1)
 
 
 def magnitude(wave: jax.Array, fft: int, hop: int, window: int) -> jax.Array:
