@@ -54,6 +54,7 @@ def test_what_is_drawn():
     assert not np.array_equal(drawn["t"], other["t"]) and not np.array_equal(drawn["noise"], other["noise"])
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_formula(params, batch):
     """One item at a time, unpadded; the first one has lost its conditions, the second has a prompt and a chunk mask."""
     sigma = 0.01
@@ -91,6 +92,7 @@ def test_the_loss_is_the_formula(params, batch):
     np.testing.assert_allclose(loss, total / (4 * two["count"].sum() * CONFIG.mel_bins), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_training_forward_is_what_a_stream_computes(params, batch):
     """With one Euler step and no guidance a stream says noise + velocity at t = 0, restored."""
     config = replace(CONFIG, euler_steps=1, guidance=0.0)
@@ -121,6 +123,7 @@ def test_chunks_of_each_item():
     np.testing.assert_array_equal(each[2], attention.allowed(11, valid[2:], None)[0])
 
 
+@pytest.mark.slow
 def test_the_start_is_centred_and_steps_teach(batch):
     """What explodes from scratch is a flow whose mel lies at -6 while the weights say 0: here the first loss is the
     spread of the mel and the noise, whatever the mean is, and the gradient that much smaller."""

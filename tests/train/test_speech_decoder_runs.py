@@ -101,6 +101,7 @@ def flow(data, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
     steps, evaluations = entries(flow), entries(flow, "evaluations.jsonl")
     assert evaluations[1]["loss"] < evaluations[0]["loss"] < steps[0]["loss"]
@@ -114,12 +115,7 @@ def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
     assert ours == theirs
 
 
-def test_another_seed_is_another_run(flow, data, tmp_path):
-    other = flow_run(data, tmp_path / "run", seed=1, steps=1)
-    assert loop.train(other, lambda line: None) == loop.DONE
-    assert entries(other)[0]["loss"] != entries(flow)[0]["loss"]
-
-
+@pytest.mark.slow
 def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     """The vocoder's export takes the flow from the flow's; what comes out streams in both ways."""
     run = vocoder_run(data, tmp_path / "run", system=flow.folder, export_dtype="float16")
@@ -142,6 +138,7 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
         assert said.shape == wave.shape and np.isfinite(said).all()
 
 
+@pytest.mark.slow
 def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
     """A system that has files for chunk sizes gets the one flow under their names; a run goes on from an export."""
     started = flow_run(data, tmp_path / "run", init=flow.folder, model=None, steps=1)

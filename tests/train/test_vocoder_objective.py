@@ -115,6 +115,7 @@ def test_the_relativistic_loss_is_the_formula():
     np.testing.assert_allclose(relativistic_loss(better, worse, tau), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
     params = {f"vocoder/{path}": leaf for path, leaf in weights[0].items()}
     params |= {f"judges/{path}": leaf for path, leaf in weights[1].items()}
