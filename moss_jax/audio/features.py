@@ -107,7 +107,7 @@ def kaldi_fbank(wave: jax.Array, config: FbankConfig = FBANK_16K) -> jax.Array:
         raise MossError(
             f"a wave of {wave.shape[1]} samples is too short for filter banks, expected at least {config.frame_length}"
         )
-    frames = _frames(wave, config.frame_length, config.frame_shift)
+    frames = framed(wave, config.frame_length, config.frame_shift)
     frames = frames - frames.mean(-1, keepdims=True)
     before = jnp.concatenate([frames[..., :1], frames[..., :-1]], -1)
     frames = frames - config.preemphasis * before
@@ -184,7 +184,7 @@ def _dft(n_fft: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spectrum(padded: jax.Array, n_fft: int, hop: int) -> tuple[jax.Array, jax.Array]:
-    frames = _frames(padded, n_fft, hop)
+    frames = framed(padded, n_fft, hop)
     cosine, sine = _dft(n_fft)
     return _product(frames, cosine), _product(frames, sine)
 
@@ -193,7 +193,7 @@ def _product(x: jax.Array, matrix: np.ndarray) -> jax.Array:
     return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
-def _frames(wave: jax.Array, length: int, hop: int) -> jax.Array:
+def framed(wave: jax.Array, length: int, hop: int) -> jax.Array:
     """Overlapping frames [B, L] -> [B, 1 + (L - length) // hop, length], put together from slices, without a gather."""
     count = 1 + (wave.shape[1] - length) // hop
     parts = -(-length // hop)

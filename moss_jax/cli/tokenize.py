@@ -10,6 +10,9 @@ A manifest has one JSON object a line, with the paths of recordings relative to 
   {"turns": [{"role": "user", "audio": "q.wav"}, {"role": "assistant", "text": "Yes."}]}     chat
 "codes": [...] may stand for "audio", "shard": "x.tar" beside "audio" names a tar file that holds it, and "id" a name.
 
+  moss-jax tokenize voice.jsonl --model FOLDER --format decoder -o DATA/voice
+makes what the speech decoder is trained on: codes, mel, wave and F0 of recordings, or of an assistant's spoken turns.
+
 All bad lines are listed by number, and then the exit code is 2. Recordings are encoded on every local device. Killed or
 failed, the same command goes on where it was (in DATA.part); DATA appears when it is whole. On several hosts with a
 common file system run the same command everywhere with --process 0/4, 1/4, ... or with --distributed.
@@ -51,6 +54,8 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
+    if args.format == "decoder":
+        return _decoder(args)
     from moss_jax.data.tokenize import Request, tokenize
 
     index, count = _process(args)
@@ -69,6 +74,19 @@ def run(args) -> int:
         f"{args.out}: {about['examples']} examples, {about['rows']} rows, "
         f"{about['text_targets']:.0f} text and {about['audio_targets']:.0f} audio targets"
     )
+    return 0
+
+
+def _decoder(args) -> int:
+    from moss_jax.data.spoken import SpokenRequest, make_spoken
+
+    if args.variants != 1 or args.system or args.aligner or args.process or args.distributed:
+        raise MossError("--format decoder takes no --variants, --system, --aligner, --process and --distributed")
+    about = make_spoken(
+        SpokenRequest(args.manifest, system_folder(args), args.out, args.shard_documents), _teller()
+    )  # fmt: skip
+    seconds = about["frames"] * about["hop"] / about["sample_rate"]
+    print(f"{args.out}: {about['documents']} recordings, {seconds / 60:.1f} minutes")
     return 0
 
 

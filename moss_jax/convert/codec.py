@@ -163,6 +163,8 @@ def export_codec(system: str | Path, folder: Path, say: Say) -> None:
     )
     write_torch(folder / "flow" / "hift.pt", source, note.get("extras", {}))
     speaker = codec.decoder.speaker
+    if speaker is None:
+        raise MossError(f"{system}: has no speaker network, but the released layout has campplus.onnx")
     source = _export_part(system, "speech_decoder", "speaker", speaker_table.table(speaker), speaker_shapes(speaker))
     onnx = folder / "flow" / "campplus.onnx"
     if onnx.is_file():

@@ -122,8 +122,10 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
         ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), encoder_shapes(tokenizer)),
         *(("speech_decoder", flow_stem(chunk), flow_rows, flow) for chunk in (None, *decoder.chunks)),
         ("speech_decoder", "vocoder", vocoder_table.table(decoder.vocoder), vocoder_shapes(decoder.vocoder)),
-        ("speech_decoder", "speaker", speaker_table.table(decoder.speaker), speaker_shapes(decoder.speaker)),
     ]
+    if decoder.speaker is not None:
+        rows, shapes = speaker_table.table(decoder.speaker), speaker_shapes(decoder.speaker)
+        parts.append(("speech_decoder", "speaker", rows, shapes))
     for room, stem, table, shapes in parts:
         (folder / room).mkdir(exist_ok=True)
         # The flows share a seed: a stream sounds like the offline decode.

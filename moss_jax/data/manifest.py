@@ -32,6 +32,7 @@ NEEDS = {
     "asr": ("sound", "text"),
     "tts": ("sound", "text"),
     "chat": ("turns",),
+    "decoder": (),
 }  # format -> what a line must have
 FORMATS = tuple(NEEDS)
 

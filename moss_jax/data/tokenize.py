@@ -74,6 +74,8 @@ class Request:
 
     def check(self) -> None:
         """Raises MossError for what makes no sense."""
+        if self.format == "decoder":
+            raise MossError("format decoder: its data sets hold no examples, expected moss_jax.data.spoken")
         for name in ("variants", "shard_documents", "process_count"):
             if getattr(self, name) < 1:
                 raise MossError(f"{name} is {getattr(self, name)}, expected 1 at least")
@@ -354,7 +356,7 @@ class _Work:
         """The wave at the speech tokenizer's rate, or what is wrong with it."""
         rate = self.ear.sample_rate
         try:
-            wave, own = _load(sound)
+            wave, own = load_sound(sound)
         except MossError as error:
             return error
         return resample(wave, own, rate)
@@ -393,7 +395,8 @@ class _Work:
             time.sleep(2)
 
 
-def _load(sound: Path | Member) -> tuple[np.ndarray, int]:
+def load_sound(sound: Path | Member) -> tuple[np.ndarray, int]:
+    """A recording as `load_audio` has it, out of a tar file too."""
     if isinstance(sound, Path):
         return load_audio(sound)
     entry = tar_members(sound.shard)[sound.name]

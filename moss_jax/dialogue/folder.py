@@ -105,7 +105,7 @@ class DecoderParts(Mapping):
             path = self._folder / f"{name}.safetensors"
             if not path.is_file():
                 raise KeyError(name)
-            self._loaded[name] = load_tree(path, self._shapes(name))
+            self._loaded[name] = load_tree(path, self._shapes(name), dtype="float32")  # they may rest in fewer bits
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -118,4 +118,6 @@ class DecoderParts(Mapping):
         config = self._config
         if name.startswith("flow"):
             return flow_shapes(config.flow)
+        if name == "speaker" and config.speaker is None:
+            raise KeyError(name)
         return vocoder_shapes(config.vocoder) if name == "vocoder" else speaker_shapes(config.speaker)

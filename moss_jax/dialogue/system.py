@@ -157,6 +157,8 @@ class System:
         """A voice from a recording: a file, or (wave float32 [samples], rate in Hz)."""
         wave, rate = recording if isinstance(recording, tuple) else load_audio(recording)
         config, parts = self._decoder_parts
+        if config.speaker is None:
+            raise MossError(f"{self.folder.path}: this system has one fixed voice, expected no recording of another")
         try:
             return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"])
         except MossError as error:
@@ -176,6 +178,8 @@ class System:
             voice = self.folder.settings.get("default_voice")
             if voice is None:
                 zero = Voice.zero(config.flow.mel_bins, config.flow.speaker_size)
+                if config.speaker is None:
+                    return zero, []
                 return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
         if str(voice) in self.folder.voices():
             return load_voice(self.folder.voice_path(str(voice)), config), []

@@ -17,7 +17,7 @@ class SpeechDecoderConfig:
 
     flow: FlowConfig = field(default_factory=FlowConfig)
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
-    speaker: SpeakerConfig = CAMPPLUS
+    speaker: SpeakerConfig | None = CAMPPLUS  # None: no speaker network, the flow has one fixed voice
     chunks: tuple[int, ...] = (5, 25)  # codes; the chunk sizes that there are streaming weights for, the default first
     code_rate: float = 12.5  # codes a second
     mel_overlap: int = 8  # mel frames that a stream holds back, as the vocoder looks to the right
@@ -27,7 +27,7 @@ class SpeechDecoderConfig:
         flow, vocoder = self.flow.mel_bins, self.vocoder.mel_bins
         if flow != vocoder:
             raise MossError(f"speech decoder config: flow.mel_bins is {flow}, vocoder.mel_bins is {vocoder}")
-        if self.speaker.embedding_size != self.flow.speaker_size:
+        if self.speaker is not None and self.speaker.embedding_size != self.flow.speaker_size:
             raise MossError(
                 f"speech decoder config: speaker.embedding_size is {self.speaker.embedding_size}, "
                 f"flow.speaker_size is {self.flow.speaker_size}"
@@ -70,6 +70,7 @@ def flow_stem(chunk: int | None = None) -> str:
 
 
 RELEASED = SpeechDecoderConfig()
+NANO = SpeechDecoderConfig(flow=flow.NANO, vocoder=vocoder.NANO, speaker=None, chunks=())
 TINY = SpeechDecoderConfig(
     flow=flow.TINY,
     vocoder=replace(vocoder.TINY, mel_bins=flow.TINY.mel_bins),

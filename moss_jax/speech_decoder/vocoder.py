@@ -47,6 +47,7 @@ class VocoderConfig:
     leaky_slope: float = 0.1
     magnitude_limit: float = 100.0  # of the predicted STFT
     audio_limit: float = 0.99  # largest absolute sample
+    free_phase: bool = False  # the predicted phase is any angle; False: the sine of what is predicted, in radians
     weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
 
     def __post_init__(self):
@@ -79,6 +80,12 @@ RELEASED = VocoderConfig()
 TINY = VocoderConfig(
     channels=32, f0_channels=16, f0_layers=2, resblock_widths=(3, 5), resblock_dilations=((1, 3), (1, 2)),
     source_resblock_widths=(3, 3, 5), source_resblock_dilations=((1,), (1, 2), (1,)),
+)  # fmt: skip
+
+NANO = VocoderConfig(
+    channels=192, upsample_rates=(5, 4), upsample_widths=(9, 8), resblock_widths=(3, 7),
+    resblock_dilations=((1, 3, 5), (1, 3, 5)), source_resblock_widths=(3, 3),
+    source_resblock_dilations=((1, 3), (1, 3)), fft_size=96, fft_hop=24, f0_channels=96, f0_layers=3, free_phase=True,
 )  # fmt: skip
 
 
@@ -311,7 +318,7 @@ class HiFT(nn.Module):
             x = sum(block(x, mask) for block in self.resblocks[i * count : (i + 1) * count]) / count
         x = _same(nn.leaky_relu(x, 0.01), *self.conv_post(x.shape[-1]))
         magnitude, phase = jnp.split(x, 2, -1)
-        wave = self.inverse(jnp.exp(magnitude), jnp.sin(phase), lengths)
+        wave = self.inverse(jnp.exp(magnitude), phase if c.free_phase else jnp.sin(phase), lengths)
         return jnp.clip(wave, -c.audio_limit, c.audio_limit)
 
     def inverse(self, magnitude: jax.Array, phase: jax.Array, lengths: jax.Array | None = None) -> jax.Array:

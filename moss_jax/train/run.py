@@ -175,7 +175,11 @@ class Run(BaseRun):
 
 
 # kind -> where its run is; a run.json without a kind is a language model's
-KINDS = {Run.kind: "moss_jax.train.run:Run"}
+KINDS = {
+    Run.kind: "moss_jax.train.run:Run",
+    "flow": "moss_jax.train.speech_decoder.run:FlowRun",
+    "vocoder": "moss_jax.train.speech_decoder.run:VocoderRun",
+}
 
 
 def run_class(kind: str) -> type[BaseRun]:

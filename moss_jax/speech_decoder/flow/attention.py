@@ -30,11 +30,15 @@ class Past:
     turn: jax.Array | None = None
 
 
-def allowed(rows: int, valid: jax.Array, chunk: int | None) -> jax.Array:
+def allowed(rows: int, valid: jax.Array, chunk: int | jax.Array | None) -> jax.Array:
     """Which keys each of `rows` queries may see, bool [B, T, S]: the valid ones (bool [B, S]), of which under a static
-    chunk mask only those of the query's own chunk and before. Row 0 stands at the beginning of a chunk."""
+    chunk mask only those of the query's own chunk and before. Row 0 stands at the beginning of a chunk. Items may have
+    chunks of their own, int32 [B]; one as long as the rows is no mask."""
     if chunk is None:
         return jnp.broadcast_to(valid[:, None, :], (valid.shape[0], rows, valid.shape[1]))
+    if jnp.ndim(chunk):
+        own = jnp.arange(rows) // chunk[:, None]
+        return valid[:, None, :] & (own[:, None, :] <= own[:, :, None])
     own = jnp.arange(rows) // chunk
     return valid[:, None, :] & (own[None, :] <= own[:, None])[None]
 
@@ -58,7 +62,7 @@ def attend(q, k, v, mask, past: Sequence[Past] = (), turned=None, turn=None) -> 
     state = (top, weights.sum(-1, keepdims=True), weights @ v)
     for part in past:
         state = _over_blocks(q, turned, part, state)
-    return (state[2] / state[1]).transpose(0, 2, 1, 3)
+    return (state[2] / state[1]).transpose(0, 2, 1, 3).astype(v.dtype)
 
 
 def _scores(q, k, turned, turn) -> jax.Array:

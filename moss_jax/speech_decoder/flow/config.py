@@ -60,6 +60,8 @@ class FlowConfig:
     euler_steps: int = 10
     guidance: float = 0.7  # classifier-free guidance rate: v = (1 + g) v_conditional - g v_unconditional
     noise_frames: int = 15000  # mel frames of the fixed noise buffer: the longest prompt and speech together
+    mel_mean: float = 0.0  # the flow works on (mel - mel_mean) / mel_std
+    mel_std: float = 1.0
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
@@ -69,6 +71,8 @@ class FlowConfig:
             raise MossError(
                 f"flow config: codebook_size {self.codebook_size} is more than the {self.vocab_size} rows of vocab_size"
             )
+        if not self.mel_std > 0:
+            raise MossError(f"flow config: mel_std is {self.mel_std}, expected above 0")
 
     @property
     def max_codes(self) -> int:
@@ -79,6 +83,14 @@ class FlowConfig:
     def chunk_frames(self) -> int:
         """Mel frames in a chunk."""
         return self.chunk * self.frames_per_code
+
+    def normalized(self, mel):
+        """A log-mel as the flow sees it."""
+        return (mel - self.mel_mean) / self.mel_std
+
+    def restored(self, x):
+        """The log-mel of what the flow made."""
+        return x * self.mel_std + self.mel_mean
 
     @property
     def estimator_inputs(self) -> int:
@@ -96,6 +108,19 @@ def _require_positive(config, name: str) -> None:
 RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes
 RELEASED_CHUNK_5 = FlowConfig(chunk=5)  # flow-chunk-5.pt
 RELEASED_CHUNK_25 = FlowConfig(chunk=25)  # flow-chunk-25.pt
+
+NANO = FlowConfig(
+    vocab_size=256,
+    codebook_size=256,
+    speaker_size=1,
+    chunk=5,
+    mel_mean=-6.0,
+    mel_std=3.0,
+    encoder=EncoderConfig(hidden_size=128, num_heads=2, intermediate_size=256, num_layers=2, num_up_layers=1),
+    estimator=EstimatorConfig(
+        channels=128, num_heads=2, head_dim=64, num_blocks=1, num_mid_stages=1, intermediate_size=256, time_size=128
+    ),
+)
 
 TINY = FlowConfig(
     vocab_size=96,

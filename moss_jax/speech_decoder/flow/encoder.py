@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         self,
         x: jax.Array,
         valid: jax.Array,
-        chunk: int | None = None,
+        chunk: int | jax.Array | None = None,
         tails: dict[str, jax.Array] | None = None,
         start: jax.Array | int = 0,
         length: jax.Array | int = 0,
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
             x: `embed` of the T codes and the `lookahead` ones after them, float32 [B, T + lookahead, D]. Beyond the
                 end of an utterance the reference has zeros here.
             valid: which of the T codes may be seen by attention, bool [B, T].
-            chunk: codes in a chunk of the static mask, or None for attention without it.
+            chunk: codes in a chunk of the static mask, one number or int32 [B], or None for attention without it.
             tails: tails of the convolutions after the calls before; None at the beginning.
             start: absolute position of the first code, at the beginning of a chunk.
             length: the tails that come back are those after so many of the T codes.
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
             x = self.up_embedding(self.upsample(raised, tails["upsample"])[0])
         with jax.named_scope("frame_layers"):
             turn = sinusoids(start * frames + jnp.arange(codes * frames), config.encoder.hidden_size)
-            mask = allowed(codes * frames, jnp.repeat(valid, frames, 1), chunk and chunk * frames)
+            mask = allowed(codes * frames, jnp.repeat(valid, frames, 1), None if chunk is None else chunk * frames)
             x, up_keys = self.up_layers(x, jnp.arange(config.encoder.num_up_layers), mask, turn, up_past)
         tails = {
             "lookahead": tail_at(ahead, tails["lookahead"], length),

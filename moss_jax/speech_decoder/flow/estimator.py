@@ -160,7 +160,7 @@ class Estimator(nn.Module):
         prompt: jax.Array,
         time: dict[str, jax.Array],
         valid: jax.Array,
-        chunk: int | None = None,
+        chunk: int | jax.Array | None = None,
         tails: dict[str, Any] | None = None,
         length: jax.Array | int = 0,
         past: Sequence[Past] = (),
@@ -172,7 +172,7 @@ class Estimator(nn.Module):
             speaker: float32 [R, M], the projected speaker embedding.
             time: `TimeEmbedding` of one time (K = 1) or of one a row (K = R).
             valid: which frames exist, bool [R, T].
-            chunk: mel frames in a chunk of the static mask, or None for attention without it.
+            chunk: mel frames in a chunk of the static mask, one number or int32 [R], or None for attention without it.
             tails: convolution tails (see `initial_tails`) after the calls before; None at the beginning.
             length: the tails that come back are those after so many of the T frames.
             past: caches of the attention layers.

@@ -40,7 +40,7 @@ class FlowModel(nn.Module):
         x = self.encoder.embed(self.codes(jnp.maximum(codes, 0)))
         return jnp.where((jnp.arange(codes.shape[1]) < count[:, None])[..., None], x, 0)
 
-    def encode(self, x: jax.Array, valid: jax.Array, chunk: int | None = None, **stream):
+    def encode(self, x: jax.Array, valid: jax.Array, chunk: int | jax.Array | None = None, **stream):
         """`Encoder.__call__`, projected: (mu float32 [B, T * frames_per_code, M], what a stream keeps)."""
         states, kept = self.encoder(x, valid, chunk, **stream)
         return self.mu(states), kept

@@ -81,7 +81,7 @@ def flow(
     Args:
         noise: float32 [1, >= 4T, M].
         codes: prompt and speech, int32 [B, T]; count: of them that are valid, int32 [B].
-        prompt: the prompt's mel, zero elsewhere, float32 [B, 4T, M].
+        prompt: the prompt's mel, normalised, zero elsewhere, float32 [B, 4T, M].
         embedding: float32 [B, E].
         streaming: attention under the static chunk mask.
         finalize: False: the last `lookahead` codes are only looked at.
@@ -179,7 +179,7 @@ def decode(
         streaming: attention under the static chunk mask, as the `reference` stream runs it.
         finalize: False: the last `lookahead` codes are only looked at, and 4 * (N - lookahead) frames come back.
         buffer: noise float32 [1, F, M] in place of the fixed one.
-        states: return the states from noise to mel with the prompt, float32 [steps + 1, 1, 4(P + N), M].
+        states: return the states from noise to normalised mel with the prompt, float32 [steps + 1, 1, 4(P + N), M].
 
     Raises:
         MossError: codes out of range, none, fewer than the look-ahead, or longer than the noise with the prompt.
@@ -194,10 +194,10 @@ def decode(
     ids = np.zeros((1, padded), np.int32)
     ids[0, :count] = np.concatenate([prompt_codes, codes])
     prompt = np.zeros((1, padded * frames, config.mel_bins), np.float32)
-    prompt[0, : prompt_codes.size * frames] = voice.mel
+    prompt[0, : prompt_codes.size * frames] = config.normalized(voice.mel)
     embedding = np.asarray(voice.embedding, np.float32)[None]
     buffer = buffer[:, : padded * frames]
     run = _compiled(config, streaming, finalize)
     result = np.asarray(run(params, buffer, ids, np.array([count], np.int32), prompt, embedding))
     end = (count if finalize else count - config.lookahead) * frames
-    return result[:, :, :end] if states else result[-1, :, prompt_codes.size * frames : end]
+    return result[:, :, :end] if states else config.restored(result[-1, :, prompt_codes.size * frames : end])

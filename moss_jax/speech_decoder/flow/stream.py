@@ -343,7 +343,8 @@ class CachedFlow:
         if codes.size:
             check_codes(config, codes, 0)
         check_length(config, codes.size, 1)
-        mel = np.asarray(voice.mel, np.float32).reshape(1, codes.size * config.frames_per_code, config.mel_bins)
+        mel = np.asarray(config.normalized(voice.mel), np.float32)
+        mel = mel.reshape(1, codes.size * config.frames_per_code, config.mel_bins)
         chunks, piece = prefilled_chunks(config, codes.size), max(PREFILL_CODES // config.chunk, 1)
         state = empty(config, max(-(-chunks // piece) * piece, 1), self.dtype)
         state = state.replace(speaker=self._project(self.params, np.asarray(voice.embedding, np.float32)[None]))
@@ -425,7 +426,8 @@ class FlowStream:
         frames, prompt = self.flow.config.frames_per_code, min(self._prompt_waiting, codes)
         self._waiting = self._waiting[codes:]
         self._prompt_waiting -= prompt
-        return np.asarray(mel)[:, prompt * frames : codes * frames]  # on the host: a slice there compiles nothing
+        # On the host: a slice there compiles nothing.
+        return self.flow.config.restored(np.asarray(mel)[:, prompt * frames : codes * frames])
 
 
 def grown(state: FlowState, slots: int) -> FlowState:

@@ -1,0 +1,37 @@
+"""Nano's flow: speech codes -> mel, in one voice.
+
+  moss-jax tokenize nano/corpus/voice.jsonl --model SYSTEM --format decoder -o nano/data/voice
+  moss-jax tokenize nano/corpus/voice-valid.jsonl --model SYSTEM --format decoder -o nano/data/voice-valid
+  moss-jax train --config configs/nano/flow.py
+
+SYSTEM is what the speech tokenizer's run exported. About 15 minutes on two cores.
+"""
+
+from moss_jax.data import Mixture
+from moss_jax.speech_decoder.config import NANO
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.speech_decoder.flow import FlowObjective
+from moss_jax.train.speech_decoder.run import FlowRun
+
+STEPS = 2400
+RUN = FlowRun(
+    name="nano-flow",
+    folder="nano/runs/flow",
+    model=NANO,
+    system="nano/runs/speech_tokenizer",
+    objective=FlowObjective(prompt=0.0, chunks=(0, 5)),  # one fixed voice needs no prompt
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100, total_steps=STEPS, weight_decay=0.01
+    ),
+    data=Mixture((("voice", "nano/data/voice", 1.0),)),
+    held_out=Mixture((("voice", "nano/data/voice-valid", 1.0),)),
+    codes=40,
+    batch_size=16,
+    steps=STEPS,
+    average=0.998,
+    export_dtype="float16",
+    save_every=300,
+    evaluate_every=300,
+    evaluate_batches=4,
+    log_every=50,
+)

@@ -1,0 +1,78 @@
+"""What trained, as a part of a system: its weights and sizes under speech_decoder/, all else from another system."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_jax.checkpoint import save_tree
+from moss_jax.convert.files import write_json
+from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.nn.config import write_config
+from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.train.export import collected, replaced
+from moss_jax.train.speech_decoder.run import SpeechDecoderRun
+from moss_jax.train.start import init_folder
+
+
+def export_parts(
+    run: SpeechDecoderRun,
+    config: SpeechDecoderConfig,
+    merged: Callable[[SpeechDecoderConfig], SpeechDecoderConfig],
+    pattern: str,
+    parts: Mapping[str, Mapping[str, jax.Array]],
+    folder: Path,
+    dtype: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Writes a system, whole or not at all. Every process calls it.
+
+    Args:
+        config: of the run, for a system that has no speech decoder yet.
+        merged: puts what trained into the config of the system that everything else is taken from.
+        pattern: of the names of the files that the parts replace.
+        parts: flat parameters by the name of their file; the same ones may stand under several.
+        dtype: of the weights; None: the run's `export_dtype`, else float32.
+    """
+    dtype = dtype or run.export_dtype or "float32"
+    known: dict[int, dict[str, np.ndarray]] = {}
+    for flat in parts.values():
+        if id(flat) not in known:
+            known[id(flat)] = {path: collected(leaf).astype(jnp.dtype(dtype)) for path, leaf in flat.items()}
+    if jax.process_index():
+        return
+    source = run.system or (run.init if run.init != "random" else None)
+    source = source and Path(init_folder(source))
+    with replaced(folder) as part:
+        if source and (source / SYSTEM).is_file():
+            shutil.copytree(source, part, copy_function=_link, dirs_exist_ok=True)
+        else:
+            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+        room = part / "speech_decoder"
+        if (room / "config.json").is_file():
+            config = merged(SystemFolder(part).config("speech_decoder", SpeechDecoderConfig))
+            (room / "config.json").unlink()
+        room.mkdir(exist_ok=True)
+        for old in room.glob(f"{pattern}.safetensors*"):
+            old.unlink()
+        first: dict[int, Path] = {}
+        for stem, flat in parts.items():
+            if id(flat) in first:
+                _link(first[id(flat)], room / f"{stem}.safetensors")
+            else:
+                save_tree(room, known[id(flat)], stem, shard_bytes=2**62)
+                first[id(flat)] = room / f"{stem}.safetensors"
+        write_json(room / "config.json", write_config(config))
+    say(f"exported: {folder}")
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file that nobody writes into, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

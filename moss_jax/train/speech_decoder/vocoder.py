@@ -1,0 +1,141 @@
+"""The vocoder's losses: STFT at several resolutions, mel, F0, and, where asked for, what discriminators say.
+
+Source: `cosyvoice/hifigan/hifigan.py` of the released code for the terms and their weights; the STFT loss is added, as
+it alone already teaches a small vocoder to speak.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moss_jax.audio.features import MelConfig
+from moss_jax.errors import MossError
+from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig
+from moss_jax.train.speech_decoder.discriminators import (
+    DiscriminatorConfig,
+    Discriminators,
+    discriminator_loss,
+    feature_loss,
+    generator_loss,
+    relativistic_loss,
+)
+from moss_jax.train.speech_decoder.spectral import log_mel, mel_loss, stft_loss
+
+EXACT = ("f0_", "merge")  # parts of the vocoder that stay float32: phases are sums of what they say
+
+
+@dataclass(frozen=True)
+class VocoderObjective:
+    """Weights of the terms, the released ones but for `stft`."""
+
+    mel: float = 45.0
+    stft: float = 1.0
+    f0: float = 1.0  # of the mean absolute error in Hz; unvoiced frames have 0 Hz
+    resolutions: tuple[tuple[int, int, int], ...] = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # samples
+    ffts: tuple[int, ...] = (4,)  # sizes of the mel windows in hops of the mel
+    true_f0: float = 0.0  # share of items whose source follows the measured F0, not the predicted one
+    discriminators: DiscriminatorConfig | None = None  # None: no adversarial training
+    adversarial_from: int = 0  # step; before it only the discriminators learn from each other's scores
+    feature: float = 2.0
+    relativistic: float = 1.0
+    tau: float = 0.04
+
+    def __post_init__(self):
+        for name in ("mel", "stft", "f0", "feature", "relativistic"):
+            if getattr(self, name) < 0:
+                raise MossError(f"objective: {name} is {getattr(self, name)}, expected 0 or more")
+        if any(window > fft for fft, _, window in self.resolutions):
+            raise MossError(f"objective: resolutions {self.resolutions} have a window longer than its fft")
+        if not 0 <= self.true_f0 <= 1:
+            raise MossError(f"objective: true_f0 is {self.true_f0}, expected 0 to 1")
+
+    def shortest(self, config: VocoderConfig) -> int:
+        """Mel frames that a crop must have at least."""
+        sizes = [fft for fft, *_ in self.resolutions] + [4 * config.hop]
+        sizes += [self.discriminators.shortest] if self.discriminators else []
+        return max(sizes) // config.hop + 1
+
+
+def mel_configs(config: VocoderConfig, ffts: tuple[int, ...] = (4,)) -> tuple[MelConfig, ...]:
+    """The mel of the features, and those of other window sizes, up to the highest frequency that the features have."""
+    top = min(8000.0, config.sample_rate / 2)
+    return tuple(MelConfig(config.sample_rate, fft * config.hop, config.hop, config.mel_bins, 0.0, top) for fft in ffts)
+
+
+def cast(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
+    """Flat parameters for the forward pass."""
+    return {path: leaf if path.startswith(EXACT) else leaf.astype(dtype) for path, leaf in params.items()}
+
+
+def render(
+    params: Any, config: VocoderConfig, batch: Mapping[str, jax.Array], key: jax.Array, true_f0: float, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Mel [B, T, M] and measured F0 [B, T] -> (wave float32 [B, hop * T], predicted F0 [B, T])."""
+    model = HiFT(config)
+    mel = batch["mel"]
+    size, keys = (mel.shape[0], mel.shape[1] * config.hop, config.harmonics), jax.random.split(key)
+    noise = jax.random.normal(keys[0], size)
+
+    def apply(*inputs, method):
+        return model.apply({"params": params}, *inputs, method=method)
+
+    f0 = apply(mel, method="f0")
+    measured = jax.random.uniform(keys[1], (mel.shape[0], 1)) < true_f0
+    source, _ = apply(jnp.where(measured, batch["f0"], f0), noise, method="source")
+    wave = apply(mel.astype(dtype), source.astype(dtype), method="decode")
+    return wave.astype(jnp.float32), f0
+
+
+def losses(
+    params: Any, judges: Any, config: VocoderConfig, objective: VocoderObjective, batch: Mapping[str, jax.Array],
+    key: jax.Array, step: jax.Array, dtype: Any = jnp.float32,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """(loss, its terms), all float32 scalars.
+
+    The gradient of the one loss is the generator's for its parameters and the discriminators' for theirs: each sees
+    the other's as constants.
+
+    Args:
+        params: of `HiFT`, nested; judges: of `Discriminators`, nested, or None.
+        batch: mel float32 [B, T, M], wave float32 [B, hop * T], f0 float32 [B, T] in Hz.
+        step: int32.
+    """
+    made, f0 = render(params, config, batch, key, objective.true_f0, dtype)
+    real = batch["wave"]
+    terms = {
+        "mel_loss": mel_loss(real, made, mel_configs(config, objective.ffts)),
+        "stft_loss": stft_loss(real, made, objective.resolutions),
+        "f0_loss": jnp.abs(f0 - batch["f0"]).mean(),
+    }
+    loss = objective.mel * terms["mel_loss"] + objective.stft * terms["stft_loss"] + objective.f0 * terms["f0_loss"]
+    if objective.discriminators is None:
+        return loss, terms
+    model, fixed = Discriminators(objective.discriminators), jax.lax.stop_gradient
+    judged_real = model.apply({"params": judges}, real)
+    judged_made = model.apply({"params": judges}, fixed(made))
+    seen_real, seen_made = fixed(judged_real), model.apply({"params": fixed(judges)}, made)
+    tau = objective.tau
+    terms |= {
+        "generator_loss": generator_loss(seen_made),
+        "feature_loss": feature_loss(seen_real, seen_made),
+        "generator_relative_loss": relativistic_loss(seen_made, seen_real, tau),
+        "discriminator_loss": discriminator_loss(judged_real, judged_made),
+        "discriminator_relative_loss": relativistic_loss(judged_real, judged_made, tau),
+    }
+    on = jnp.float32(jnp.asarray(step) >= objective.adversarial_from)
+    loss += on * (
+        terms["generator_loss"]
+        + objective.feature * terms["feature_loss"]
+        + objective.relativistic * terms["generator_relative_loss"]
+    )
+    loss += terms["discriminator_loss"] + objective.relativistic * terms["discriminator_relative_loss"]
+    return loss, terms
+
+
+def mel_distance(made: jax.Array, real: jax.Array, config: VocoderConfig) -> jax.Array:
+    """The mean absolute difference of the log-mels of two waves [B, L], natural logarithm."""
+    mel = mel_configs(config)[0]
+    return jnp.abs(log_mel(made, mel) - log_mel(real, mel)).mean()
