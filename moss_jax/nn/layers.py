@@ -1,6 +1,5 @@
 """Layers with logical axis names on every parameter. Channels are last everywhere: `[batch, time, channels]`."""
 
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -13,19 +12,22 @@ def named(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x: jax.Array, kernel: jax.Array, in_dims: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., *in] and a kernel [*in, *out] of the same dtype -> [..., *out] of `dtype`, None: the same.
 
     Its kernel gradient is one product in the kernel's own layout. Left to itself JAX makes the transposed one, and
     XLA's CPU backend then computes what lies before it, an activation's derivative say, in transposed order.
     """
+    return _product(x, kernel, in_dims, dtype)
+
+
+def _dot(x, kernel, in_dims, dtype):
     contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims))
     return jax.lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=dtype)
 
 
 def _product_forward(x, kernel, in_dims, dtype):
-    return product(x, kernel, in_dims, dtype), (x, kernel)
+    return _dot(x, kernel, in_dims, dtype), (x, kernel)  # as an operation that a policy of jax.checkpoint can see
 
 
 def _product_backward(in_dims, _, saved, y):
@@ -36,7 +38,8 @@ def _product_backward(in_dims, _, saved, y):
     return dx, jax.lax.dot_general(x, y, ((lead, lead), ((), ())), preferred_element_type=kernel.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product = jax.custom_vjp(_dot, nondiff_argnums=(2, 3))
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):

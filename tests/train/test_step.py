@@ -85,6 +85,17 @@ def test_remat_changes_no_gradient(full, remat):
     close(metrics, full[0])
 
 
+def test_a_remat_policy_saves_the_products_it_names():
+    def products(remat):
+        trainable, frozen = split_params(random_params(), STAGE_2)
+        config = replace(SMALL, remat=remat)
+        jaxpr = jax.make_jaxpr(lambda t, f, b: gradients(config, STAGE_2, t, f, b))(trainable, frozen, random_batch())
+        return str(jaxpr).count("dot_general[")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    assert none <= dots < full  # "dots" computes attention again, "full" every product
+
+
 def test_a_loop_over_layers_changes_no_gradient(full):
     metrics, grads = gradients_of(STAGE_2, unroll=True)
     close(grads, full[1])
