@@ -36,6 +36,26 @@ def test_plain_attention_is_the_definition():
     )
 
 
+@pytest.mark.parametrize("length", [64, 150, 600])  # one block, a short last one, blocks of more than the smallest
+def test_attention_in_blocks_is_the_definition_and_has_its_gradients(length):
+    q, k, v = heads(0, 2, length, 4, 8), heads(1, 2, length, 2, 8), heads(2, 2, length, 2, 8)
+    cuts = np.array([[length // 3], [length // 2 + 7]])
+    segments = (np.arange(length) >= cuts).astype(np.int32)
+    mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
+
+    def both(function):
+        def loss(*x):
+            y = function(*x)
+            return jnp.sin(y).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    (_, y), ours = both(lambda *x: attention(*x, segments, "xla"))(q, k, v)
+    _, plain = both(lambda *x: jax.nn.dot_product_attention(*x, mask=mask[:, None], implementation="xla"))(q, k, v)
+    np.testing.assert_allclose(y, definition(q, k, v, mask), atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, plain)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 999), new=st.sampled_from([1, 4]), filled=st.integers(0, 12))
 def test_cached_attention_is_the_definition(seed, new, filled):
