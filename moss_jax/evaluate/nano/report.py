@@ -157,8 +157,11 @@ class _Work:
         turns = [[] for _ in batch]
         replies: list[list[Reply]] = [[] for _ in batch]
         for number in range(max(len(item.questions) for item, _ in batch)):
-            going = [i for i, (item, _) in enumerate(batch) if number in (0, *range(1, len(item.questions)))]
-            going = [i for i in going if len(replies[i]) == number and _can_go_on(replies[i], way)]
+            going = [
+                i
+                for i, (item, _) in enumerate(batch)
+                if number < len(item.questions) and len(replies[i]) == number and _can_go_on(replies[i], way)
+            ]
             for i in going:
                 item, paths = batch[i]
                 if replies[i]:
