@@ -183,7 +183,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
 class Here:
     """A pool of processes that is this process."""
 
-    def __init__(self, processes, context):
+    def __init__(self, processes, context, initializer):
         pass
 
     def __enter__(self):

@@ -7,11 +7,12 @@ were set on 523 answers of the answering voice before anything was trained:
 
 - length of what is not silent, over -0.037 + 0.0416 letters + 0.168 words + 0.230 commas seconds (a least-squares fit):
   0.78 to 1.21 there; 0.65 to 1.45 is let through;
-- level, the 95th percentile of the power in 20 ms: -19 to -13 dBFS there; -45 is let through;
+- level, the 95th percentile of the power in 20 ms: -19 to -12 dBFS there; -45 is let through;
 - spread of the level, 10th to 90th percentile: 11.9 dB at least there, 0.9 dB in white noise; 8 dB are let through.
 
-Before it is heard the sound gets the same power, 0.15 s of silence at both ends and a little noise, always the same: on
-sound that begins and ends with digital silence the recogniser drops last words ("nineteen" becomes "nine").
+Before it is heard the sound loses the silence at its ends and gets the same power, 0.15 s of silence at both ends and a
+little noise, always the same: on sound that begins and ends with digital silence the recogniser drops last words
+("nineteen" becomes "nine").
 """
 
 import hashlib
@@ -34,6 +35,7 @@ FLOOR = 35.0  # dB below the level: what is quieter at the ends is silence
 SECONDS = (-0.0369, 0.0416, 0.1679, 0.2304)  # constant, a letter, a word, a comma
 LENGTHS = (0.65, 1.45)  # measured over expected
 LEVEL, SPREAD = -45.0, 8.0  # dBFS and dB, at least
+MARGIN = 0.1  # seconds that stay around what is not silent
 POWER, PAUSE, NOISE = 0.1, 0.15, 0.002  # root mean square; seconds; root mean square
 
 
@@ -102,17 +104,18 @@ class NanoJudge:
 
     def hear(self, wave: np.ndarray, rate: int) -> Heard:
         """Sound float32 [samples] -> what it says. The same sound is always heard the same."""
-        level, spread, seconds = measure(wave, rate)
+        level, spread, begin, end = measure(wave, rate)
         if level < LEVEL:
             return Heard("", f"silence ({level:.0f} dBFS)")
-        text = self._recognise(resample(wave, rate, RATE))
+        said = wave[max(0, round((begin - MARGIN) * rate)) : round((end + MARGIN) * rate)]
+        text = self._recognise(resample(said, rate, RATE))
         if not text:
             return Heard("", "nothing understood")
         expected = expected_seconds(text)
         if spread < SPREAD:
             return Heard(text, f"steady ({spread:.1f} dB)")
-        if not LENGTHS[0] <= seconds / expected <= LENGTHS[1]:
-            return Heard(text, f"{seconds:.2f} s long, expected {expected:.2f} s")
+        if not LENGTHS[0] <= (end - begin) / expected <= LENGTHS[1]:
+            return Heard(text, f"{end - begin:.2f} s long, expected {expected:.2f} s")
         return Heard(text)
 
     def _recognise(self, wave: np.ndarray) -> str:
@@ -127,17 +130,18 @@ class NanoJudge:
         return "" if found is None else found.hypstr
 
 
-def measure(wave: np.ndarray, rate: int) -> tuple[float, float, float]:
-    """(level in dBFS, its spread in dB, length in seconds) of a sound without the silence at its ends."""
+def measure(wave: np.ndarray, rate: int) -> tuple[float, float, float, float]:
+    """(level in dBFS, its spread in dB, begin, end in seconds) of a sound without the silence at its ends."""
     size = rate // FRAME
     frames = wave[: len(wave) // size * size].reshape(-1, size)
     if not len(frames):
-        return -100.0, 0.0, 0.0
+        return -100.0, 0.0, 0.0, 0.0
     power = 10 * np.log10(np.square(frames, dtype=np.float64).mean(1) + 1e-10)
-    level = float(np.percentile(power, 95))
+    level = float(np.percentile(power[power > power.max() - FLOOR], 95))
     loud = np.flatnonzero(power > level - FLOOR)
     said = power[loud[0] : loud[-1] + 1]
-    return level, float(np.percentile(said, 90) - np.percentile(said, 10)), len(said) / FRAME
+    spread = float(np.percentile(said, 90) - np.percentile(said, 10))
+    return level, spread, float(loud[0]) / FRAME, float(loud[-1] + 1) / FRAME
 
 
 def expected_seconds(text: str) -> float:
