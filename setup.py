@@ -15,6 +15,7 @@ TRAIN = [
     "matplotlib>=3.8", "librosa>=0.10",
 ]  # fmt: skip
 SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8"]
+JUDGE = ["pocketsphinx>=5", "pesq>=0.0.4", "pystoi>=0.4", "jiwer>=3"]  # what hears and measures nano
 TEST = [
     "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
     *M4A, *TRAIN, *SERVE,
@@ -29,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moss_jax", "moss_jax.*"]),
-    package_data={"moss_jax": ["assets/*", "data/nano/items/*", "serve/page/*"]},
+    package_data={"moss_jax": ["assets/*", "data/nano/items/*", "evaluate/nano/*.jsgf", "serve/page/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -45,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "m4a": M4A,
         "train": TRAIN,
+        "judge": JUDGE,
         "convert": CONVERT,
         "serve": SERVE,
         "test": TEST,

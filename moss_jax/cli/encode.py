@@ -2,25 +2,34 @@
 
   moss-jax encode QUESTION.wav --model FOLDER -o CODES.jsonl
   moss-jax encode recordings/*.flac --model FOLDER > CODES.jsonl
+  moss-jax encode --manifests CORPUS/asr.jsonl CORPUS/chat.jsonl --model FOLDER -o CODED
 
 One line of JSON for each recording, in the order given: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
 wav, flac, mp3, ogg and m4a of any rate, length and channel count are read; several channels are averaged. A recording
 gets the same codes in any company. When one cannot be read, nothing is written. `moss-jax decode` turns codes into
-sound again.
+sound again. With --manifests the folder CODED gets the same manifests with codes in the place of recordings, each
+recording encoded once; the same command goes on where it was stopped.
 """
 
 import json
 import sys
 
 from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.errors import MossError
 
 FILES = 32  # read and encoded at a time
 
 
 def add_arguments(parser):
-    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings")
+    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="recordings")
+    parser.add_argument("--manifests", nargs="+", metavar="FILE", help="of training data, in place of recordings")
     add_system_arguments(parser)
-    parser.add_argument("-o", "--out", metavar="CODES.jsonl", help="the file to write (default: standard output)")
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="CODES.jsonl",
+        help="the file to write (default: standard output); a folder with --manifests",
+    )
 
 
 def run(args) -> int:
@@ -28,6 +37,15 @@ def run(args) -> int:
     from moss_jax.checkpoint import atomic_file
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
+    if bool(args.audio) == bool(args.manifests):
+        raise MossError("expected recordings or --manifests, one of them")
+    if args.manifests:
+        from moss_jax.data.coded import encode_manifests
+
+        if args.out is None:
+            raise MossError("--manifests needs -o FOLDER")
+        encode_manifests(args.manifests, system_folder(args), args.out, say)
+        return 0
     speech_tokenizer = SpeechTokenizer.load(system_folder(args) / "speech_tokenizer")
     rate = speech_tokenizer.config.sample_rate
 

@@ -4,6 +4,7 @@
   moss-jax eval choice QUESTIONS.csv --model FOLDER -o OUT         multiple choice (MMLU, CMMLU), --shots N
   moss-jax eval spoken-qa QUESTIONS.jsonl --model FOLDER -o OUT    is the answer in the reply, written or spoken
   moss-jax eval resynthesis SPEECH.jsonl --model FOLDER -o OUT     word error rate of recording -> codes -> sound
+  moss-jax eval nano --model FOLDER -o OUT                         the report on nano: frozen items, ceiling, controls
 
 `moss-jax eval TASK --help` shows the format of the file. OUT is a folder: results.jsonl with a line an item, table.md,
 table.json, and the sound that was made. The same command goes on where an interrupted run stopped. The table has the
@@ -52,6 +53,14 @@ punctuation and articles do not count. Name every spelling, such as "4" and "fou
 A line of SPEECH.jsonl: {"audio": "a.wav", "text": "what is said in it"}. It measures the whole codec, voice included,
 and is not the paper's protocol, which trains a recogniser on the codes.
 """,
+    "nano": """The report on nano: spoken and written questions of its domain, all four ways, with ceiling and controls.
+
+  moss-jax eval nano --model FOLDER -o OUT
+  moss-jax eval nano --model FOLDER -o OUT --sets voices phrasings --ways ss st --items 50
+
+The items are frozen in the package and spoken by espeak-ng (Debian: apt install espeak-ng); the judge is pocketsphinx
+with a closed grammar (pip install 'moss-jax[judge]'). Any system can be measured. docs/nano.md explains each row.
+""",
 }
 
 
@@ -63,12 +72,21 @@ def add_arguments(parser):
         own = tasks.add_parser(
             task, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        own.add_argument("file", metavar="FILE", help="the items")
+        if task != "nano":
+            own.add_argument("file", metavar="FILE", help="the items")
         add_system_arguments(own)
         own.add_argument("-o", "--out", required=True, metavar="OUT", help="a folder, new or of the same evaluation")
         own.add_argument("--batch-size", type=int, default=8, help="items at a time, default 8")
         own.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters, default 1")
         own.add_argument("--tensor", type=int, default=1, help="devices that share each layer, default 1")
+        if task == "nano":
+            own.add_argument(
+                "--sets", nargs="+", metavar="SET", help="voices, phrasings, both, seen, two-turn, sentences"
+            )
+            own.add_argument(
+                "--ways", nargs="+", metavar="WAY", help="ss, st, ts, tt: question and answer, s is spoken"
+            )
+            own.add_argument("--items", type=int, help="so many of each set, default all")
         if task == "choice":
             own.add_argument("--shots", type=int, default=0, help="answered examples before each question, default 0")
             own.add_argument("--examples", metavar="FILE", help="where they are taken from, the first ones a subject")
@@ -95,6 +113,12 @@ def run(args) -> int:
     if args.task == "resynthesis" or (args.task == "spoken-qa" and args.reply != "text"):
         judge = open_judge(args.judge, args.judge_command)
     model = Model(system_folder(args), fsdp=args.fsdp, tensor=args.tensor, batch_size=args.batch_size)
+    if args.task == "nano":
+        from moss_jax.evaluate.nano import report
+
+        some = {name: getattr(args, name) for name in ("sets", "ways") if getattr(args, name) is not None}
+        print(report.run(model, args.out, **some, limit=args.items, say=progress), end="")
+        return 0
     common = {"model": model, "file": args.file, "out": args.out, "say": progress}
     if args.task == "pairs":
         table = pairs.run(**common)

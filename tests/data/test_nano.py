@@ -8,8 +8,10 @@ from itertools import product
 
 import pytest
 
-from moss_jax.audio import load_audio
+from moss_jax.audio import load_audio, resample, save_audio
 from moss_jax.cli import main
+from moss_jax.convert.random_system import init_random
+from moss_jax.data.corpus import write_manifest
 from moss_jax.data.espeak import speak
 from moss_jax.data.manifest import Manifest
 from moss_jax.data.nano import corpus, domain
@@ -17,6 +19,7 @@ from moss_jax.data.nano.domain import PHRASINGS, RESERVED, RESERVED_VOICES, SOCI
 from moss_jax.data.nano.items import FOLDER, SETS, make_items, read_items, speak_items
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.errors import MossError
+from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
 needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
 PLAN = corpus.make_plan()
@@ -180,7 +183,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
 class Here:
     """A pool of processes that is this process."""
 
-    def __init__(self, processes, context):
+    def __init__(self, processes, context, initializer):
         pass
 
     def __enter__(self):
@@ -207,6 +210,35 @@ def test_items_are_said_once(tmp_path):
     before = first["questions"][0].stat().st_mtime_ns
     assert speak_items("two-turn", tmp_path, items) == [first, second]
     assert first["questions"][0].stat().st_mtime_ns == before
+
+
+@needs_espeak
+def test_manifests_with_codes(tmp_path, capsys):
+    """Each recording is encoded once, as it would be alone, and not again."""
+    init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
+    (tmp_path / "corpus").mkdir()
+    for name in ("a", "b"):
+        save_audio(tmp_path / "corpus" / f"{name}.wav", *speak(f"What is {name}?")[:2])
+    chat = {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "A."}]}
+    asr = [{"audio": "b.wav", "text": "What is b?"}, {"audio": "a.wav", "text": "What is a?"}]
+    write_manifest(tmp_path / "corpus" / "chat.jsonl", [chat])
+    write_manifest(tmp_path / "corpus" / "asr.jsonl", asr)
+    paths = [str(tmp_path / "corpus" / f"{name}.jsonl") for name in ("chat", "asr")]
+    request = ["encode", "--manifests", *paths, "--model", str(tmp_path / "tiny"), "-o", str(tmp_path / "coded")]
+    assert main(request) == 0
+    assert "encoded 2 of 2 recordings" in capsys.readouterr().err
+    (coded,) = [json.loads(line) for line in (tmp_path / "coded" / "chat.jsonl").read_text().splitlines()]
+    b, a = [json.loads(line) for line in (tmp_path / "coded" / "asr.jsonl").read_text().splitlines()]
+    tokenizer = SpeechTokenizer.load(tmp_path / "tiny" / "speech_tokenizer")
+    wave, rate = load_audio(tmp_path / "corpus" / "b.wav")
+    assert b == {"text": "What is b?", "codes": tokenizer.encode([resample(wave, rate, 16000)])[0].tolist()}
+    assert coded["turns"][0] == {"role": "user", "codes": a["codes"]} and coded["turns"][1] == chat["turns"][1]
+    journal = tmp_path / "coded" / "codes.jsonl"
+    journal.write_text(journal.read_text()[:-3])  # as if killed in the middle of a line
+    assert main(request) == 0
+    assert "encoded 2 of 2 recordings" in capsys.readouterr().err
+    assert main(request) == 0 and "encoded" not in capsys.readouterr().err
+    assert main(["encode", "--model", str(tmp_path / "tiny")]) == 2
 
 
 def test_bad_requests(tmp_path, capsys):

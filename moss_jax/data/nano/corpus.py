@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -213,7 +214,8 @@ def _say_all(
     done = sum(len(chunk) for chunk in chunks) - sum(len(chunks[i]) for i in left)
     if left:
         # Each process has espeak-ng, which speaks with one voice at a time, to itself.
-        with ProcessPoolExecutor(min(processes, len(left)), multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(processes, len(left)), context, initializer=_leave_with_parent) as pool:
             jobs = {
                 pool.submit(_say_chunk, part, places[i], [asdict(utterances[u]) for u in chunks[i]]): i for i in left
             }
@@ -231,6 +233,16 @@ def _say_all(
         for place in places
         for line in (part / place / "said.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when the one that began it is killed: it would wait for work for ever."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _say_chunk(part: Path, place: str, utterances: Sequence[dict]) -> None:

@@ -132,32 +132,34 @@ def write_items(folder: Path) -> None:
         write_text(folder / f"{group}.jsonl", "".join(json.dumps(item.to_json()) + "\n" for item in items))
 
 
-def speak_items(group: str, folder: Path, items: Sequence[Item] | None = None) -> list[dict[str, list[Path]]]:
-    """Says the items of a set into FOLDER/GROUP; what is there already is not said again.
+def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[str, list[Path]]]:
+    """Says items of a set into FOLDER/GROUP; what is there already is not said again.
+
+    FOLDER/GROUP.jsonl is a manifest of what is asked (of the sentences: said), with its text.
 
     Returns:
         For each item {"questions": 16 kHz recordings, "answers": 24 kHz ones of the answering voice}, one a turn.
     """
-    spoken = []
+    spoken, lines = [], []
     (folder / group).mkdir(parents=True, exist_ok=True)
-    for item in read_items(group) if items is None else items:
-        paths: dict[str, list[Path]] = {"questions": [], "answers": []}
-        asked = [(text, (item.voice, item.words_per_minute, item.pitch), "question") for text in item.questions]
-        for number, (text, speaker, use) in enumerate([*asked, *((text, ANSWERS, "answer") for text in item.answers)]):
-            place = f"{group}/{item.name}-{use[0]}{number % max(len(asked), 1)}.wav"
-            if not (folder / place).exists():
-                say(folder, place, Utterance(text, *speaker, use))
-            paths[f"{use}s"].append(folder / place)
+    for item in items:
+        asker = (item.voice, item.words_per_minute, item.pitch)
+        paths = {
+            f"{use}s": [_spoken(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
+                        for turn, text in enumerate(texts)]
+            for use, speaker, texts in (("question", asker, item.questions), ("answer", ANSWERS, item.answers))
+        }  # fmt: skip
         spoken.append(paths)
-    if items is None:
-        lines = [
-            {"id": f"{item.name}-{turn}", "audio": str(path.relative_to(folder)), "text": text}
-            for item, paths in zip(read_items(group), spoken, strict=True)
-            for turn, (text, path) in enumerate(zip(item.questions or item.answers,
-                                                    paths["questions"] or paths["answers"], strict=True))
-        ]  # fmt: skip
-        write_manifest(folder / f"{group}.jsonl", lines)  # for word error rates of the speech tokenizer
+        said = zip(item.questions or item.answers, paths["questions"] or paths["answers"], strict=True)
+        lines += [{"audio": str(path.relative_to(folder)), "text": text} for text, path in said]
+    write_manifest(folder / f"{group}.jsonl", lines)
     return spoken
+
+
+def _spoken(folder: Path, place: str, utterance: Utterance) -> Path:
+    if not (folder / place).exists():
+        say(folder, place, utterance)
+    return folder / place
 
 
 if __name__ == "__main__":

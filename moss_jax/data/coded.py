@@ -1,0 +1,110 @@
+"""Manifests whose recordings have become codes: each recording is encoded once, however many lines name it.
+
+`moss-jax tokenize` encodes the recordings of each line; where lines and formats share them this saves most of it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moss_jax.audio.wave import load_audio, resample
+from moss_jax.checkpoint import write_text
+from moss_jax.errors import MossError
+
+CODES = "codes.jsonl"
+GROUP = 64  # recordings that are read and encoded together
+Say = Callable[[str], None]
+
+
+def encode_manifests(
+    manifests: Sequence[str | Path], model: str | Path, out: str | Path, say: Say = lambda line: None
+) -> None:
+    """Writes OUT/NAME.jsonl for each manifest, with "codes" in the place of "audio". Killed, the same call goes on.
+
+    Args:
+        manifests: JSON lines (`moss_jax.data.manifest`) of different names; recordings in tar files stay as they are.
+        model: a system folder; its speech tokenizer is used.
+        out: a folder; codes.jsonl in it holds the codes of every recording.
+
+    Raises:
+        MossError: a manifest or a recording cannot be read, two manifests have one name, OUT/codes.jsonl is of another
+            speech tokenizer.
+    """
+    from moss_jax.dialogue.folder import SystemFolder
+    from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
+    paths, out = [Path(path) for path in manifests], Path(out)
+    if len({path.name for path in paths}) < len(paths):
+        raise MossError(f"manifests: {', '.join(map(str, paths))} do not have different names")
+    lines = {path: _lines(path) for path in paths}
+    wanted = list(dict.fromkeys(place for path in paths for place in _recordings(path, lines[path])))
+    room = SystemFolder(model).room("speech_tokenizer")
+    out.mkdir(parents=True, exist_ok=True)
+    codes = _Journal(out / CODES, _mark(room))
+    left = [place for place in wanted if place not in codes.known]
+    # Neighbours in length share a bucket; the size of a file tells it.
+    left.sort(key=lambda place: Path(place).stat().st_size if Path(place).is_file() else 0)
+    tokenizer = SpeechTokenizer.load(room) if left else None
+    for first in range(0, len(left), GROUP):
+        group = left[first : first + GROUP]
+        waves = [resample(*load_audio(place), tokenizer.config.sample_rate) for place in group]
+        codes.append({place: found.tolist() for place, found in zip(group, tokenizer.encode(waves), strict=True)})
+        say(f"encoded {len(wanted) - len(left) + first + len(group)} of {len(wanted)} recordings")
+    for path in paths:
+        coded = [json.dumps(_coded(path, line, codes.known), ensure_ascii=False) for line in lines[path]]
+        write_text(out / path.name, "".join(f"{line}\n" for line in coded))
+
+
+class _Journal:
+    """Codes of recordings, a line each; the first line says of which speech tokenizer. A line cut off is lost."""
+
+    def __init__(self, path: Path, mark: str):
+        self.path, self.known = path, {}
+        whole = ""
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+        found = [json.loads(line) for line in whole.splitlines()]
+        if found and found[0] != {"speech_tokenizer": mark}:
+            raise MossError(f"{path}: codes of another speech tokenizer; choose another folder")
+        self.known = {line["audio"]: line["codes"] for line in found[1:]}
+        write_text(path, whole or json.dumps({"speech_tokenizer": mark}) + "\n")
+
+    def append(self, codes: dict[str, list[int]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"audio": place, "codes": found}) + "\n" for place, found in codes.items())
+        self.known |= codes
+
+
+def _mark(room: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(room.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise MossError(f"{path}: not a manifest that can be read ({error})") from error
+
+
+def _spoken(line: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The line itself or its turns, those that name a recording of their own."""
+    yield from (part for part in line.get("turns", [line]) if "audio" in part and "shard" not in part)
+
+
+def _recordings(path: Path, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for line in lines:
+        yield from (os.path.abspath(path.parent / part["audio"]) for part in _spoken(line))
+
+
+def _coded(path: Path, line: dict[str, Any], codes: dict[str, list[int]]) -> dict[str, Any]:
+    for part in _spoken(line):
+        part["codes"] = codes[os.path.abspath(path.parent / part.pop("audio"))]
+    return line
