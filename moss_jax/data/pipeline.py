@@ -185,7 +185,7 @@ class Batches:
         batches = self._shares[step * count + index :: count]
         if not self._workers:
             return batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
-        _mark_flags_as_parsed()
+        mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
         return batches.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
 
@@ -266,7 +266,7 @@ def _check(context: int, batch_size: int, process_index: int, process_count: int
         raise MossError(f"data: batch_size {batch_size} does not divide by the {process_count} processes")
 
 
-def _mark_flags_as_parsed() -> None:
+def mark_flags_as_parsed() -> None:
     """Grain's worker processes ask for absl flags, which a program without absl.app never parses."""
     from absl import flags
 

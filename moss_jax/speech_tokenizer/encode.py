@@ -76,7 +76,8 @@ class SpeechTokenizer:
         config = read_config(
             SpeechTokenizerConfig, read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
         )
-        return cls(config, load_tree(folder, encoder_shapes(config)), devices=devices)
+        # The mathematics is float32, whatever the file holds.
+        return cls(config, load_tree(folder, encoder_shapes(config), dtype=np.float32), devices=devices)
 
     def stream(self, *, chunk: int = 5, start_peak: float = START_PEAK) -> WaveStream:
         """A stream of samples in, codes out; see there."""

@@ -164,18 +164,28 @@ class Encoder(nn.Module):
     @jax.named_scope("quantize")
     def quantize(self, pooled: jax.Array) -> jax.Array:
         """The nearest code of each vector [B, T, D]: int32 [B, T], the first one of equals."""
-        config, codebook = self.config, self.codebook
-        if config.code_dim != config.d_model:
+        return self._nearest(self._compared(pooled))
+
+    def vectors(self, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-mel frames [B, T, M] of one segment -> what is compared with the codebook, [B, T', code_dim], and the
+        codes that come of it, int32 [B, T']; for training."""
+        vectors = self._compared(self.pooled(frames))
+        return vectors, self._nearest(jax.lax.stop_gradient(vectors))
+
+    def _compared(self, pooled: jax.Array) -> jax.Array:
+        if self.config.code_dim != self.config.d_model:
             pooled = self.project(pooled)
-        if config.normalize_codes:
-            pooled, codebook = _unit(pooled), _unit(codebook)
+        return _unit(pooled) if self.config.normalize_codes else pooled
+
+    def _nearest(self, vectors: jax.Array) -> jax.Array:
+        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
         half_norms = jnp.square(codebook).sum(-1) / 2
 
         def nearest(rows):  # [T, C]; |row|^2 is the same for all codes and so left out
             product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
             return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
 
-        return jax.lax.map(nearest, pooled)  # one clip at a time: all distances of a batch would take gigabytes
+        return jax.lax.map(nearest, vectors)  # one clip at a time: all distances of a batch would take gigabytes
 
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Vectors of the codes [B, T] of one segment with their positions added, [B, T, code_dim] (the reference's

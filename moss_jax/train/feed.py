@@ -2,54 +2,50 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moss_jax.data import Mixture, open_batches
+from moss_jax.data.pipeline import Batches
+from moss_jax.sharding import fitting
 from moss_jax.train.run import Run
 from moss_jax.train.step import batch_shardings
 from moss_jax.transformer import TransformerConfig
 
 
-class Feed:
-    """The batches of a mixture as arrays on the mesh, an iterator without end.
+class RowFeed:
+    """Batches as arrays on the mesh, an iterator without end.
 
     A process opens the rows that its devices hold, as one block or, where the mesh does not follow the processes, as
     several. Processes whose devices divide something else than rows read the same rows.
 
     Args:
-        mixture: of the run, or what it holds out; batches have the run's size.
-        workers: processes that read and pack ahead; 0: threads.
-
-    Attributes:
-        source_names: the name of each index in the batches' `source`.
+        rows: of a batch.
+        spans: the rows [start, stop) that each device of this process holds.
+        open_part: (index, count) -> the iterator over the index-th of `count` equal parts of each batch, with the
+            methods of `moss_jax.data.pipeline.Batches`.
+        place: (name, shape) -> how an array of a batch lies on the mesh; its first dimension is the rows.
     """
 
-    def __init__(self, mixture: Mixture, config: TransformerConfig, run: Run, mesh: Mesh, workers: int = 0):
-        self._rows, self._shardings = run.batch_size, batch_shardings(mesh, (run.batch_size, run.context))
-        indices, count = blocks(_spans(self._shardings["positions"], (run.batch_size, run.context)), run.batch_size)
-        self._size = run.batch_size // count
-        self._parts = {
-            index: open_batches(
-                mixture, config, context=run.context, batch_size=run.batch_size, process_index=index,
-                process_count=count, workers=workers,
-            )
-            for index in indices
-        }  # fmt: skip
-        self.source_names = self._one.source_names
+    def __init__(
+        self, rows: int, spans: Iterable[tuple[int, int]], open_part: Callable[[int, int], Any],
+        place: Callable[[str, tuple[int, ...]], NamedSharding],
+    ):  # fmt: skip
+        indices, count = blocks(spans, rows)
+        self._rows, self._size, self._sharding = rows, rows // count, place
+        self._parts = {index: open_part(index, count) for index in indices}
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
         parts = {index: next(batches) for index, batches in self._parts.items()}
-        return {
-            name: self._place({index: part[name] for index, part in parts.items()}, sharding)
-            for name, sharding in self._shardings.items()
-        }
+        names = next(iter(parts.values()))
+        return {name: self._place(name, {index: part[name] for index, part in parts.items()}) for name in names}
 
     def get_state(self) -> str:
         """Where the iterator stands; the same in every process."""
@@ -73,7 +69,7 @@ class Feed:
     def _one(self):
         return next(iter(self._parts.values()))
 
-    def _place(self, parts: dict[int, np.ndarray], sharding: NamedSharding) -> jax.Array:
+    def _place(self, name: str, parts: dict[int, np.ndarray]) -> jax.Array:
         def local(at: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = at[0].indices(self._rows)
             rows = [
@@ -82,8 +78,53 @@ class Feed:
             ]
             return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-        one = next(iter(parts.values()))
-        return jax.make_array_from_callback((self._rows, *one.shape[1:]), sharding, local)
+        shape = (self._rows, *next(iter(parts.values())).shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding(name, shape), local)
+
+
+class Feed(RowFeed):
+    """The packed batches of a mixture.
+
+    Args:
+        mixture: of the run, or what it holds out; batches have the run's size.
+        workers: processes that read and pack ahead; 0: threads.
+
+    Attributes:
+        source_names: the name of each index in the batches' `source`.
+    """
+
+    def __init__(self, mixture: Mixture, config: TransformerConfig, run: Run, mesh: Mesh, workers: int = 0):
+        shape = (run.batch_size, run.context)
+        shardings = batch_shardings(mesh, shape)
+
+        def open_part(index: int, count: int) -> Batches:
+            return open_batches(
+                mixture, config, context=run.context, batch_size=run.batch_size, process_index=index,
+                process_count=count, workers=workers,
+            )  # fmt: skip
+
+        super().__init__(
+            run.batch_size, _spans(shardings["positions"], shape), open_part, lambda name, _: shardings[name]
+        )
+        self.source_names = self._one.source_names
+
+
+class ClipFeed(RowFeed):
+    """Batches of recordings (`moss_jax.data.clips.ClipBatches`); only their rows are divided over devices.
+
+    Args:
+        open_part: (index, count) -> one of `count` equal parts of each batch.
+
+    Attributes:
+        per_epoch: batches in which every clip is once.
+    """
+
+    def __init__(self, batch_size: int, mesh: Mesh, open_part: Callable[[int, int], Any]):
+        def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+            return fitting(("batch", *[None] * (len(shape) - 1)), shape, mesh)
+
+        super().__init__(batch_size, _spans(place("", (batch_size,)), (batch_size,)), open_part, place)
+        self.per_epoch = self._one.per_epoch
 
 
 def blocks(spans: Iterable[tuple[int, int]], rows: int) -> tuple[list[int], int]:
@@ -99,5 +140,5 @@ def blocks(spans: Iterable[tuple[int, int]], rows: int) -> tuple[list[int], int]
     return sorted({row // size for row in held}), rows // size
 
 
-def _spans(sharding: NamedSharding, shape: tuple[int, int]) -> list[tuple[int, int]]:
+def _spans(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [at[0].indices(shape[0])[:2] for at in sharding.addressable_devices_indices_map(shape).values()]

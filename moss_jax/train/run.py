@@ -177,6 +177,7 @@ class Run(BaseRun):
 # kind -> where its run is; a run.json without a kind is a language model's
 KINDS = {
     Run.kind: "moss_jax.train.run:Run",
+    "speech_tokenizer": "moss_jax.train.speech_tokenizer.run:SpeechTokenizerRun",
     "flow": "moss_jax.train.speech_decoder.run:FlowRun",
     "vocoder": "moss_jax.train.speech_decoder.run:VocoderRun",
 }

@@ -1,0 +1,234 @@
+"""Recordings with their transcripts as batches of static shapes, in an order that depends on (seed, step) alone.
+
+A clip belongs to the shortest bucket that holds it. Every epoch the clips of each bucket are shuffled and cut into
+batches, and the batches are shuffled; what does not fill a batch is filled up with other clips of weight 0, so that an
+epoch holds every clip once. Any step can be the next one, and a process reads only its part of a batch.
+"""
+
+import hashlib
+import json
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.audio.wave import load_audio, resample
+from moss_jax.data.manifest import Document, Manifest, Member
+from moss_jax.data.tokenize import load_sound
+from moss_jax.errors import MossError
+
+Labels = Callable[[str], Sequence[int]]
+PLANS = 2  # of the latest epochs are kept
+READ_THREADS, READ_AHEAD = 2, 8  # batches that are prepared while the device computes
+LABELS_UNIT = 8  # the labels of a bucket are padded to a multiple of it
+
+
+class Clips:
+    """The recordings of some manifests, looked at once: how long each is, in which bucket, and what is said in it.
+
+    Args:
+        manifests: with the format "asr" (audio and text).
+        rate: Hz, of the waves that come out.
+        buckets: seconds, ascending: lengths that clips are padded to. Longer ones are left out.
+        unit: samples; a bucket is a multiple of it.
+
+    Attributes:
+        texts: the transcript of each clip.
+        samples: int [N], how long each is at `rate`.
+        bucket: int [N], the place of its bucket.
+        sizes: samples of each bucket.
+        left_out: how many recordings were longer than the last bucket.
+
+    Raises:
+        MossError: a manifest is bad, a recording cannot be read, or none is short enough.
+    """
+
+    def __init__(self, manifests: Sequence[str | Path], rate: int, buckets: Sequence[float], unit: int = 1):
+        if not buckets or list(buckets) != sorted(buckets) or buckets[0] <= 0:
+            raise MossError(f"buckets are {tuple(buckets)}, expected seconds above 0, ascending")
+        if not manifests:
+            raise MossError("clips: no manifest, expected one at least")
+        self.rate, self.sizes = rate, [-(-round(seconds * rate) // unit) * unit for seconds in buckets]
+        documents = [document for path in manifests for document in Manifest(path, "asr").documents()]
+        samples = np.array([_samples(document, rate) for document in documents], np.int64)
+        kept = np.flatnonzero(samples <= self.sizes[-1])
+        self.left_out = len(documents) - len(kept)
+        if not len(kept):
+            raise MossError(f"{manifests[0]}: no recording of {buckets[-1]:g} s or less, expected one at least")
+        self.texts, self.samples = [documents[i].text for i in kept], samples[kept]
+        self._sounds = [documents[i].sounds[0] for i in kept]
+        self.bucket = np.searchsorted(self.sizes, self.samples)
+        digest = hashlib.blake2b(json.dumps([rate, self.sizes]).encode(), digest_size=16)
+        for i in kept:
+            digest.update(documents[i].digest.encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def wave(self, index: int) -> np.ndarray:
+        """float32 [samples]. Raises MossError when the recording cannot be read any more."""
+        wave, rate = load_sound(self._sounds[index])
+        return resample(wave, rate, self.rate)[: self.sizes[self.bucket[index]]]
+
+
+class ClipOrder:
+    """Which clips the batch of a step holds."""
+
+    def __init__(self, bucket: np.ndarray, batch_size: int, seed: int):
+        self._bucket, self._size, self._seed = bucket, batch_size, seed
+        self._begin()
+        self.per_epoch = sum(-(-count // batch_size) for count in np.bincount(bucket))
+
+    def _begin(self):
+        self._lock, self._plans = threading.Lock(), OrderedDict()
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_plans")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin()
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(clips int [B], weights float32 [B]) of step 0, 1, ...; weight 0 where a batch was filled up."""
+        epoch, place = divmod(step, self.per_epoch)
+        with self._lock:
+            if epoch not in self._plans:
+                self._plans[epoch] = self._plan(np.random.default_rng([self._seed, epoch]))
+                while len(self._plans) > PLANS:
+                    self._plans.popitem(last=False)
+            return self._plans[epoch][place]
+
+    def _plan(self, random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+        batches = []
+        for bucket in np.unique(self._bucket):
+            clips = random.permutation(np.flatnonzero(self._bucket == bucket))
+            for start in range(0, len(clips), self._size):
+                part = clips[start : start + self._size]
+                filled = np.concatenate([part, np.resize(clips, self._size - len(part))])
+                batches.append((filled, (np.arange(self._size) < len(part)).astype(np.float32)))
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+class _Part:
+    """One of `count` equal parts of each batch, by step: what Grain reads from."""
+
+    def __init__(self, clips: Clips, order: ClipOrder, labels: list[np.ndarray], widths: list[int], index, count):
+        self.clips, self.order, self.labels, self.widths = clips, order, labels, widths
+        self.index, self.count = index, count
+
+    def __len__(self) -> int:
+        return sys.maxsize // 2**20
+
+    def __repr__(self) -> str:
+        return f"clips {self.clips.fingerprint}, part {self.index} of {self.count}"
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        members, weights = self.order.batch(step)
+        bucket, share = self.clips.bucket[members[0]], len(members) // self.count
+        mine = slice(self.index * share, (self.index + 1) * share)
+        members, weights = members[mine], weights[mine]
+        wave = np.zeros((share, self.clips.sizes[bucket]), np.float32)
+        labels = np.zeros((share, self.widths[bucket]), np.int32)
+        samples, counts = np.zeros(share, np.int32), np.zeros(share, np.int32)
+        for row, member in enumerate(members):
+            sound = self.clips.wave(member)
+            wave[row, : len(sound)], samples[row] = sound, len(sound)
+            said = self.labels[member]
+            labels[row, : len(said)], counts[row] = said, len(said)
+        return {
+            "wave": wave, "samples": samples, "labels": labels, "label_count": counts, "weight": weights,
+            "clip": members.astype(np.int32),
+        }  # fmt: skip
+
+
+class ClipBatches:
+    """An iterator without end over a part of the global batches.
+
+    A batch is a dictionary: wave float32 [B, L], zero-padded; samples int32 [B]; labels int32 [B, N], padded with 0;
+    label_count int32 [B]; weight float32 [B]; clip int32 [B], the places in `clips`. L and N are those of the bucket.
+    """
+
+    def __init__(
+        self, clips: Clips, labels: Labels, batch_size: int, seed: int, index: int = 0, count: int = 1, workers: int = 0
+    ):
+        import grain
+
+        numbers = [np.asarray(labels(text), np.int32) for text in clips.texts]
+        widths = [
+            -(-max([1, *(len(numbers[i]) for i in np.flatnonzero(clips.bucket == bucket))]) // LABELS_UNIT)
+            * LABELS_UNIT
+            for bucket in range(len(clips.sizes))
+        ]
+        order = ClipOrder(clips.bucket, batch_size, seed)
+        self.per_epoch, self.step, self._workers, self._iterator = order.per_epoch, 0, workers, None
+        self._parts = grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count))
+        self._fingerprint = f"{clips.fingerprint} {seed} {batch_size}"
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = iter(self._from(self.step))
+        batch = next(self._iterator)
+        self.step += 1
+        return batch
+
+    def _from(self, step: int) -> Any:
+        import grain
+
+        if not self._workers:
+            return self._parts[step:].to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
+        from moss_jax.data.pipeline import mark_flags_as_parsed
+
+        mark_flags_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+        return self._parts[step:].to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
+
+    def get_state(self) -> str:
+        """Where the iterator stands, JSON; the same in every process."""
+        return json.dumps({"step": self.step, "fingerprint": self._fingerprint})
+
+    def set_state(self, state: str) -> None:
+        """Goes where `get_state` was called. Raises MossError when that was with other data, seed or batch size."""
+        try:
+            state = json.loads(state)
+            step, fingerprint = int(state["step"]), state["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error
+        if fingerprint != self._fingerprint:
+            raise MossError("data state: it belongs to other data, seed, buckets or batch size")
+        self.skip_to(step)
+
+    def skip_to(self, step: int) -> None:
+        """The global batch of `step` comes next."""
+        self.close()
+        self.step = step
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _samples(document: Document, rate: int) -> int:
+    """How long a recording is at `rate`, from its header where it is a file."""
+    sound = document.sounds[0]
+    if isinstance(sound, np.ndarray):
+        raise MossError(f"line {document.line}: has codes and no audio, expected a recording")
+    if not isinstance(sound, Member):
+        import soundfile
+
+        try:
+            about = soundfile.info(sound)
+            return int(np.ceil(about.frames * rate / about.samplerate))
+        except soundfile.LibsndfileError:
+            pass  # read as a whole, it may be m4a
+    wave, own = load_audio(sound) if isinstance(sound, Path) else load_sound(sound)
+    return int(np.ceil(len(wave) * rate / own))

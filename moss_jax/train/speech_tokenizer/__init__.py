@@ -1,0 +1,1 @@
+"""Training of the speech tokenizer: speech recognition through its codes."""

@@ -1,0 +1,58 @@
+"""What is recognised: transcripts as numbers and back."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from moss_jax.data.words import words
+from moss_jax.errors import MossError
+
+BLANK, UNKNOWN = 0, 1  # of words and characters; for the attention head, 0 begins and ends a transcript
+
+
+class Units:
+    """Words or characters of the training transcripts, the most frequent first. 0 is CTC's blank, 1 the unknown.
+
+    Attributes:
+        count: how many there are, these two included.
+    """
+
+    def __init__(self, texts: Sequence[str], kind: str, most: int):
+        self._characters = kind == "characters"
+        counts = Counter(piece for text in texts for piece in self._pieces(text))
+        kept = sorted(counts, key=lambda piece: (-counts[piece], piece))[: most - 2]
+        self.names = ["", "<unknown>", *kept]
+        self._numbers = {piece: number for number, piece in enumerate(self.names)}
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    def __call__(self, text: str) -> list[int]:
+        return [self._numbers.get(piece, UNKNOWN) for piece in self._pieces(text)]
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """What the numbers say."""
+        return ("" if self._characters else " ").join(self.names[number] for number in numbers)
+
+    def _pieces(self, text: str) -> Sequence[str]:
+        return " ".join(words(text)) if self._characters else words(text)
+
+
+class WhisperUnits:
+    """The units of a Whisper's tokenizer.json."""
+
+    def __init__(self, folder: str | Path, count: int):
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise MossError(f"{path}: no such file, expected it for units 'whisper'")
+        self._tokenizer, self.count = Tokenizer.from_file(str(path)), count
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """What the numbers say."""
+        return self._tokenizer.decode([int(number) for number in numbers], skip_special_tokens=True)
