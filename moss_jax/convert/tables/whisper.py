@@ -1,0 +1,52 @@
+"""Tensor names of a Whisper of Hugging Face, for the training of a speech tokenizer that begins with one.
+
+The layers of its encoder are divided: the first ones stand before the quantiser ("model.encoder.layers.0."), the rest
+after it; `convert.whisper` calls those "model.encoder.after.0." before this table reads them.
+"""
+
+from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+
+
+def table(heads: int) -> Table:
+    """Its final projection is its table of units a second time, so it is carried along unused."""
+    attention = (
+        Row("q_proj.weight", "query/kernel", heads_out(heads)),
+        Row("q_proj.bias", "query/bias", heads_bias(heads)),
+        Row("k_proj.weight", "key/kernel", heads_out(heads)),
+        Row("v_proj.weight", "value/kernel", heads_out(heads)),
+        Row("v_proj.bias", "value/bias", heads_bias(heads)),
+        Row("out_proj.weight", "out/kernel", heads_in(heads)),
+        Row("out_proj.bias", "out/bias"),
+    )
+    layer = (
+        *prefixed(attention, "self_attn."),
+        *_norm("self_attn_layer_norm", "attention_norm"),
+        Row("fc1.weight", "up/kernel", LINEAR),
+        Row("fc1.bias", "up/bias"),
+        Row("fc2.weight", "down/kernel", LINEAR),
+        Row("fc2.bias", "down/bias"),
+        *_norm("final_layer_norm", "mlp_norm"),
+    )
+    cross = (*prefixed(attention, "encoder_attn.", "cross_"), *_norm("encoder_attn_layer_norm", "cross_norm"))
+    encoder = (
+        Row("conv1.weight", "encoder/conv1/kernel", CONV1D),
+        Row("conv1.bias", "encoder/conv1/bias"),
+        Row("conv2.weight", "encoder/conv2/kernel", CONV1D),
+        Row("conv2.bias", "encoder/conv2/bias"),
+        Row("embed_positions.weight", "encoder/positions"),
+        *prefixed(layer, "layers.{layer}.", "encoder/layers/"),
+        *prefixed(layer, "after.{layer}.", "head/layers/"),
+        *_norm("layer_norm", "head/norm"),
+    )
+    decoder = (
+        Row("embed_tokens.weight", "head/embed/embedding"),
+        Row("embed_positions.weight", "head/positions"),
+        *prefixed((*layer, *cross), "layers.{layer}.", "head/decoder_layers/"),
+        *_norm("layer_norm", "head/decoder_norm"),
+    )
+    rows = (*prefixed(encoder, "model.encoder."), *prefixed(decoder, "model.decoder."))
+    return Table(rows, (r"proj_out\.weight",))
+
+
+def _norm(name: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")

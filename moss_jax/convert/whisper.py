@@ -1,0 +1,69 @@
+"""A Whisper of Hugging Face as the beginning of a speech tokenizer's training: its encoder, before and after the
+quantiser, and its decoder as the recogniser."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jax.checkpoint import open_tensors
+from moss_jax.convert.tables import whisper as whisper_table
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+LAYER = re.compile(r"model\.encoder\.layers\.(\d+)\.(.*)")
+NEW = ("encoder/codebook", "encoder/code_positions", "encoder/project/", "head/lift/", "head/mel_", "head/ctc/")
+
+
+def import_whisper(
+    folder: str | Path, config: SpeechTokenizerConfig, parameters: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Those of `parameters` (flat paths `encoder/...`, `head/...`) that a Whisper has, in float32.
+
+    What it has not stays as it was: the codebook, what leads to it and away from it, the mel network, a CTC head. Its
+    convolutions and its attention before the quantiser become causal, so it has to learn anew; it learns fast.
+
+    Args:
+        folder: with config.json and model.safetensors.
+        parameters: what is to be filled, new.
+
+    Raises:
+        MossError: the sizes are not those of `config`, or tensors are missing or misshapen.
+    """
+    folder = Path(folder)
+    about = read_json(folder / "config.json")
+    for theirs, ours in (
+        ("d_model", "d_model"), ("encoder_attention_heads", "encoder_attention_heads"),
+        ("encoder_ffn_dim", "encoder_ffn_dim"), ("num_mel_bins", "num_mel_bins"),
+        ("max_source_positions", "max_source_positions"),
+    ):  # fmt: skip
+        if about.get(theirs) != getattr(config, ours):
+            raise MossError(
+                f"{folder}: its {theirs} is {about.get(theirs)}, the run's model has {getattr(config, ours)}"
+            )
+    wanted = {path: leaf for path, leaf in parameters.items() if not path.startswith(NEW)}
+    attention = "head/decoder_norm/scale" in wanted
+    if attention and about["decoder_attention_heads"] != config.encoder_attention_heads:
+        raise MossError(f"{folder}: encoder and decoder have different numbers of heads, expected the same")
+    reader = open_tensors(folder)
+    names = {_renamed(name, config.num_layers): name for name in reader.tensors}
+    names = {ours: name for ours, name in names.items() if attention or not ours.startswith("model.decoder.")}
+    table = whisper_table.table(config.encoder_attention_heads)
+    table.check({ours: tuple(reader.tensors[name].shape) for ours, name in names.items()}, wanted, str(folder))
+    layers = f"{config.num_layers} of its {about['encoder_layers']} layers before the codes"
+    say(f"begins with the Whisper in {folder}: {layers}")
+    return {
+        entry.path: entry.to_ours(lambda name: np.asarray(reader.read(names[name]), np.float32))
+        for entry in table.entries(wanted)
+    }
+
+
+def _renamed(name: str, before: int) -> str:
+    """The layers after the quantiser counted from 0 under a name of their own."""
+    found = LAYER.fullmatch(name)
+    if found and int(found[1]) >= before:
+        return f"model.encoder.after.{int(found[1]) - before}.{found[2]}"
+    return name

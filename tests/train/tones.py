@@ -1,0 +1,55 @@
+"""A tiny spoken language for tests: every word is a tone; and a run that learns it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from moss_jax.audio.wave import save_audio
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+WORDS = {"low": 300.0, "middle": 800.0, "high": 1900.0, "top": 3500.0}  # Hz
+RATE, WORD = 16000, 0.32  # Hz; seconds a word
+MODEL = SpeechTokenizerConfig(
+    sample_rate=RATE, n_fft=400, hop_length=160, num_mel_bins=24, d_model=16, num_layers=1, encoder_attention_heads=2,
+    encoder_ffn_dim=32, max_source_positions=80, pooling_kernel_size=4, quantize_vocab_size=12, code_dim=8,
+    normalize_codes=True, layer_norm_epsilon=1e-5,
+)  # fmt: skip
+
+CONFIG = """
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.run import *
+from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
+from tests.train.tones import MODEL
+
+RUN = SpeechTokenizerRun(
+    name="tones", folder={folder!r}, model=MODEL, data=({data!r} + "/train.jsonl",),
+    held_out=({data!r} + "/valid.jsonl",), objective=Objective(layers=1, mel_hidden=16, commitment_from=2),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, total_steps=40), buckets=(1.6,), batch_size=4,
+    steps=4, save_every=2, evaluate_every=4, log_every=2,
+)
+"""
+
+
+def write_data(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    (folder / "audio").mkdir(parents=True)
+    for name, count in (("train", 18), ("valid", 5)):
+        lines = []
+        for index in range(count):
+            said = random.choice(list(WORDS), random.integers(1, 5))
+            save_audio(folder / "audio" / f"{name}{index}.wav", wave(said, random), RATE)
+            lines.append(json.dumps({"audio": f"audio/{name}{index}.wav", "text": " ".join(said).capitalize() + "."}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def wave(said, random) -> np.ndarray:
+    time = np.arange(round(WORD * RATE)) / RATE
+    tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) * np.hanning(len(time)) for word in said]
+    return (np.concatenate(tones) + 0.01 * random.normal(size=len(time) * len(said))).astype(np.float32)
+
+
+def write_config(path: Path, data: Path, folder: Path) -> Path:
+    path.write_text(CONFIG.format(data=str(data), folder=str(folder)))
+    return path
