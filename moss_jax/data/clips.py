@@ -152,6 +152,11 @@ class ClipBatches:
 
     A batch is a dictionary: wave float32 [B, L], zero-padded; samples int32 [B]; labels int32 [B, N], padded with 0;
     label_count int32 [B]; weight float32 [B]; clip int32 [B], the places in `clips`. L and N are those of the bucket.
+
+    Attributes:
+        per_epoch: batches in which every clip is once.
+        most_labels: of one clip.
+        step: of the batch that comes next, from 0.
     """
 
     def __init__(
@@ -166,6 +171,7 @@ class ClipBatches:
             for bucket in range(len(clips.sizes))
         ]
         order = ClipOrder(clips.bucket, batch_size, seed)
+        self.most_labels = max(map(len, numbers))
         self.per_epoch, self.step, self._workers, self._iterator = order.per_epoch, 0, workers, None
         self._parts = grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count))
         self._fingerprint = f"{clips.fingerprint} {seed} {batch_size}"

@@ -97,8 +97,9 @@ class Recogniser:
                 tree, memory, valid, batch
             )  # fmt: skip
         with jax.named_scope("mel"):
-            weights = jnp.repeat(valid, config.frames_per_code, 1).astype(jnp.float32)[:, : frames.shape[1]]
-            error = jnp.square(self._head(tree, "mel", through)[:, : frames.shape[1]] - frames).mean(-1)
+            weights = jnp.repeat(valid, config.frames_per_code, 1).astype(jnp.float32)
+            made = self._head(tree, "mel", jnp.where(valid[..., None], through, 0))
+            error = jnp.square(made - frames).mean(-1)
             mel = (error * weights).sum(), weights.sum()
         distance = jnp.square(vectors - jax.lax.stop_gradient(chosen))
         # Of unit vectors the whole distance counts, of others the mean over their entries.
@@ -163,8 +164,8 @@ def loss_of(sums: Mapping[str, Any], objective: Objective, step: jax.Array) -> t
 def make_step(recogniser: Recogniser, optimizer: OptimizerConfig, seed: int, shardings: Any) -> Callable:
     """The compiled (state, frozen, batch, limit) -> (state, metrics), once for each bucket.
 
-    Metrics beside those of every task: asr_loss, mel_loss, commitment_loss; perplexity and code_use (the share of
-    codes chosen at least a tenth as often as the mean), both of the moving averages.
+    Metrics beside those of every task: asr_loss, mel_loss, commitment_loss; perplexity, of the batch; code_use, the
+    share of codes that by the moving averages are chosen at least a tenth as often as the mean.
     """
     objective = recogniser.objective
 
@@ -180,8 +181,9 @@ def make_step(recogniser: Recogniser, optimizer: OptimizerConfig, seed: int, sha
             book = moved(state.extra, sums["vectors"], sums["codes"], sums["valid"], objective, key)
         with jax.named_scope("update"):
             state, told = updated(state, grads, value, limit, optimizer, book)
-        count = state.extra["count"]
-        use = {"perplexity": perplexity(count), "code_use": (count > 0.1 * count.mean()).mean()}
+        count, size = state.extra["count"], state.extra["count"].shape[0]
+        chosen = jax.ops.segment_sum(sums["valid"].astype(jnp.float32).ravel(), sums["codes"].ravel(), size)
+        use = {"perplexity": perplexity(chosen), "code_use": (count > 0.1 * count.mean()).mean()}
         return state, {"loss": value, **parts, **use, **told}
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moss_jax.checkpoint import load_tree, save_tree
 from moss_jax.convert.files import write_json
-from moss_jax.data.clips import ClipBatches, Clips
+from moss_jax.data.clips import LABELS_UNIT, ClipBatches, Clips
 from moss_jax.data.words import errors, words
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, read_json, write_config
@@ -171,7 +171,11 @@ class SpeechTokenizerTask:
         run = self._run
 
         def open_part(index: int, count: int) -> ClipBatches:
-            return ClipBatches(clips, self._units, run.batch_size, run.seed, index, count, workers)
+            batches = ClipBatches(clips, self._units, run.batch_size, run.seed, index, count, workers)
+            needed = -(-batches.most_labels // LABELS_UNIT) * LABELS_UNIT + len(self._recogniser.begin)
+            if run.objective.head == "attention" and needed > run.objective.max_units:
+                raise MossError(f"objective: max_units is {run.objective.max_units}, expected {needed} for this data")
+            return batches
 
         return ClipFeed(run.batch_size, self._mesh, open_part)
 
