@@ -1,9 +1,10 @@
-"""Train a language model: stage 1 (only what is new for speech), stage 2 (all of it), fine-tuning.
+"""Train a language model (stage 1: only what is new for speech; stage 2: all of it; fine-tuning), or a speech tokenizer.
 
   moss-jax train --config configs/miniature/stage1.py                     begins; the same command again goes on
   moss-jax train --config configs/stage1.py --init Qwen3-8B --folder runs/stage1 --set steps=2000
   moss-jax train --config configs/stage1.py --print                       what it would do, as JSON
   moss-jax train --config configs/stage1.py --distributed                 on every host of several
+  moss-jax train --config configs/nano/speech_tokenizer.py                the codec's encoder, on recordings with text
 
 --set changes any field of the config: steps=100, optimizer.learning_rate=1e-4, mesh.tensor=2, guard.action=stop.
 SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, exit code 75. Exit codes: 0 done, 2 bad
