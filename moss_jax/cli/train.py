@@ -1,4 +1,4 @@
-"""Train a language model (stage 1: only what is new for speech; stage 2: all of it; fine-tuning) or a part of the codec.
+"""Train a language model (stage 1: what is new for speech; stage 2: all of it; fine-tuning) or a part of the codec.
 
   moss-jax train --config configs/miniature/stage1.py                     begins; the same command again goes on
   moss-jax train --config configs/stage1.py --init Qwen3-8B --folder runs/stage1 --set steps=2000
