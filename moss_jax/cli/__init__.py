@@ -26,6 +26,7 @@ VERBS = {
     "similarity": "where speech and text look alike inside the model, layer by layer",
     "tokenize": "turn a manifest into a data set to train on",
     "train": "train a language model",
+    "train-nano": "train the small system nano from nothing, all of it",
     "voice": "enrol a voice from a recording",
 }
 

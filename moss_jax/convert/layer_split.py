@@ -58,7 +58,7 @@ def split_parameter(
         inner = path.removeprefix("text/layers/")
         if config.num_shared_layers:
             yield f"shared/layers/{inner}", value[: config.num_shared_layers]
-        for branch in ("text", "audio"):
+        for branch in ("text", "audio") if config.num_modality_layers else ():
             yield f"{branch}/layers/{inner}", value[config.num_shared_layers :]
 
 

@@ -59,7 +59,7 @@ def import_qwen3(
         folder: config.json, safetensors, tokenizer.json; tied or not.
         system: the folder to write into.
         modality_layers: how many of the last layers become the text branch and, copied, the audio branch; None: a
-            ninth of them.
+            ninth of them; 0: none, the model is not split.
         codes: of the speech tokenizer; the audio vocabulary is these and the end of speech, padded.
         audio_branch: "copy" of the text branch, or "random" (for comparison).
         seed: of the new audio table and head, and of a random branch.
@@ -184,7 +184,8 @@ class TextPath:
             raise MossError("\n  ".join([f"{ours.path}: parameters are missing", *lost]))
         self.tensors, self._places = {}, {}
         for entry in table(source).entries(shapes):
-            dtype = np.dtype(ours.tensors[entry.path].dtype)
+            known = entry.path if entry.path in ours.tensors else entry.path.replace("text/", "shared/", 1)
+            dtype = np.dtype(ours.tensors[known].dtype)
             for index in np.ndindex(entry.names.shape):
                 self.tensors[str(entry.names[index])] = TensorInfo(ours.path, entry.source_shape, dtype, 0)
                 self._places[str(entry.names[index])] = (entry, index)
@@ -215,8 +216,8 @@ def split_config(
     released = qwen3_keys(where)
     depth, vocab = released["num_hidden_layers"], released["vocab_size"]
     branch = default_modality_layers(depth) if modality_layers is None else modality_layers
-    if not 0 < branch < depth:
-        raise MossError(f"{where}: {branch} layers for each branch, expected 1 to {depth - 1} of the {depth} there are")
+    if not 0 <= branch < depth:
+        raise MossError(f"{where}: {branch} layers for each branch, expected 0 to {depth - 1} of the {depth} there are")
     sizes = {key: released[key] for key in SAME_KEYS}
     config = TransformerConfig(
         **sizes, head_dim=released.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),

@@ -48,7 +48,7 @@ def layer_outputs(params: Any, grid: jax.Array, *, config: TransformerConfig) ->
         grid: int32 [B, T, 2], padded on the right.
 
     Returns:
-        {"shared" (unless there is none), "text", "audio"}: [L, B, T, D] in the config's dtype.
+        {"shared", "text", "audio"}, those that have layers: [L, B, T, D] in the config's dtype.
     """
     x = LayerSplitModel(config).apply({"params": params}, grid, method="embed")
     positions = jnp.broadcast_to(jnp.arange(grid.shape[1]), grid.shape[:2])
@@ -61,7 +61,7 @@ def layer_outputs(params: Any, grid: jax.Array, *, config: TransformerConfig) ->
     outputs = {}
     if config.num_shared_layers:
         x, outputs["shared"] = jax.lax.scan(layer, x, params["shared"]["layers"])
-    for branch in ("text", "audio"):
+    for branch in ("text", "audio") if config.num_modality_layers else ():
         _, outputs[branch] = jax.lax.scan(layer, x, params[branch]["layers"])
     return outputs
 
@@ -115,6 +115,8 @@ class Curves:
     def depth(self) -> np.ndarray:
         """The centred path effect over the whole depth, [layers, sentences]: shared layers, then the branches' mean."""
         effects = {block: self.effect(block, "centred", "path") for block in self.blocks}
+        if "text" not in effects:
+            return effects["shared"]
         branches = (effects["text"] + effects["audio"]) / 2
         return np.concatenate([effects["shared"], branches]) if "shared" in effects else branches
 

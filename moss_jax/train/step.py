@@ -62,7 +62,7 @@ def hidden(
 
     def block(name, x):
         for params, lora in stacks:
-            if name in params:
+            if "layers" in params.get(name, {}):
                 variables = {"params": {"layers": params[name]["layers"]}}
                 variables |= {"lora": {"layers": lora[name]["layers"]}} if name in lora else {}
                 depth = jax.tree.leaves(variables)[0].shape[0]

@@ -22,7 +22,7 @@ class TransformerConfig:
     num_key_value_heads: int  # K, key and value heads; each serves N / K query heads
     head_dim: int  # H, even
     num_shared_layers: int  # layers that both modalities pass
-    num_modality_layers: int  # layers of each branch, after the shared ones
+    num_modality_layers: int  # layers of each branch, after the shared ones; 0: no split, the heads follow the shared
     text_vocab_size: int  # rows of the text table and text head, padding included
     audio_vocab_size: int  # rows of the audio table and audio head, padding included; 0: no audio branch
     endoftext_id: int = 151643  # text: end of a document, also the padding id
@@ -47,7 +47,9 @@ class TransformerConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(heads % kv_heads == 0, f"{heads} attention heads do not divide into {kv_heads} key/value heads")
         self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, expected an even number")
-        self._require(self.num_shared_layers >= 0, f"num_shared_layers is {self.num_shared_layers}, expected 0 or more")
+        for name in ("num_shared_layers", "num_modality_layers"):
+            self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        self._require(self.num_shared_layers + self.num_modality_layers > 0, "has no layers, expected at least 1")
         for name, known in (("attention", ATTENTION), ("remat", REMAT), ("dtype", DTYPES), ("param_dtype", DTYPES)):
             value = getattr(self, name)
             self._require(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
@@ -69,7 +71,7 @@ class TransformerConfig:
 
 _POSITIVE = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "num_modality_layers", "text_vocab_size", "max_position_embeddings",
+    "text_vocab_size", "max_position_embeddings",
 )  # fmt: skip
 
 # fnlp/MOSS-Speech: 9,095,694,336 parameters.
@@ -100,6 +102,28 @@ QWEN3_8B = TransformerConfig(
     audio_vocab_size=0,
     dtype="bfloat16",
     param_dtype="bfloat16",
+)
+
+# The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes.
+NANO = TransformerConfig(
+    hidden_size=192,
+    intermediate_size=384,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_shared_layers=5,
+    num_modality_layers=2,
+    text_vocab_size=800,
+    audio_vocab_size=384,
+    endoftext_id=768,
+    im_start_id=769,
+    im_end_id=770,
+    sosp_id=771,
+    modality_pad_id=792,
+    eosp_id=256,
+    audio_pad_id=255,
+    rope_theta=1e4,
+    max_position_embeddings=2048,
 )
 
 # For tests.

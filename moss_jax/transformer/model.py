@@ -193,15 +193,16 @@ class Block(nn.Module):
         cfg, layer = self.config, Layer
         if cfg.remat != "none":
             layer = nn.remat(layer, policy=POLICIES[cfg.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},  # lora: adapters beside kernels, where there are any
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
-            length=self.num_layers,
-            unroll=self.num_layers if self.unroll else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg)
+        if self.num_layers:
+            self.layers = nn.scan(
+                layer,
+                variable_axes={"params": 0, "lora": 0},  # lora: adapters beside kernels, where there are any
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+                length=self.num_layers,
+                unroll=self.num_layers if self.unroll else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(cfg)
         if self.vocab_size:
             self.embed = Embed(cfg, self.vocab_size)
             self.norm = RMSNorm(cfg)
@@ -209,10 +210,14 @@ class Block(nn.Module):
 
     def __call__(self, x, positions, segment_ids=None):
         cfg = self.config
+        if not self.num_layers:  # a branch without a split: its norm and head alone
+            return x
         return self.layers(x, rope_angles(positions, cfg.head_dim, cfg.rope_theta), segment_ids, None, None)[0]
 
     def cached(self, x, positions, cache: KVCache, index, valid):
         cfg = self.config
+        if not self.num_layers:
+            return x, cache
         length, columns = x.shape[1], jnp.arange(valid.shape[1])
         new_valid = jax.lax.dynamic_slice_in_dim(valid, index, length, 1)  # [B, T]
         masks = valid & (columns < index), jnp.tril(jnp.ones((length, length), bool)) & new_valid[:, None]

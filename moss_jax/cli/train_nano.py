@@ -1,0 +1,46 @@
+"""Train nano, the small system, from nothing: one command for the whole recipe of docs/nano.md.
+
+  moss-jax train-nano                       about 90 minutes on two cores; the same command again goes on
+  moss-jax train-nano --from-step stage2    makes this step and those after it anew
+  moss-jax train-nano --quick               a few lines and steps of everything, to see that it goes; learns nothing
+
+Everything lands in ./nano: the system in nano/system, the report in nano/report, each training in nano/runs. It needs
+espeak-ng (Debian: apt install espeak-ng) and pip install 'moss-jax[train]'; the report needs 'moss-jax[judge]' too.
+Steps: corpus, speech_tokenizer, tokenize, flow, vocoder, text, split, stage1, stage2, sft, system, report. SIGTERM or
+Ctrl-C: what is being trained is saved, exit code 75.
+"""
+
+from pathlib import Path
+
+from moss_jax.cli.system_arguments import cache_folder, say
+from moss_jax.errors import MossError
+
+QUICK_ITEMS = {"sets": ("voices",), "ways": ("ss",), "limit": 2}
+
+
+def add_arguments(parser):
+    parser.add_argument("--quick", action="store_true", help="a few steps of each training, on a few lines")
+    parser.add_argument("--from-step", metavar="NAME", help="make this step and those after it anew")
+    parser.add_argument("--no-report", action="store_true", help="leave the evaluation out")
+    parser.add_argument("--configs", type=Path, metavar="FOLDER", help="other configs than those of configs/nano")
+
+
+def run(args) -> int:
+    import importlib.util
+
+    import jax
+
+    from moss_jax.train.nano import CONFIGS, Recipe
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
+        raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
+    report = None if args.no_report else _report
+    return Recipe(args.quick, args.configs or CONFIGS, report, say).make(args.from_step)
+
+
+def _report(system: Path, folder: Path, quick: bool) -> None:
+    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.nano import report
+
+    print(report.run(Model(system, batch_size=32), folder, **(QUICK_ITEMS if quick else {}), say=say), end="")

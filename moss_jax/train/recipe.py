@@ -1,0 +1,123 @@
+"""A recipe: steps in a fixed order, each done once. The same call goes on where it was stopped.
+
+FOLDER/recipe.json says with what the recipe was begun, which steps are done, and the seconds that each has taken. A
+step that was stopped is called again; it has to go on by itself from what it left, as training and tokenizing do.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_jax.checkpoint import write_text
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_json
+from moss_jax.train.metrics import duration
+
+JOURNAL = "recipe.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """One step.
+
+    Attributes:
+        name: what --from-step and the journal call it.
+        what: a line for people.
+        work: makes it; returns 0, or the exit code that the whole recipe ends with (75: called to stop, saved).
+        makes: paths that it writes; they, and what lies beside them unfinished (NAME.part), go when it is made anew.
+    """
+
+    name: str
+    what: str
+    work: Callable[[], int]
+    makes: tuple[Path, ...] = ()
+
+
+def run_recipe(
+    folder: str | Path, steps: Sequence[RecipeStep], about: Mapping[str, Any], from_step: str | None = None,
+    say: Say = print,
+) -> int:  # fmt: skip
+    """Makes every step that is not done, in order; returns 0, or the code of the step that stopped.
+
+    Args:
+        folder: gets the journal.
+        about: what all calls must agree in, JSON.
+        from_step: this step and those after it are made anew.
+        say: gets a line before and after each step.
+
+    Raises:
+        MossError: the folder is of a recipe with another `about`, there is no such step, or a step failed.
+    """
+    folder = Path(folder)
+    names = [step.name for step in steps]
+    if from_step is not None and from_step not in names:
+        raise MossError(f"step {from_step!r}: unknown, there are {', '.join(names)}")
+    journal = _Journal(folder, about)
+    if from_step is not None:
+        journal.again = names[names.index(from_step) :]
+        journal.write()
+    _forget(journal, steps)
+    for number, step in enumerate(steps, 1):
+        head = f"[{number}/{len(steps)}] {step.name}"
+        if step.name in journal.done:
+            say(f"{head}: done before, in {duration(journal.seconds.get(step.name, 0))}")
+            continue
+        so_far = sum(journal.seconds.values())
+        say(f"{head}: {step.what}" + (f" ({duration(so_far)} so far)" if so_far else ""))
+        begin = time.monotonic()
+        try:
+            code = step.work()
+        finally:
+            journal.seconds[step.name] = journal.seconds.get(step.name, 0) + time.monotonic() - begin
+            journal.write()
+        if code:
+            return code
+        journal.done.append(step.name)
+        journal.write()
+        say(f"{head}: done in {duration(journal.seconds[step.name])}")
+    say(f"everything is done, in {duration(sum(journal.seconds.values()))}")
+    return 0
+
+
+class _Journal:
+    def __init__(self, folder: Path, about: Mapping[str, Any]):
+        self.path, self.about = folder / JOURNAL, dict(about)
+        self.done: list[str] = []
+        self.again: list[str] = []  # steps whose outputs are being taken away
+        self.seconds: dict[str, float] = {}
+        if self.path.is_file():
+            found = read_json(self.path)
+            if found.get("about") != self.about:
+                raise MossError(
+                    f"{folder}: was begun with {json.dumps(found.get('about'))}, expected {json.dumps(self.about)}; "
+                    "remove it or run elsewhere"
+                )
+            self.done, self.again, self.seconds = found["done"], found["again"], found["seconds"]
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"about": self.about, "done": self.done, "again": self.again, "seconds": self.seconds}
+        write_text(self.path, json.dumps(values, indent=1) + "\n")
+
+
+def _forget(journal: _Journal, steps: Sequence[RecipeStep]) -> None:
+    """Takes away what the steps in `again` made. Stopped, the next call finishes it."""
+    if not journal.again:
+        return
+    for step in steps:
+        if step.name in journal.again:
+            for path in step.makes:
+                for place in (path, path.with_name(path.name + ".part")):
+                    if place.is_dir():
+                        shutil.rmtree(place)
+                    else:
+                        place.unlink(missing_ok=True)
+    journal.done = [name for name in journal.done if name not in journal.again]
+    journal.seconds = {name: taken for name, taken in journal.seconds.items() if name not in journal.again}
+    journal.again = []
+    journal.write()

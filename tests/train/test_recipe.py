@@ -1,0 +1,117 @@
+"""Recipes: what is done is skipped, what was stopped goes on, what is asked for anew is taken away first."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moss_jax.errors import MossError
+from moss_jax.train.recipe import JOURNAL, RecipeStep, run_recipe
+
+NAMES = ("corpus", "text", "split", "system")
+
+
+class Kitchen:
+    """A recipe whose steps write a file each; `trouble` says what happens to a step the next time it is made."""
+
+    def __init__(self, folder):
+        self.folder, self.made, self.lines, self.trouble = folder, [], [], {}
+        self.steps = [RecipeStep(name, f"makes {name}", self._work(name), (folder / name,)) for name in NAMES]
+
+    def _work(self, name):
+        def work():
+            self.made.append(name)
+            (self.folder / f"{name}.part").mkdir(parents=True, exist_ok=True)
+            trouble = self.trouble.pop(name, 0)
+            if isinstance(trouble, BaseException):
+                raise trouble
+            if not trouble:
+                shutil.rmtree(self.folder / f"{name}.part")
+                (self.folder / name).mkdir()
+            return trouble
+
+        return work
+
+    def run(self, from_step=None, quick=False):
+        self.made, self.lines = [], []
+        return run_recipe(self.folder, self.steps, {"quick": quick}, from_step, self.lines.append)
+
+
+def test_steps_come_in_order_and_once(tmp_path):
+    kitchen = Kitchen(tmp_path / "nano")
+    assert kitchen.run() == 0 and kitchen.made == list(NAMES)
+    assert kitchen.lines[0] == "[1/4] corpus: makes corpus" and kitchen.lines[-1].startswith("everything is done, in ")
+    assert kitchen.run() == 0 and kitchen.made == []
+    assert [line.partition(", in ")[0] for line in kitchen.lines[:-1]] == [
+        f"[{i}/4] {name}: done before" for i, name in enumerate(NAMES, 1)
+    ]
+
+
+@given(st.lists(st.sampled_from([KeyboardInterrupt(), MossError("no"), 75, 3]), max_size=4), st.data())
+@settings(max_examples=15, deadline=None)
+def test_what_was_stopped_is_called_again(tmp_path_factory, troubles, data):
+    """Whatever goes wrong where: every step is made to its end once, in order, and none before that of those before."""
+    kitchen = Kitchen(tmp_path_factory.mktemp("kitchen") / "nano")
+    finished = []
+    for trouble in troubles:
+        name = data.draw(st.sampled_from(NAMES))
+        kitchen.trouble = {name: trouble}
+        try:
+            code = kitchen.run()
+        except (KeyboardInterrupt, MossError) as error:
+            assert error is trouble and kitchen.made[-1] == name
+            finished += kitchen.made[:-1]
+        else:
+            met = name in kitchen.made
+            assert code == (trouble if met else 0)
+            finished += kitchen.made[:-1] if met else kitchen.made
+    kitchen.trouble = {}
+    assert kitchen.run() == 0
+    assert finished + kitchen.made == list(NAMES)
+
+
+def test_time_of_a_stopped_step_is_kept(tmp_path):
+    kitchen = Kitchen(tmp_path / "nano")
+    kitchen.trouble = {"text": 75}
+    assert kitchen.run() == 75
+    journal = json.loads((tmp_path / "nano" / JOURNAL).read_text())
+    assert journal["done"] == ["corpus"] and set(journal["seconds"]) == {"corpus", "text"}
+    journal["seconds"]["text"] = 1000.0
+    (tmp_path / "nano" / JOURNAL).write_text(json.dumps(journal))
+    kitchen.run()
+    assert "[2/4] text: done in 17 min" in kitchen.lines
+
+
+def test_from_step_makes_anew(tmp_path):
+    kitchen = Kitchen(tmp_path / "nano")
+    kitchen.run()
+    assert kitchen.run("split") == 0 and kitchen.made == ["split", "system"]
+    with pytest.raises(MossError, match="'sing': unknown, there are corpus, text, split, system"):
+        kitchen.run("sing")
+
+
+def test_killed_while_it_takes_away(tmp_path, monkeypatch):
+    """Then the next call takes the rest away, asked or not, and makes it all anew."""
+    kitchen = Kitchen(tmp_path / "nano")
+    kitchen.run()
+    whole = shutil.rmtree
+
+    def killed(path):
+        whole(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kitchen.run("text")
+    monkeypatch.setattr(shutil, "rmtree", whole)
+    assert not (tmp_path / "nano" / "text").exists() and (tmp_path / "nano" / "system").exists()
+    assert kitchen.run() == 0 and kitchen.made == ["text", "split", "system"]
+
+
+def test_another_recipe_in_the_folder(tmp_path):
+    kitchen = Kitchen(tmp_path / "nano")
+    kitchen.run()
+    with pytest.raises(MossError, match=r'was begun with \{"quick": false\}, expected \{"quick": true\}'):
+        kitchen.run(quick=True)
