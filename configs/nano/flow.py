@@ -21,11 +21,11 @@ RUN = FlowRun(
     system="nano/runs/speech_tokenizer",
     objective=FlowObjective(prompt=0.0, chunks=(0, 5)),  # one fixed voice needs no prompt
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100, total_steps=STEPS, weight_decay=0.01
+        learning_rate=1.5e-3, final_learning_rate=2e-5, warmup_steps=100, total_steps=STEPS, weight_decay=0.01
     ),
     data=Mixture((("voice", "nano/data/voice", 1.0),)),
     held_out=Mixture((("voice", "nano/data/voice-valid", 1.0),)),
-    codes=40,
+    codes=32,
     batch_size=16,
     steps=STEPS,
     average=0.998,

@@ -171,5 +171,7 @@ def test_what_does_not_fit(flow, data, tmp_path):
     larger = replace(MODEL, flow=replace(MODEL.flow, chunk=4))
     with pytest.raises(MossError, match="of other sizes than the run's model"):
         loop.train(flow_run(data, tmp_path / "run", init=flow.folder, model=larger))
+    with pytest.raises(MossError, match="nowhere: no such folder"):
+        loop.train(flow_run(data, tmp_path / "run", system=str(tmp_path / "nowhere")))
     with pytest.raises(MossError, match="neither init, model nor system"):
         flow_run(data, tmp_path / "run", model=None)

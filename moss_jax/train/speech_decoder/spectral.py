@@ -35,12 +35,14 @@ def magnitude(wave: jax.Array, fft: int, hop: int, window: int) -> jax.Array:
 
 
 def stft_loss(real: jax.Array, made: jax.Array, resolutions: tuple[tuple[int, int, int], ...]) -> jax.Array:
-    """The mean over resolutions (fft, hop, window) of spectral convergence + L1 of the logarithms; waves [B, L]."""
+    """The mean over resolutions (fft, hop, window) of spectral convergence + L1 of the logarithms; waves [B, L].
+
+    The convergence is that of the whole batch: a silent item, alone, would divide by nearly nothing.
+    """
     total = jnp.float32(0)
     for resolution in resolutions:
         x, y = magnitude(real, *resolution), magnitude(made, *resolution)
-        distance = jnp.sqrt(jnp.square(x - y).sum((1, 2)) + FLOOR)
-        convergence = (distance / jnp.sqrt(jnp.square(x).sum((1, 2)))).mean()
+        convergence = jnp.sqrt((jnp.square(x - y).sum() + FLOOR) / jnp.square(x).sum())
         total += convergence + jnp.abs(jnp.log(x) - jnp.log(y)).mean()
     return total / len(resolutions)
 

@@ -55,6 +55,8 @@ class SpeechDecoderTask:
         self._run, self._mesh, self._say, self.frozen = run, mesh, say, {}
         self._everywhere = NamedSharding(mesh, P())
         self.config = self._sizes()
+        if run.system is not None and not Path(init_folder(run.system)).is_dir():
+            raise MossError(f"{run.system}: no such folder, expected the system that an export is completed from")
 
     def _sizes(self) -> SpeechDecoderConfig:
         run, found = self._run, None
