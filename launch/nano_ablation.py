@@ -96,9 +96,8 @@ def _likeliest(params, grid, *, config):
 
 def answers(system: Path, folder: Path, limit: int) -> Result:
     """Answers right, three ways: written and spoken questions, spoken answers as the judge hears them."""
-    from moss_jax.evaluate.nano import report
-
     from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.nano import report
 
     ways = tuple(way for way in COLUMNS if way != "text")
     report.run(Model(system, batch_size=32), folder, sets=("voices",), ways=ways, limit=limit)
