@@ -64,7 +64,7 @@ class Demo:
             _, address, _ = self.blocks.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False,
                 max_file_size=self.limits.upload_bytes, app_kwargs={"routes": routes}, footer_links=[],
-                theme=gr.themes.Soft(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
+                theme=gr.themes.Default("teal", "teal", "slate", font=fonts, font_mono=("ui-monospace", "monospace")),
                 css_paths=PAGE / "style.css", head=f"<script>{script}</script>", ssr_mode=False,
             )  # fmt: skip
         except OSError as error:
@@ -207,9 +207,9 @@ class Demo:
                         max_length=self.limits.question_characters, elem_id="moss-text", submit_btn=False,
                     )  # fmt: skip
                     with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", elem_id="moss-ask", scale=3, visible=False)
-                        stop = gr.Button("Stop", variant="stop", elem_id="moss-stop", interactive=False)
-                        clear = gr.Button("Clear", elem_id="moss-clear")
+                        ask = gr.Button("Ask", variant="primary", scale=3, visible=False, elem_id="moss-ask")
+                        stop = gr.Button("Stop the answer", variant="stop", scale=2, interactive=False, elem_id="moss-stop")
+                        clear = gr.Button("Clear", scale=1, elem_id="moss-clear")
                 with gr.Column(scale=2, min_width=260):
                     voice, own, told = self._voice_panel()
                     with gr.Accordion("System prompt", open=False):
@@ -248,15 +248,19 @@ class Demo:
     def _voice_panel(self):
         choices, default = self._voices(), self.system.folder.settings.get("default_voice")
         first = default if default in choices else choices[0]
-        with gr.Accordion("Voice of the answers", open=True):
-            voice = gr.Dropdown(choices, value=first, label="Voice", elem_id="moss-voice", interactive=True)
-            if not self.system.enrols:
-                return voice, None, None
+        voice = gr.Dropdown(choices, value=first, label="Voice of the answers", elem_id="moss-voice", interactive=True)
+        if not self.system.enrols:
+            return voice, None, None
+        told = gr.Markdown("", elem_id="moss-voice-told")
+        with gr.Accordion("Sound like a recording", open=False):
+            gr.Markdown(
+                f"Some seconds of clear speech by one person who agrees to it, {self.limits.voice_seconds:.0f} at most."
+            )
             own = gr.Audio(
-                sources=["upload", "microphone"], type="filepath", elem_id="moss-own-voice", buttons=[],
-                label=f"Or a recording to sound like (up to {self.limits.voice_seconds:.0f} s, somebody who agrees)",
+                sources=["upload", "microphone"], type="filepath", show_label=False, elem_id="moss-own-voice",
+                buttons=[],
             )  # fmt: skip
-            return voice, own, gr.Markdown("", elem_id="moss-voice-told")
+        return voice, own, told
 
 
 def _sampling_panel() -> dict[str, gr.components.Component]:
