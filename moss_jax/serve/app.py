@@ -208,7 +208,7 @@ class Demo:
                     )  # fmt: skip
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", scale=3, visible=False, elem_id="moss-ask")
-                        stop = gr.Button("Stop the answer", variant="stop", scale=2, interactive=False, elem_id="moss-stop")
+                        stop = gr.Button("Stop the answer", scale=2, interactive=False, elem_id="moss-stop")
                         clear = gr.Button("Clear", scale=1, elem_id="moss-clear")
                 with gr.Column(scale=2, min_width=260):
                     voice, own, told = self._voice_panel()
