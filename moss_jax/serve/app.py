@@ -108,13 +108,15 @@ class Demo:
                 parts["live"]: cards.answering(reply, feed=address),
                 parts["recording"]: None, parts["text"]: "", **self._busy(True),
             }  # fmt: skip
-            words, seconds = "", 0.0
+            words, speaking = "", False
             for piece in pieces:
                 words += piece.text
+                begins = piece.wave.size > 0 and not speaking
                 if feed:
                     feed.push(piece.wave)
-                    seconds += piece.wave.size / feed.sample_rate
-                yield {parts["live"]: cards.answering(reply, words, seconds, address)}
+                if piece.text or begins:  # the card stays as it is otherwise
+                    speaking |= begins
+                    yield {parts["live"]: cards.answering(reply, words, speaking, address)}
         except MossError as error:
             refused = {parts["recording"]: None}
             gr.Warning(escape(_sentence(error)), title="That did not work")
