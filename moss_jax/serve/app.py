@@ -226,11 +226,12 @@ class Demo:
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
                 "outputs": [talk, live, recording, text, ask, stop],
-                "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden",
+                "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", "trigger_mode": "multiple",
             }  # fmt: skip
             # A recording is asked with as soon as it ends, and a file as soon as it is there.
             gr.on([ask.click, text.submit, recording.stop_recording, recording.upload], **asking, api_name="ask")
-            stop.click(self._stop, queue=False, api_name="stop")
+            # Who begins to speak interrupts the answer.
+            gr.on([stop.click, recording.start_recording], self._stop, queue=False, api_name="stop")
             clear.click(self._clear, outputs=[talk, live, recording, text], queue=False, api_name="clear")
             you.change(_inputs_shown, you, [recording, text, ask], queue=False, show_progress="hidden")
             reply.change(_system_turn, [reply, system_turn], system_turn, queue=False, show_progress="hidden")

@@ -204,6 +204,8 @@ class Session:
         try:
             if question.wave is not None:
                 question.entry.turn = Turn("user", codes=self.system.encode([question.wave])[0])
+            if question.epoch != self._epoch:
+                return
             turns = [question.entry.turn]
             conversation, self._conversation = self._conversation, None  # it can be used once
             if conversation is None or self._system_turn != system_turn.text:

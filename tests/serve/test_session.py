@@ -105,6 +105,9 @@ def test_clear_forgets_and_removes_files_also_in_the_middle_of_an_answer(session
     session.clear()
     assert len(list(pieces)) <= 1
     assert session.entries == [] and list(session.folder.iterdir()) == []
+    pieces = session.ask(text="Old", **SPOKEN)
+    session.clear()
+    assert list(pieces) == [] == session.entries
     list(session.ask(text="New", **SPOKEN))
     assert len(session.entries) == 2
     session.close()
