@@ -226,7 +226,8 @@ class Demo:
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
                 "outputs": [talk, live, recording, text, ask, stop],
-                "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", "trigger_mode": "multiple",
+                "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple",
+                "show_progress": "hidden",
             }  # fmt: skip
             # A recording is asked with as soon as it ends, and a file as soon as it is there.
             gr.on([ask.click, text.submit, recording.stop_recording, recording.upload], **asking, api_name="ask")
