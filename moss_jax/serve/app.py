@@ -64,7 +64,7 @@ class Demo:
             _, address, _ = self.blocks.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False,
                 max_file_size=self.limits.upload_bytes, app_kwargs={"routes": routes}, footer_links=[],
-                theme=gr.themes.Default("teal", "teal", "slate", font=fonts, font_mono=("ui-monospace", "monospace")),
+                theme=gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
                 css_paths=PAGE / "style.css", head=f"<script>{script}</script>", ssr_mode=False,
             )  # fmt: skip
         except OSError as error:
