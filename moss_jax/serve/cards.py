@@ -37,7 +37,7 @@ def card(entry: Entry, address: str, pictured: bool = True) -> str:
     if entry.text:
         parts.append(f'<p class="moss-text">{escape(entry.text)}</p>')
     if entry.audio is not None:
-        parts.append(f'<audio controls preload="metadata" src="{address}/{entry.audio.name}"></audio>')
+        parts.append(f'<audio controls preload="none" src="{address}/{entry.audio.name}"></audio>')
     if entry.audio is not None and pictured:
         what = f"waveform and spectrogram of {entry.seconds:.1f} seconds"
         parts.append(f'<img class="moss-picture" alt="{what}" src="{address}/{entry.audio.stem}.png">')

@@ -161,6 +161,8 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     report: dict = {"steps": []}
 
     def step(name: str, **facts) -> None:
+        shown = "[...document.querySelectorAll('.moss-picture')].every(picture => picture.complete)"
+        browser.wait(shown, "the pictures", patience)
         browser.shot(out / f"{len(report['steps']) + 1}-{name}.png")
         report["steps"].append({"name": name, **facts})
         print(name, facts, flush=True)
