@@ -64,7 +64,7 @@ class Demo:
             _, address, _ = self.blocks.launch(
                 server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False,
                 max_file_size=self.limits.upload_bytes, app_kwargs={"routes": routes}, footer_links=[],
-                theme=gr.themes.Soft(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
+                theme=gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
                 css_paths=PAGE / "style.css", head=f"<script>{script}</script>", ssr_mode=False,
             )  # fmt: skip
         except OSError as error:
@@ -108,13 +108,15 @@ class Demo:
                 parts["live"]: cards.answering(reply, feed=address),
                 parts["recording"]: None, parts["text"]: "", **self._busy(True),
             }  # fmt: skip
-            words, seconds = "", 0.0
+            words, speaking = "", False
             for piece in pieces:
                 words += piece.text
+                begins = piece.wave.size > 0 and not speaking
                 if feed:
                     feed.push(piece.wave)
-                    seconds += piece.wave.size / feed.sample_rate
-                yield {parts["live"]: cards.answering(reply, words, seconds, address)}
+                if piece.text or begins:  # the card stays as it is otherwise
+                    speaking |= begins
+                    yield {parts["live"]: cards.answering(reply, words, speaking, address)}
         except MossError as error:
             refused = {parts["recording"]: None}
             gr.Warning(escape(_sentence(error)), title="That did not work")
@@ -207,9 +209,9 @@ class Demo:
                         max_length=self.limits.question_characters, elem_id="moss-text", submit_btn=False,
                     )  # fmt: skip
                     with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", elem_id="moss-ask", scale=3, visible=False)
-                        stop = gr.Button("Stop", variant="stop", elem_id="moss-stop", interactive=False)
-                        clear = gr.Button("Clear", elem_id="moss-clear")
+                        ask = gr.Button("Ask", variant="primary", scale=3, visible=False, elem_id="moss-ask")
+                        stop = gr.Button("Stop the answer", scale=2, interactive=False, elem_id="moss-stop")
+                        clear = gr.Button("Clear", scale=1, elem_id="moss-clear")
                 with gr.Column(scale=2, min_width=260):
                     voice, own, told = self._voice_panel()
                     with gr.Accordion("System prompt", open=False):
@@ -224,11 +226,13 @@ class Demo:
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
                 "outputs": [talk, live, recording, text, ask, stop],
-                "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden",
+                "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple",
+                "show_progress": "hidden",
             }  # fmt: skip
             # A recording is asked with as soon as it ends, and a file as soon as it is there.
             gr.on([ask.click, text.submit, recording.stop_recording, recording.upload], **asking, api_name="ask")
-            stop.click(self._stop, queue=False, api_name="stop")
+            # Who begins to speak interrupts the answer.
+            gr.on([stop.click, recording.start_recording], self._stop, queue=False, api_name="stop")
             clear.click(self._clear, outputs=[talk, live, recording, text], queue=False, api_name="clear")
             you.change(_inputs_shown, you, [recording, text, ask], queue=False, show_progress="hidden")
             reply.change(_system_turn, [reply, system_turn], system_turn, queue=False, show_progress="hidden")
@@ -248,15 +252,19 @@ class Demo:
     def _voice_panel(self):
         choices, default = self._voices(), self.system.folder.settings.get("default_voice")
         first = default if default in choices else choices[0]
-        with gr.Accordion("Voice of the answers", open=True):
-            voice = gr.Dropdown(choices, value=first, label="Voice", elem_id="moss-voice", interactive=True)
-            if not self.system.enrols:
-                return voice, None, None
+        voice = gr.Dropdown(choices, value=first, label="Voice of the answers", elem_id="moss-voice", interactive=True)
+        if not self.system.enrols:
+            return voice, None, None
+        told = gr.Markdown("", elem_id="moss-voice-told")
+        with gr.Accordion("Sound like a recording", open=False):
+            gr.Markdown(
+                f"Some seconds of clear speech by one person who agrees to it, {self.limits.voice_seconds:.0f} at most."
+            )
             own = gr.Audio(
-                sources=["upload", "microphone"], type="filepath", elem_id="moss-own-voice", buttons=[],
-                label=f"Or a recording to sound like (up to {self.limits.voice_seconds:.0f} s, somebody who agrees)",
+                sources=["upload", "microphone"], type="filepath", show_label=False, elem_id="moss-own-voice",
+                buttons=[],
             )  # fmt: skip
-            return voice, own, gr.Markdown("", elem_id="moss-voice-told")
+        return voice, own, told
 
 
 def _sampling_panel() -> dict[str, gr.components.Component]:

@@ -25,19 +25,22 @@ def conversation(entries: Sequence[Entry], address: str) -> str:
     Args:
         address: what stands before the name of a file.
     """
-    return "".join(card(entry, address) for entry in entries) if entries else EMPTY
+    if not entries:
+        return EMPTY
+    waiting = entries[-1] if entries[-1].role == "user" else None  # a picture would take time from its answer
+    return "".join(card(entry, address, entry is not waiting) for entry in entries)
 
 
-def card(entry: Entry, address: str) -> str:
+def card(entry: Entry, address: str, pictured: bool = True) -> str:
     """One turn: its words, its sound to play again, its picture, its times, its notices."""
     parts = []
     if entry.text:
         parts.append(f'<p class="moss-text">{escape(entry.text)}</p>')
     if entry.audio is not None:
-        parts.append(f'<audio controls preload="metadata" src="{escape(address)}/{escape(entry.audio.name)}"></audio>')
-    if entry.picture is not None:
+        parts.append(f'<audio controls preload="none" src="{address}/{entry.audio.name}"></audio>')
+    if entry.audio is not None and pictured:
         what = f"waveform and spectrogram of {entry.seconds:.1f} seconds"
-        parts.append(f'<img class="moss-picture" alt="{what}" src="{escape(address)}/{escape(entry.picture.name)}">')
+        parts.append(f'<img class="moss-picture" alt="{what}" src="{address}/{entry.audio.stem}.png">')
     if not parts:
         parts.append('<p class="moss-text moss-faint">(nothing was said)</p>')
     parts += [f'<p class="moss-notice">{escape(notice)}</p>' for notice in entry.notices]
@@ -61,17 +64,17 @@ def times(entry: Entry) -> str:
     return " · ".join(told)
 
 
-def answering(reply: str, text: str = "", seconds: float = 0.0, feed: str = "") -> str:
+def answering(reply: str, text: str = "", speaking: bool = False, feed: str = "") -> str:
     """The answer that is being made.
 
     Args:
-        text, seconds: what there is of it so far.
+        text, speaking: what there is of it so far.
         feed: address of its sound, which the page's player starts to play when it sees it here.
     """
     if text:
         inside = f'<p class="moss-text">{escape(text)}<span class="moss-caret"></span></p>'
     else:
-        told = f"speaking, {seconds:.1f} s so far" if seconds else "listening and thinking"
+        told = "speaking, while the rest is being made" if speaking else "listening and thinking"
         inside = f'<p class="moss-faint"><span class="moss-bars"><i></i><i></i><i></i><i></i></span>{told}</p>'
     speech = f' data-speech="{escape(feed)}"' if reply == "speech" else ""
     return f'<div class="moss-answering"{speech}>{_framed("assistant", inside)}</div>'

@@ -10,7 +10,7 @@ from moss_jax.audio.features import MEL_24K, mel_24k
 from moss_jax.audio.wave import resample
 from moss_jax.checkpoint import atomic_file
 
-COLOURS = {"user": ("#2563eb", "Blues"), "assistant": ("#0d9488", "GnBu")}  # of the waveform, of the spectrogram
+COLOURS = {"user": ("#2563eb", "Blues"), "assistant": ("#0d9488", "BuGn")}  # of the waveform, of the spectrogram
 COLUMNS = 900  # of the waveform
 FLOOR = -9.0  # natural logarithm of mel magnitude that is drawn as nothing
 INK = "#71717a"  # readable on light and dark pages

@@ -32,15 +32,14 @@ class Limits:
     voice_seconds: float = 30.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One turn as the page shows it."""
 
     turn: Turn | None  # what the model is told again when the system turn changes; None: nothing was said
     role: str  # "user" or "assistant"
     text: str = ""
-    audio: Path | None = None  # wav
-    picture: Path | None = None  # png: waveform and spectrogram
+    audio: Path | None = None  # wav; its picture, waveform and spectrogram, is a png of the same name
     seconds: float = 0.0  # of the audio
     first: float | None = None  # s from the question to the first sound, or the first words
     spent: float | None = None  # s from the question to the end of the answer
@@ -80,6 +79,7 @@ class Session:
         self.key = secrets.token_urlsafe(16)
         self.folder.mkdir(parents=True)
         self._guard = threading.Lock()  # of entries and files against `clear`
+        self._drawing = threading.Lock()  # one picture at a time
         self._epoch, self._count = 0, 0
         self._stopped, self._stream = threading.Event(), None
         self._conversation, self._system_turn = None, None
@@ -169,10 +169,26 @@ class Session:
         return len(wave) / rate
 
     def file(self, name: str) -> Path | None:
-        """The file of an entry by its name, for whoever serves it."""
+        """An entry's sound or picture by its name, or None. A picture is drawn when it is first asked for, so that
+        nobody waits for it who waits for an answer."""
+        path = self.folder / Path(name).name
         with self._guard:
-            kept = {path.name: path for entry in self.entries for path in (entry.audio, entry.picture) if path}
-        return kept.get(name)
+            entry = next((entry for entry in self.entries if entry.audio and entry.audio.stem == path.stem), None)
+        if entry is None or path.suffix not in (".wav", ".png"):
+            return None
+        if path.suffix == ".wav":
+            return path
+        with self._drawing:
+            if not path.is_file():
+                try:
+                    draw(path, *load_audio(entry.audio), entry.role)
+                except MossError:  # it was cleared meanwhile
+                    return None
+        with self._guard:
+            if entry not in self.entries:
+                path.unlink(missing_ok=True)
+                return None
+        return path
 
     def _written(self, text: str) -> Entry:
         text = text.strip()
@@ -188,6 +204,8 @@ class Session:
         try:
             if question.wave is not None:
                 question.entry.turn = Turn("user", codes=self.system.encode([question.wave])[0])
+            if question.epoch != self._epoch:
+                return
             turns = [question.entry.turn]
             conversation, self._conversation = self._conversation, None  # it can be used once
             if conversation is None or self._system_turn != system_turn.text:
@@ -221,9 +239,6 @@ class Session:
                 return False
             if said.wave is not None and said.wave.size:
                 self._keep_wave(answer, said.wave, said.sample_rate)
-                self._draw(answer, said.wave, said.sample_rate)
-            if question.wave is not None:
-                self._draw(question.entry, *question.wave)
             self.entries.append(answer)
             self._conversation = said.conversation
         return True
@@ -240,10 +255,6 @@ class Session:
         self._count += 1
         entry.audio, entry.seconds = self.folder / f"{self._count}-{entry.role}.wav", len(wave) / rate
         save_audio(entry.audio, wave, rate)
-
-    def _draw(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
-        entry.picture = entry.audio.with_suffix(".png")
-        draw(entry.picture, wave, rate, entry.role)
 
 
 def warm_up(system: System, say: Any = lambda line: None) -> None:

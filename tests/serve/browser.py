@@ -154,13 +154,15 @@ class Browser:
 MIC = "#moss-mic button.record-button"
 MIC_STOP = "#moss-mic button.stop-button"
 ANSWERS = "document.querySelectorAll('#moss-talk .moss-assistant:not(.moss-answering *)').length"
-WARNING = "[...document.querySelectorAll('.toast-body')].map(e => e.innerText).join(' | ')"
+WARNING = "[...document.querySelectorAll('[data-testid=toast-text]')].map(e => e.innerText).join(' | ')"
 
 
 def visit(browser: Browser, address: str, out: Path, patience: float, question: Path) -> dict:
     report: dict = {"steps": []}
 
     def step(name: str, **facts) -> None:
+        shown = "[...document.querySelectorAll('.moss-picture')].every(picture => picture.complete)"
+        browser.wait(shown, "the pictures", patience)
         browser.shot(out / f"{len(report['steps']) + 1}-{name}.png")
         report["steps"].append({"name": name, **facts})
         print(name, facts, flush=True)
@@ -193,7 +195,7 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
         return browser.run("[...document.querySelectorAll('#moss-talk .moss-assistant')].at(-1).innerText")
 
     browser.send("Page.navigate", url=address)
-    browser.wait("document.querySelector('#moss-ask') && window.mossPlayer", "the page", 60)
+    browser.wait("document.querySelector('#moss-clear') && window.mossPlayer", "the page", 60)
     time.sleep(1.5)
     step("opened")
 
@@ -291,12 +293,20 @@ def main() -> int:
             return 1
         address = line.split()[1]
         browser = Browser(args.question.resolve(), tuple(map(int, args.size.split("x"))))
-        report = visit(browser, address, args.out, args.patience, args.question)
+        try:
+            report = visit(browser, address, args.out, args.patience, args.question)
+        except BaseException:
+            browser.shot(args.out / "failed.png")
+            raise
     finally:
         if browser is not None:
             browser.close()
         server.send_signal(signal.SIGTERM)
-        left = server.communicate(timeout=60)[1]
+        try:
+            left = server.communicate(timeout=120)[1]
+        except subprocess.TimeoutExpired:
+            server.kill()
+            left = "the demo did not end by itself"
     if left.strip():
         print(left)
     report["wrong"] = check(report)

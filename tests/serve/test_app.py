@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
 
 
 def get(demo, path: str) -> bytes:
-    with urllib.request.urlopen(demo.address + path, timeout=60) as answer:
+    with urllib.request.urlopen(demo.address + path, timeout=600) as answer:
         return answer.read()
 
 
@@ -51,8 +51,8 @@ def test_ask_hear_stop_clear_leave(demo, tmp_path):
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    talk, live, *_ = job.result(timeout=120)
-    listener.join(timeout=60)
+    talk, live, *_ = job.result(timeout=600)
+    listener.join(timeout=600)
     assert live == "" and talk.count("<audio") == talk.count("<img") == 2 and "real-time factor" in talk
     (session,) = demo.sessions.values()
     assert len(np.frombuffer(heard[0], "<i2")) == 14 * 1920

@@ -48,7 +48,9 @@ def test_four_pairings_in_one_conversation(session, system, recording):
     waves = [piece.wave for piece in session.ask(recording=recording, **SPOKEN)]
     question, answer = session.entries
     assert question.audio.is_file() and question.seconds == pytest.approx(1.1)
-    assert question.picture.read_bytes()[:8] == answer.picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for entry in (question, answer):
+        picture = session.file(entry.audio.with_suffix(".png").name)
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.parent == session.folder
     heard, rate = load_audio(answer.audio)
     assert (len(heard), rate) == (14 * 1920, 24000)
     np.testing.assert_allclose(np.concatenate(waves), heard, atol=1 / 32768)
@@ -92,16 +94,20 @@ def test_stop_ends_the_answer_and_it_can_be_asked_on(session):
 
 def test_clear_forgets_and_removes_files_also_in_the_middle_of_an_answer(session, recording):
     list(session.ask(recording=recording, **SPOKEN))
-    names = {path.name for path in session.folder.iterdir()}
-    assert len(names) == 4 and all(session.file(name) for name in names)
+    sounds = [entry.audio for entry in session.entries]
+    names = [*(path.name for path in sounds), *(path.with_suffix(".png").name for path in sounds)]
+    assert all(session.file(name).is_file() for name in names) and len(list(session.folder.iterdir())) == 4
     session.clear()
     assert session.entries == [] and list(session.folder.iterdir()) == []
-    assert session.file(names.pop()) is None and session.file("../session") is None
+    assert not any(session.file(name) for name in [*names, "../session", "x.wav"])
     pieces = session.ask(recording=recording, **LONG)
     next(pieces)
     session.clear()
     assert len(list(pieces)) <= 1
     assert session.entries == [] and list(session.folder.iterdir()) == []
+    pieces = session.ask(text="Old", **SPOKEN)
+    session.clear()
+    assert list(pieces) == [] == session.entries
     list(session.ask(text="New", **SPOKEN))
     assert len(session.entries) == 2
     session.close()

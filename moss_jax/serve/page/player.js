@@ -112,7 +112,7 @@
   document.addEventListener("pointerdown", () => { pressed = now(); wake(player.context && player.context.sampleRate); }, true);
   document.addEventListener("keydown", () => { pressed = now(); }, true);
   document.addEventListener("click", (event) => {
-    if (event.target.closest("#moss-stop, #moss-clear")) player.stop();
+    if (event.target.closest("#moss-stop, #moss-clear, #moss-mic .record-button")) player.stop();
   }, true);
   document.addEventListener("play", (event) => {
     if (event.target instanceof HTMLMediaElement) player.stop();
