@@ -167,7 +167,8 @@ class System:
     @property
     def enrols(self) -> bool:
         """Whether the system can take a voice from a recording: it has a speaker network."""
-        return "speaker" in self._decoder_parts[1]
+        config, parts = self._decoder_parts
+        return config.speaker is not None and "speaker" in parts
 
     def voice(self, voice: Voice | str | Path | None = None) -> tuple[Voice, list[str]]:
         """A voice by name, by file or as it is; None is the folder's default. And what there is to say about it."""

@@ -30,7 +30,7 @@ WAITING = 20  # questions that may stand in the queue
 KEPT = 3600  # s, recordings that were sent but never asked with
 SPEAK, WRITE = "Speak", "Write"
 REPLIES = (("Aloud", "speech"), ("In writing", "text"))
-DEFAULT_VOICE = "no voice in particular"
+DEFAULT_VOICE, ONE_VOICE = "no voice in particular", "the one it was trained with"
 
 
 class Demo:
@@ -98,7 +98,7 @@ class Demo:
         try:
             pieces = session.ask(
                 text=(text or "") if you == WRITE else None, recording=recording if you == SPEAK else None, reply=reply,
-                system_turn=system_turn, voice=None if voice == DEFAULT_VOICE else voice,
+                system_turn=system_turn, voice=None if voice in (DEFAULT_VOICE, ONE_VOICE) else voice,
                 **dict(zip(parts["sampling"], values, strict=True)),
             )  # fmt: skip
             if feed:
@@ -247,6 +247,8 @@ class Demo:
     def _voices(self) -> list[str]:
         """What there is to choose from; where the system has no default voice, DEFAULT_VOICE stands for having none."""
         names = self.system.folder.voices()
+        if not names and self.system.speech_decoder.config.speaker is None:
+            return [ONE_VOICE]
         return names if self.system.folder.settings.get("default_voice") in names else [DEFAULT_VOICE, *names]
 
     def _voice_panel(self):
