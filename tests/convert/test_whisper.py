@@ -51,6 +51,7 @@ def ours(whisper):
     return unflatten(parameters | import_whisper(whisper[1], CONFIG, parameters, lambda line: None))
 
 
+@pytest.mark.slow
 def test_the_decoder_gives_whispers_logits(whisper, ours):
     import torch
 

@@ -116,6 +116,7 @@ def test_pesq_and_stoi_of_a_sound_itself():
 
 
 @needs_espeak
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     pytest.importorskip("pesq")

@@ -123,6 +123,7 @@ def test_chunks_of_each_item():
     np.testing.assert_array_equal(each[2], attention.allowed(11, valid[2:], None)[0])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_start_is_centred_and_steps_teach(batch):
     """What explodes from scratch is a flow whose mel lies at -6 while the weights say 0: here the first loss is the
@@ -157,6 +158,7 @@ def test_the_start_is_centred_and_steps_teach(batch):
     assert float(value) < 0.9 * float(first)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_bfloat16_is_the_same_but_for_rounding(params, batch):
     drawn = draw(jax.random.key(1), FlowObjective(), CONFIG, batch["count"], CODES)

@@ -97,6 +97,7 @@ def test_table_of_made_up_results():
     assert "FP - NF-NoSplit, text kept: +0.0 points, within the larger spread over seeds (2.6)" in lines
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("librosa") is None, reason="librosa is not installed")

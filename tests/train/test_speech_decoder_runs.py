@@ -115,6 +115,7 @@ def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     """The vocoder's export takes the flow from the flow's; what comes out streams in both ways."""
@@ -138,6 +139,7 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
         assert said.shape == wave.shape and np.isfinite(said).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
     """A system that has files for chunk sizes gets the one flow under their names; a run goes on from an export."""
@@ -152,6 +154,7 @@ def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
     assert {path.stem for path in room.glob("*.safetensors")} == {"flow", "flow_chunk_5", "flow_chunk_25"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rows_divided_over_two_devices_give_the_same_losses(flow, data, tmp_path):
     path = tmp_path / "run.py"
@@ -165,6 +168,7 @@ def test_rows_divided_over_two_devices_give_the_same_losses(flow, data, tmp_path
     np.testing.assert_allclose([e["loss"] for e in found], [e["loss"] for e in alone], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit(flow, data, tmp_path):
     with pytest.raises(MossError, match="frames is 3, expected 5 at least"):
         loop.train(vocoder_run(data, tmp_path / "run", frames=3))

@@ -56,6 +56,7 @@ def entries(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(whole, tmp_path, capsys):
     run, lines = whole
     steps, evaluations = entries(run.folder), entries(run.folder, "evaluations.jsonl")
@@ -78,6 +79,7 @@ def test_what_a_run_leaves(whole, tmp_path, capsys):
     assert last == (Path(run.folder) / "exports/4/speech_tokenizer/model.safetensors").read_bytes() != first
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_path):
     run, _ = whole
     again = replace(run, folder=str(tmp_path / "again"))
@@ -97,6 +99,7 @@ def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
     run, _ = whole
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -150,6 +153,8 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
     assert perplexity(jnp.ones(7)) == pytest.approx(7) and perplexity(jnp.eye(7)[0]) == pytest.approx(1)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_the_gradient_passes_the_quantiser_and_padding_has_none(whole):
     run, _ = whole
     task = run.task(make_mesh(devices=jax.devices()[:1]), lambda line: None)
@@ -210,6 +215,7 @@ def test_units():
     assert letters.text(letters("A b")) == "a b"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_attention_head_learns_to_end(data, tmp_path):
     run = load_run(tones.write_config(tmp_path / "run.py", data, tmp_path / "run"))
@@ -220,6 +226,7 @@ def test_the_attention_head_learns_to_end(data, tmp_path):
     assert evaluation["wer"] > 0 and evaluation["asr_loss"] < 1.5 * np.log(6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, says",
     [
@@ -246,6 +253,7 @@ def test_nano_has_its_size():
     assert NANO.code_rate == 12.5
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rows_over_two_devices_give_the_same_losses(whole, data, tmp_path):
     run, _ = whole
@@ -256,6 +264,8 @@ def test_rows_over_two_devices_give_the_same_losses(whole, data, tmp_path):
     np.testing.assert_allclose(two, one, rtol=2e-4)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_can_begin_with_a_speech_tokenizer(whole, tmp_path):
     run, _ = whole
     room = Path(run.folder) / "exports/4"
