@@ -35,6 +35,7 @@ def get(demo, path: str) -> bytes:
         return answer.read()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ask_hear_stop_clear_leave(demo, tmp_path):
     client = gradio_client.Client(demo.address, verbose=False)

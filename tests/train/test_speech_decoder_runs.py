@@ -27,6 +27,8 @@ from moss_jax.train.speech_decoder.vocoder import VocoderObjective
 from tests.train import tiny
 from tests.train.test_vocoder_objective import CONFIG as VOCODER
 
+pytestmark = pytest.mark.xdist_group("speech_decoder")  # one worker trains for all of them
+
 MODEL = decoder_config.SpeechDecoderConfig(
     flow=replace(flow_config.TINY, speaker_size=1, mel_mean=-5.0, mel_std=2.0), vocoder=replace(VOCODER, mel_bins=8),
     speaker=None, chunks=(),
@@ -168,6 +170,7 @@ def test_rows_divided_over_two_devices_give_the_same_losses(flow, data, tmp_path
     np.testing.assert_allclose([e["loss"] for e in found], [e["loss"] for e in alone], rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_does_not_fit(flow, data, tmp_path):
     with pytest.raises(MossError, match="frames is 3, expected 5 at least"):

@@ -25,6 +25,8 @@ from moss_jax.train.speech_tokenizer.step import log_mel, moved, new_codebook, p
 from moss_jax.train.speech_tokenizer.units import UNKNOWN, Units
 from tests.train import tiny, tones
 
+pytestmark = pytest.mark.xdist_group("speech_tokenizer")  # one worker trains for all of them
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
@@ -56,6 +58,7 @@ def entries(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_a_run_leaves(whole, tmp_path, capsys):
     run, lines = whole
@@ -226,6 +229,7 @@ def test_the_attention_head_learns_to_end(data, tmp_path):
     assert evaluation["wer"] > 0 and evaluation["asr_loss"] < 1.5 * np.log(6)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, says",
