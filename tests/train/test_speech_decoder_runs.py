@@ -27,8 +27,6 @@ from moss_jax.train.speech_decoder.vocoder import VocoderObjective
 from tests.train import tiny
 from tests.train.test_vocoder_objective import CONFIG as VOCODER
 
-pytestmark = pytest.mark.xdist_group("speech_decoder")  # one worker trains for all of them
-
 MODEL = decoder_config.SpeechDecoderConfig(
     flow=replace(flow_config.TINY, speaker_size=1, mel_mean=-5.0, mel_std=2.0), vocoder=replace(VOCODER, mel_bins=8),
     speaker=None, chunks=(),
@@ -103,6 +101,7 @@ def flow(data, tmp_path_factory):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
     steps, evaluations = entries(flow), entries(flow, "evaluations.jsonl")

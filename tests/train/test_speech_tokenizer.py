@@ -25,8 +25,6 @@ from moss_jax.train.speech_tokenizer.step import log_mel, moved, new_codebook, p
 from moss_jax.train.speech_tokenizer.units import UNKNOWN, Units
 from tests.train import tiny, tones
 
-pytestmark = pytest.mark.xdist_group("speech_tokenizer")  # one worker trains for all of them
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
@@ -82,6 +80,7 @@ def test_what_a_run_leaves(whole, tmp_path, capsys):
     assert last == (Path(run.folder) / "exports/4/speech_tokenizer/model.safetensors").read_bytes() != first
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_path):
     run, _ = whole
@@ -102,6 +101,7 @@ def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
     run, _ = whole

@@ -60,6 +60,7 @@ def weights(batch):
     return flatten(nn.unbox(mine)["params"]), flatten(nn.unbox(judges)["params"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stft_loss_is_torch_s(waves):
     torch = pytest.importorskip("torch")
@@ -93,6 +94,7 @@ def test_the_mel_is_that_of_the_features_and_librosa_s(waves):
     assert distance > 0.5 and spectral.mel_loss(waves[0], waves[0], (MEL_24K,)) == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_discriminators(weights, waves):
     _, judges = weights
