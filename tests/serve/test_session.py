@@ -13,6 +13,8 @@ from moss_jax.serve.feed import SpeechFeed, samples
 from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session
 from moss_jax.speech_decoder.voice import Voice
 
+pytestmark = [pytest.mark.long, pytest.mark.slow]
+
 pytest.importorskip("matplotlib")
 
 SPEAK, WRITE = "Speak.", "Write."

@@ -20,6 +20,8 @@ from moss_jax.speech_decoder.flow.stream import CachedFlow
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from tests.speech_decoder.test_flow import tiny_params
 
+pytestmark = [pytest.mark.long, pytest.mark.slow]
+
 CODES = 12
 CONFIG = replace(TINY, mel_mean=-5.0, mel_std=2.5)
 
