@@ -48,6 +48,19 @@ def init_state(config: SpeechTokenizerConfig, batch: int) -> EncoderState:
     )
 
 
+def sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """Initialises positions as Whisper's encoder does (so the released one has them): [length, width], sines beside
+    cosines of wavelengths from 2 pi to 20,000 pi frames. Attention finds neighbours with them from the first step."""
+    length, width = shape
+    rates = jnp.exp(-jnp.log(10000.0) / (width // 2 - 1) * jnp.arange(width // 2))
+    angles = jnp.arange(length)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(dtype)
+
+
+def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    return sinusoids(key, shape, dtype) * (2 / shape[1]) ** 0.5
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, past) -> (x, new keys and values)."""
 
@@ -130,11 +143,12 @@ class Encoder(nn.Module):
         )(config)
         if config.code_dim != config.d_model:
             self.project = Linear(config.code_dim, ("embed", "code"))
-        normal = nn.initializers.normal(0.02)
         positions, codes = config.max_source_positions, config.quantize_vocab_size
-        self.positions = self.param("positions", named(normal, None, "embed"), (positions, config.d_model))
+        self.positions = self.param("positions", named(sinusoids, None, "embed"), (positions, config.d_model))
+        # Beside codes of length 1 positions get the same length.
+        beside = _unit_sinusoids if config.normalize_codes else sinusoids
         self.code_positions = self.param(
-            "code_positions", named(normal, None, "code"), (config.codes_per_segment, config.code_dim)
+            "code_positions", named(beside, None, "code"), (config.codes_per_segment, config.code_dim)
         )
         self.codebook = self.param(
             "codebook", named(nn.initializers.normal(1.0), "vocab", "code"), (codes, config.code_dim)

@@ -33,7 +33,7 @@ class Objective:
     mel_hidden: int = 256  # width of the network that does it
     commitment_weight: float = 0.25
     commitment_from: int = 200  # steps; the weight is 0 before
-    ema_decay: float = 0.99  # of the codebook's moving averages
+    ema_decay: float = 0.99  # of the codebook's moving averages; less at first, which are over a tenth of the steps
     restart_below: float = 0.05  # a code used less than so many times the mean is put where speech is
 
     def __post_init__(self):

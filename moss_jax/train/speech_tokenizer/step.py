@@ -28,9 +28,11 @@ CODEBOOK = "encoder/codebook"  # the one parameter without a gradient; it lies i
 
 
 def new_codebook(codebook: jax.Array, trained: bool) -> dict[str, jax.Array]:
-    """The codebook's part of the state: codes [K, C], how often each is chosen a step [K], sums of what chose it."""
+    """The codebook's part of the state: codes [K, C], how often each is chosen a step [K], sums of what chose it, and
+    the steps that it has followed so far (a trained one: enough that the averages are as long as they get)."""
     count = jnp.full(codebook.shape[0], 1.0 if trained else 0.0)
-    return {"codebook": codebook, "count": count, "sum": codebook * count[:, None]}
+    age = jnp.full((), 1e6 if trained else 0.0)
+    return {"codebook": codebook, "count": count, "sum": codebook * count[:, None], "age": age}
 
 
 def moved(
@@ -38,7 +40,10 @@ def moved(
     key: jax.Array,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The codebook after a batch: vectors [B, T, C], the codes that they chose [B, T], valid bool [B, T]."""
-    size, decay = book["codebook"].shape[0], objective.ema_decay
+    size = book["codebook"].shape[0]
+    # While the encoder is new its vectors run away from where they were: averages over the last tenth of the steps
+    # keep up, and a code that is left behind is soon seen to be dead.
+    decay = jnp.minimum(objective.ema_decay, (1 + book["age"]) / (10 + book["age"]))
     flat, weights = vectors.reshape(-1, vectors.shape[-1]), valid.reshape(-1).astype(jnp.float32)
     chosen = jax.ops.segment_sum(weights, codes.reshape(-1), size)
     total = jax.ops.segment_sum(flat * weights[:, None], codes.reshape(-1), size)
@@ -49,7 +54,8 @@ def moved(
     places = jax.random.choice(key, flat.shape[0], (size,), p=weights / jnp.maximum(weights.sum(), 1))
     count = jnp.where(dead, usual, count)
     sums = jnp.where(dead[:, None], flat[places] * usual, sums)
-    return {"codebook": sums / jnp.maximum(count, 1e-8)[:, None], "count": count, "sum": sums}
+    codebook = sums / jnp.maximum(count, 1e-8)[:, None]
+    return {"codebook": codebook, "count": count, "sum": sums, "age": book["age"] + 1}
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
