@@ -30,7 +30,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moss_jax", "moss_jax.*"]),
-    package_data={"moss_jax": ["assets/*", "data/nano/items/*", "evaluate/nano/*.jsgf", "serve/page/*"]},
+    package_data={
+        "moss_jax": ["assets/nano/*", "assets/nano/*/*", "data/nano/items/*", "evaluate/nano/*.jsgf", "serve/page/*"]
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -1,5 +1,6 @@
 """Ask a question, spoken or written, and get a spoken or written answer.
 
+  moss-jax chat --text "What is two plus three?" -o ANSWER.wav          # nano, which comes along
   moss-jax chat QUESTION.wav --model FOLDER -o ANSWER.wav
   moss-jax chat --text "How are you?" --model FOLDER --reply text
   moss-jax chat QUESTION.wav --model FOLDER --stream -o - | aplay -t raw -f S16_LE -r 24000
@@ -11,6 +12,7 @@ samples to stdout, with --stream as they come. A line of QUESTIONS.jsonl is {"te
 spoken ones lie in ANSWERS/ID.wav. Everything that is not the answer goes to stderr.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -24,7 +26,7 @@ def add_arguments(parser):
     parser.add_argument("question", nargs="?", metavar="QUESTION.wav", help="a recording (wav, flac, mp3, ogg, m4a)")
     parser.add_argument("--text", metavar="TEXT", help="a written question in place of a recording")
     parser.add_argument("--jsonl", metavar="QUESTIONS.jsonl", help="many questions, answered in batches")
-    add_system_arguments(parser)
+    add_system_arguments(parser, nano=True)
     parser.add_argument("-o", "--out", metavar="OUT", help="where the reply goes; needed for a spoken one")
     parser.add_argument("--reply", default="speech", help="speech (default) or text")
     parser.add_argument("--voice", help="of the reply: a name in the system, or a file that `moss-jax voice` wrote")
@@ -32,14 +34,18 @@ def add_arguments(parser):
     parser.add_argument("--stream", action="store_true", help="speak and write while the rest is being thought of")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time with --jsonl, default 8")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same reply, default 0")
-    sampling = parser.add_argument_group("sampling, for text and codes alike; the defaults are the released driver's")
-    sampling.add_argument("--max-new-tokens", type=int, default=500, help="rows at most, 12.5 a second, default 500")
-    sampling.add_argument("--min-new-tokens", type=int, default=0, help="speech does not end before, default 0")
-    sampling.add_argument("--temperature", type=float, default=0.6, help="default 0.6")
-    sampling.add_argument("--top-p", type=float, default=0.95, help="default 0.95; 1 is off")
-    sampling.add_argument("--top-k", type=int, default=20, help="default 20; 0 is off")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1; 1 is off")
-    sampling.add_argument("--greedy", action="store_true", help="always the likeliest, no sampling")
+    sampling = parser.add_argument_group(
+        "sampling, for text and codes alike; the defaults are the released driver's unless the system has its own"
+    )
+    sampling.add_argument("--max-new-tokens", type=int, help="rows at most, 12.5 a second, default 500")
+    sampling.add_argument("--min-new-tokens", type=int, help="speech does not end before, default 0")
+    sampling.add_argument("--temperature", type=float, help="default 0.6")
+    sampling.add_argument("--top-p", type=float, help="default 0.95; 1 is off")
+    sampling.add_argument("--top-k", type=int, help="default 20; 0 is off")
+    sampling.add_argument("--repetition-penalty", type=float, help="default 1.1; 1 is off")
+    sampling.add_argument(
+        "--greedy", action=argparse.BooleanOptionalAction, default=None, help="always the likeliest, no sampling"
+    )
 
 
 SAMPLING = (
@@ -56,7 +62,7 @@ def run(args) -> int:
     from moss_jax.dialogue.system import generation_settings, load
     from moss_jax.dialogue.turns import Turn, check_turns
 
-    generation_settings(**{name: getattr(args, name) for name in SAMPLING})
+    generation_settings(**_sampling(args))
     if args.jsonl is not None:
         questions = read_questions(args.jsonl, args.system)
         return _batch(load(system_folder(args)), questions, args)
@@ -123,8 +129,12 @@ def _batch(system, questions, args) -> int:
 
 
 def _options(args) -> dict:
-    options = {name: getattr(args, name) for name in (*SAMPLING, "reply", "seed")}
-    return options | {"voice": args.voice}
+    return _sampling(args) | {name: getattr(args, name) for name in ("reply", "seed", "voice")}
+
+
+def _sampling(args) -> dict:
+    """What was given; the rest is for the system to say."""
+    return {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
 
 
 def _check_out(args) -> None:

@@ -1,5 +1,6 @@
 """Talk to a system in the browser: ask aloud or in writing, hear the answer while it is being made.
 
+  moss-jax demo                    # nano, which comes along
   moss-jax demo --model FOLDER
   moss-jax demo --model fnlp/MOSS-Speech --codec fnlp/MOSS-Speech-Codec --port 8080
 
@@ -16,7 +17,7 @@ from moss_jax.errors import MossError
 
 
 def add_arguments(parser):
-    add_system_arguments(parser)
+    add_system_arguments(parser, nano=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at, default 127.0.0.1")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
 
@@ -28,9 +29,10 @@ def run(args) -> int:
     from moss_jax.serve.app import Demo
     from moss_jax.serve.session import warm_up
 
-    system = moss_jax.load(system_folder(args))
+    folder = system_folder(args)
+    system = moss_jax.load(folder)
     warm_up(system, say)
-    demo = Demo(system, Path(args.model).name)
+    demo = Demo(system, Path(args.model or folder).name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files go then too
     try:
         address = demo.launch(args.host, args.port, block=False)

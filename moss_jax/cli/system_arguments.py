@@ -4,14 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+from moss_jax.errors import MossError
+
 DEFAULT_CACHE = "~/.cache/moss_jax"
 
 
-def add_system_arguments(parser) -> None:
+def add_system_arguments(parser, nano: bool = False) -> None:
+    """`nano`: without --model the verb takes the system that comes with the package."""
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER",
+        "--model", required=not nano, default=None, metavar="FOLDER",
         help="a system folder (moss-jax convert, moss-jax init-random), or a released language model: "
-        "a folder or a hub name such as fnlp/MOSS-Speech",
+        "a folder or a hub name such as fnlp/MOSS-Speech" + ("; without it nano, which comes along" if nano else ""),
     )  # fmt: skip
     parser.add_argument(
         "--codec", metavar="FOLDER",
@@ -28,8 +31,13 @@ def system_folder(args) -> Path:
     import jax
 
     from moss_jax.convert.system import resolve
+    from moss_jax.dialogue.folder import NANO
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if args.model is None:
+        if args.codec is not None:
+            raise MossError("--codec: stands beside --model, expected both or none")
+        return NANO
     return resolve(args.model, args.codec, cache_folder(), progress)
 
 

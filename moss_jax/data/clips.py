@@ -10,20 +10,19 @@ import json
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moss_jax.audio.wave import load_audio, resample
+from moss_jax.data.batches import StepBatches
 from moss_jax.data.manifest import Document, Manifest, Member
 from moss_jax.data.tokenize import load_sound
 from moss_jax.errors import MossError
 
 Labels = Callable[[str], Sequence[int]]
 PLANS = 2  # of the latest epochs are kept
-READ_THREADS, READ_AHEAD = 2, 8  # batches that are prepared while the device computes
 LABELS_UNIT = 8  # the labels of a bucket are padded to a multiple of it
 
 
@@ -147,7 +146,7 @@ class _Part:
         }  # fmt: skip
 
 
-class ClipBatches:
+class ClipBatches(StepBatches):
     """An iterator without end over a part of the global batches.
 
     A batch is a dictionary: wave float32 [B, L], zero-padded; samples int32 [B]; labels int32 [B, N], padded with 0;
@@ -172,55 +171,11 @@ class ClipBatches:
         ]
         order = ClipOrder(clips.bucket, batch_size, seed)
         self.most_labels = max(map(len, numbers))
-        self.per_epoch, self.step, self._workers, self._iterator = order.per_epoch, 0, workers, None
-        self._parts = grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count))
-        self._fingerprint = f"{clips.fingerprint} {seed} {batch_size}"
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            self._iterator = iter(self._from(self.step))
-        batch = next(self._iterator)
-        self.step += 1
-        return batch
-
-    def _from(self, step: int) -> Any:
-        import grain
-
-        if not self._workers:
-            return self._parts[step:].to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
-        from moss_jax.data.pipeline import mark_flags_as_parsed
-
-        mark_flags_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        return self._parts[step:].to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
-
-    def get_state(self) -> str:
-        """Where the iterator stands, JSON; the same in every process."""
-        return json.dumps({"step": self.step, "fingerprint": self._fingerprint})
-
-    def set_state(self, state: str) -> None:
-        """Goes where `get_state` was called. Raises MossError when that was with other data, seed or batch size."""
-        try:
-            state = json.loads(state)
-            step, fingerprint = int(state["step"]), state["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error
-        if fingerprint != self._fingerprint:
-            raise MossError("data state: it belongs to other data, seed, buckets or batch size")
-        self.skip_to(step)
-
-    def skip_to(self, step: int) -> None:
-        """The global batch of `step` comes next."""
-        self.close()
-        self.step = step
-
-    def close(self) -> None:
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        self.per_epoch = order.per_epoch
+        super().__init__(
+            grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count)),
+            f"{clips.fingerprint} {seed} {batch_size}", "data, seed, buckets or batch size", workers,
+        )  # fmt: skip
 
 
 def _samples(document: Document, rate: int) -> int:

@@ -10,19 +10,18 @@ import json
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from moss_jax.data.batches import StepBatches
 from moss_jax.data.pack import Plan, make_plan
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.transformer import TransformerConfig
 
 PLANS = 2  # of the latest epochs are kept: at the turn of an epoch both are read
-READ_THREADS, READ_AHEAD = 2, 4  # batches that are prepared while the device computes
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class PackedRows:
         }  # fmt: skip
 
 
-class Batches:
+class Batches(StepBatches):
     """An iterator over this process's share of the global batches: dictionaries of arrays [B, T, ...] without end.
 
     Attributes:
@@ -149,80 +148,20 @@ class Batches:
         import grain
 
         self.source_names = tuple(name for name, *_ in mixture.sources)
-        self.step = 0
         self.rows = [
             PackedRows(folder, config, context, mixture.seed, index)
             for index, (_, folder, _) in enumerate(mixture.sources)
         ]
         _check_one_text_tokenizer(self.rows)
-        self._fingerprint = _fingerprint(mixture, self.rows, context, batch_size)
-        self._process, self._workers, self._iterator = (process_index, process_count), workers, None
         mixed = grain.MapDataset.mix(
             [grain.MapDataset.source(rows) for rows in self.rows], [weight for *_, weight in mixture.sources]
         )
         # The share of process p at step s is the (s * process_count + p)-th run of so many rows.
-        self._shares = mixed.batch(batch_size // process_count, drop_remainder=True)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """This process's part of the global batch of `step`.
-
-        Raises:
-            MossError: examples cannot be read any more.
-        """
-        if self._iterator is None:
-            self._iterator = iter(self._from(self.step))
-        batch = next(self._iterator)
-        self.step += 1
-        return batch
-
-    def _from(self, step: int):
-        import grain
-
-        index, count = self._process
-        batches = self._shares[step * count + index :: count]
-        if not self._workers:
-            return batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
-        mark_flags_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        return batches.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
-
-    def get_state(self) -> str:
-        """Where the iterator stands, JSON; the same in every process."""
-        return json.dumps({"step": self.step, "fingerprint": self._fingerprint})
-
-    def set_state(self, state: str | bytes) -> None:
-        """Goes where `get_state` was called, with any number of processes and workers.
-
-        Raises:
-            MossError: it is not a state, or one of other data, seed, weights, context or batch size.
-        """
-        try:
-            state = json.loads(state)
-            step, fingerprint = int(state["step"]), state["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error
-        if fingerprint != self._fingerprint:
-            raise MossError(
-                "data state: it belongs to other data, seed, weights, context or batch size; "
-                "expected those of the run that saved it (skip_to goes to a step regardless)"
-            )
-        self.skip_to(step)
-
-    def skip_to(self, step: int) -> None:
-        """The global batch of `step` comes next; costs nothing, whatever the distance."""
-        if step < 0:
-            raise MossError(f"data: step {step}, expected 0 or more")
-        self.close()
-        self.step = step
-
-    def close(self) -> None:
-        """Ends worker processes; the next batch starts them again."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        shares = mixed.batch(batch_size // process_count, drop_remainder=True)
+        super().__init__(
+            shares[process_index::process_count], _fingerprint(mixture, self.rows, context, batch_size),
+            "data, seed, weights, context or batch size", workers,
+        )  # fmt: skip
 
 
 def open_batches(
@@ -264,14 +203,6 @@ def _check(context: int, batch_size: int, process_index: int, process_count: int
         raise MossError(f"data: process_index is {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise MossError(f"data: batch_size {batch_size} does not divide by the {process_count} processes")
-
-
-def mark_flags_as_parsed() -> None:
-    """Grain's worker processes ask for absl flags, which a program without absl.app never parses."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _check_one_text_tokenizer(rows: list[PackedRows]) -> None:

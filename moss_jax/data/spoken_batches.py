@@ -10,12 +10,12 @@ import json
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from moss_jax.data.pipeline import READ_AHEAD, READ_THREADS, Mixture
+from moss_jax.data.batches import StepBatches
+from moss_jax.data.pipeline import Mixture
 from moss_jax.data.spoken import Spoken
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
@@ -98,7 +98,7 @@ class Rows:
         }
 
 
-class SpokenBatches:
+class SpokenBatches(StepBatches):
     """An iterator without end over this process's share of the batches: dictionaries of arrays [B, ...].
 
     Args:
@@ -118,7 +118,6 @@ class SpokenBatches:
 
         if batch_size % process_count:
             raise MossError(f"data: batch_size {batch_size} does not divide by the {process_count} processes")
-        self.step = 0
         self.rows = [
             Rows(folder, config, mixture.seed, index, codes, frames)
             for index, (_, folder, _) in enumerate(mixture.sources)
@@ -127,56 +126,11 @@ class SpokenBatches:
         digest.update(json.dumps([mixture.seed, batch_size, codes, frames]).encode())
         for rows, (name, _, weight) in zip(self.rows, mixture.sources, strict=True):
             digest.update(json.dumps([name, weight, rows.spoken.about], sort_keys=True).encode())
-        self._fingerprint = digest.hexdigest()
-        self._process, self._workers, self._iterator = (process_index, process_count), workers, None
         mixed = grain.MapDataset.mix(
             [grain.MapDataset.source(rows) for rows in self.rows], [weight for *_, weight in mixture.sources]
         )
-        self._shares = mixed.batch(batch_size // process_count, drop_remainder=True)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            self._iterator = iter(self._from(self.step))
-        batch = next(self._iterator)
-        self.step += 1
-        return batch
-
-    def _from(self, step: int):
-        import grain
-
-        index, count = self._process
-        batches = self._shares[step * count + index :: count]
-        if not self._workers:
-            return batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for them
-        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        return batches.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
-
-    def get_state(self) -> str:
-        """Where the iterator stands, JSON; the same in every process."""
-        return json.dumps({"step": self.step, "fingerprint": self._fingerprint})
-
-    def set_state(self, state: str) -> None:
-        """Goes where `get_state` was called. Raises MossError when that was with other data, seed or sizes."""
-        found = json.loads(state)
-        if found["fingerprint"] != self._fingerprint:
-            raise MossError("data state: it belongs to other data, seed, weights, lengths or batch size")
-        self.skip_to(found["step"])
-
-    def skip_to(self, step: int) -> None:
-        """The batch of `step` comes next; costs nothing, whatever the distance."""
-        self.close()
-        self.step = step
-
-    def close(self) -> None:
-        """Ends worker processes; the next batch starts them again."""
-        if self._iterator is not None:
-            if hasattr(self._iterator, "close"):
-                self._iterator.close()
-            self._iterator = None
+        shares = mixed.batch(batch_size // process_count, drop_remainder=True)
+        super().__init__(
+            shares[process_index::process_count], digest.hexdigest(), "data, seed, weights, lengths or batch size",
+            workers,
+        )  # fmt: skip

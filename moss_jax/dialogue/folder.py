@@ -1,11 +1,13 @@
 """A system's folder on disk: where each part lies, its config and its parameters.
 
-FOLDER/system.json                {"format": "moss-jax-1", "default_voice": name or null}
+FOLDER/system.json                {"format": "moss-jax-1", "default_voice": name or null, "sampling": {...}}
        transformer/               config.json, *.safetensors
        speech_tokenizer/          config.json, model.safetensors
        speech_decoder/            config.json, flow*.safetensors, vocoder.safetensors, speaker.safetensors
        text_tokenizer/            tokenizer.json
        voices/                    NAME.safetensors
+
+`sampling` may be absent: keywords of `moss_jax.dialogue.system.generation_settings` that are this system's defaults.
 """
 
 import json
@@ -29,6 +31,7 @@ from moss_jax.transformer import TransformerConfig, model_axes, model_shapes
 
 FORMAT = "moss-jax-1"
 SYSTEM = "system.json"
+NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"  # the system that comes with the package
 VOICE_NAME = re.compile(r"[\w][\w.-]*")
 
 

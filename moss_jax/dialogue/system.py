@@ -5,6 +5,7 @@ reply = system.reply([Turn("user", audio="QUESTION.wav")])
 reply.save("ANSWER.wav")
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio, resample, save_audio
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
-from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.dialogue.folder import NANO, SYSTEM, SystemFolder
 from moss_jax.dialogue.generate import GenerationSettings
 from moss_jax.dialogue.grid import REPLIES, read_reply
 from moss_jax.dialogue.sampling import ChannelSettings
@@ -122,6 +123,9 @@ def generation_settings(
     )
 
 
+SAMPLING = {name: value.default for name, value in inspect.signature(generation_settings).parameters.items()}
+
+
 class System:
     """Language model, ears, voice and voices of one folder, each loaded when it is first needed.
 
@@ -130,6 +134,23 @@ class System:
 
     def __init__(self, folder: str | Path, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None):
         self.folder, self._context, self._mesh = SystemFolder(folder), context, mesh
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `generation_settings` with this system's defaults: the released driver's, or what its folder
+        says. Raises MossError when the folder says what makes no sense."""
+        own = self.folder.settings.get("sampling", {})
+        where = self.folder.path / SYSTEM
+        if not isinstance(own, dict) or set(own) - set(SAMPLING):
+            raise MossError(f"{where}: sampling is {own!r:.80}, expected an object with some of {', '.join(SAMPLING)}")
+        for name, value in own.items():
+            if type(value) not in {type(SAMPLING[name]), int if isinstance(SAMPLING[name], float) else None}:
+                raise MossError(f"{where}: {name} is {value!r}, expected a {type(SAMPLING[name]).__name__}")
+        try:
+            generation_settings(**own)
+        except MossError as error:
+            raise MossError(f"{where}: {error}") from error
+        return SAMPLING | own
 
     @cached_property
     def language_model(self) -> LanguageModel:
@@ -209,7 +230,7 @@ class System:
             conversation: `Reply.conversation` of the reply before; it can be used once.
             seed: the same seed gives the same reply.
             progress: called now and then with the rows so far and the most there may be.
-            sampling: keywords of `generation_settings`.
+            sampling: keywords of `generation_settings`; what is not given is as `sampling` says.
 
         Raises:
             MossError: bad turns, recordings or settings, or a context that is too short.
@@ -331,7 +352,7 @@ class System:
     def _prepared(self, reply: str, voice, sampling) -> tuple[GenerationSettings, Voice | None, list[str]]:
         if reply not in REPLIES:
             raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
-        settings = generation_settings(**sampling)
+        settings = generation_settings(**self.sampling | sampling)
         if reply == "text":
             return settings, None, []
         voice, notices = self.voice(voice)
@@ -379,10 +400,11 @@ class System:
         return self.speech_decoder.decode(codes, voice, seed) if len(codes) else SILENCE
 
 
-def load(folder: str | Path, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None) -> System:
+def load(folder: str | Path = NANO, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None) -> System:
     """A system from its folder, ready to answer.
 
     Args:
+        folder: nano, which comes with the package, when there is none.
         context: rows that a conversation may have at most; None for what the model was tuned on.
         mesh: lays the language model out over several devices (`moss_jax.sharding.make_mesh`).
 

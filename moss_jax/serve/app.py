@@ -219,7 +219,7 @@ class Demo:
                             SYSTEM["speech"], label="What the assistant is told first", lines=4, max_length=2000,
                             elem_id="moss-system",
                         )  # fmt: skip
-                    sampling = _sampling_panel()
+                    sampling = _sampling_panel(self.system.sampling)
             self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask, "stop": stop,
                            "sampling": list(sampling)}  # fmt: skip
             asking = {
@@ -269,21 +269,30 @@ class Demo:
         return voice, own, told
 
 
-def _sampling_panel() -> dict[str, gr.components.Component]:
-    """Controls by keyword of `Session.ask`; the defaults are the released driver's."""
+def _sampling_panel(own: dict[str, Any]) -> dict[str, gr.components.Component]:
+    """Controls by keyword of `Session.ask`; at first they stand where the system wants them."""
     with gr.Accordion("Sampling", open=False):
         return {
-            "temperature": gr.Slider(0.1, 2, 0.6, step=0.05, label="Temperature", info="higher is more varied"),
-            "top_p": gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", info="1 is off"),
-            "top_k": gr.Slider(0, 100, 20, step=1, label="Top-k", info="0 is off; a new value compiles once"),
-            "repetition_penalty": gr.Slider(1, 2, 1.1, step=0.05, label="Repetition penalty", info="1 is off"),
-            "greedy": gr.Checkbox(False, label="Greedy", info="always the likeliest, no sampling"),
-            "max_new_tokens": gr.Slider(
-                1, 2000, 500, step=1, label="Longest answer", info="rows; 12.5 make a second of speech"
+            "temperature": gr.Slider(
+                0.1, 2, own["temperature"], step=0.05, label="Temperature", info="higher is more varied"
             ),
-            "min_new_tokens": gr.Slider(0, 100, 0, step=1, label="Shortest spoken answer", info="rows"),
+            "top_p": gr.Slider(0.05, 1, own["top_p"], step=0.05, label="Top-p", info="1 is off"),
+            "top_k": gr.Slider(
+                0, 100, own["top_k"], step=1, label="Top-k", info="0 is off; a new value compiles once"
+            ),
+            "repetition_penalty": gr.Slider(
+                1, 2, own["repetition_penalty"], step=0.05, label="Repetition penalty", info="1 is off"
+            ),
+            "greedy": gr.Checkbox(own["greedy"], label="Greedy", info="always the likeliest, no sampling"),
+            "max_new_tokens": gr.Slider(
+                1, 2000, own["max_new_tokens"], step=1, label="Longest answer",
+                info="rows; 12.5 make a second of speech",
+            ),
+            "min_new_tokens": gr.Slider(
+                0, 100, own["min_new_tokens"], step=1, label="Shortest spoken answer", info="rows"
+            ),
             "seed": gr.Number(0, precision=0, minimum=0, label="Seed", info="the same seed gives the same answer"),
-        }
+        }  # fmt: skip
 
 
 def _inputs_shown(you: str) -> tuple[Any, Any, Any]:

@@ -111,7 +111,7 @@ class Session:
                 is then forgotten.
         """
         asked = time.perf_counter()
-        generation_settings(**sampling)
+        generation_settings(**self.system.sampling | sampling)
         if not system_turn.strip():
             raise MossError("the system prompt is empty; it tells the assistant how to answer")
         if not 0 <= seed < 2**32:

@@ -27,7 +27,7 @@ class RowFeed:
         rows: of a batch.
         spans: the rows [start, stop) that each device of this process holds.
         open_part: (index, count) -> the iterator over the index-th of `count` equal parts of each batch, with the
-            methods of `moss_jax.data.pipeline.Batches`.
+            methods of `moss_jax.data.batches.StepBatches`.
         place: (name, shape) -> how an array of a batch lies on the mesh; its first dimension is the rows.
     """
 
@@ -110,13 +110,11 @@ class Feed(RowFeed):
 
 
 class ClipFeed(RowFeed):
-    """Batches of recordings (`moss_jax.data.clips.ClipBatches`); only their rows are divided over devices.
+    """Batches of recordings (`ClipBatches`, `SpokenBatches`); only their rows are divided over devices.
 
     Args:
         open_part: (index, count) -> one of `count` equal parts of each batch.
 
-    Attributes:
-        per_epoch: batches in which every clip is once.
     """
 
     def __init__(self, batch_size: int, mesh: Mesh, open_part: Callable[[int, int], Any]):
@@ -124,7 +122,11 @@ class ClipFeed(RowFeed):
             return fitting(("batch", *[None] * (len(shape) - 1)), shape, mesh)
 
         super().__init__(batch_size, _spans(place("", (batch_size,)), (batch_size,)), open_part, place)
-        self.per_epoch = self._one.per_epoch
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in which every clip is once, of data that has such."""
+        return self._one.per_epoch
 
 
 def blocks(spans: Iterable[tuple[int, int]], rows: int) -> tuple[list[int], int]:

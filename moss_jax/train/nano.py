@@ -41,6 +41,7 @@ WRITTEN = ("text", "text-valid")
 DECODER = {"voice": "decoder", "voice-valid": "decoder-valid"}  # data set of the speech decoder -> manifest
 VARIANTS = 3  # examples of an interleaved document, each cut at other places
 QUICK_SCALE, QUICK_LINES, QUICK_STEPS, QUICK_BATCH = 0.005, 24, 4, 4
+SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 100}  # the penalty is for 16,384 codes
 Report = Callable[[Path, Path, bool], None]
 
 
@@ -199,7 +200,7 @@ def make_system(folder: Path, *, language_model: Path, speech_decoder: Path) -> 
     """Writes a system, whole or not at all: the speech decoder of one folder, everything else of another. It has no
     recorded voice: the decoder knows one."""
     with atomic_folder(folder) as part:
-        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None, "sampling": SAMPLING})
         for room in ("transformer", "speech_tokenizer", "text_tokenizer"):
             _copy_room(room, language_model, part)
         _copy_room("speech_decoder", speech_decoder, part)

@@ -153,7 +153,9 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
         jnp.asarray(valid), objective, jax.random.key(1),
     )  # fmt: skip
     assert all(any(np.allclose(row, other) for other in vectors[valid]) for row in fresh["codebook"])
-    early = moved(book | {"age": np.float32(2)}, *map(jnp.asarray, (vectors, codes, valid)), objective, jax.random.key(0))
+    early = moved(
+        book | {"age": np.float32(2)}, *map(jnp.asarray, (vectors, codes, valid)), objective, jax.random.key(0)
+    )
     assert early["count"][0] == pytest.approx(3 / 12 * 2 + 9 / 12 * 3)  # over a tenth of the steps, not over four
     assert perplexity(jnp.ones(7)) == pytest.approx(7) and perplexity(jnp.eye(7)[0]) == pytest.approx(1)
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from moss_jax.checkpoint import load_tree
 from moss_jax.data import Mixture
 from moss_jax.data.spoken import Spoken
+from moss_jax.data.spoken_batches import SpokenBatches
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.nn.config import write_config
@@ -23,10 +24,10 @@ from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
 from moss_jax.speech_decoder.vocoder import HiFT, vocoder_shapes
+from moss_jax.train.feed import ClipFeed
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_decoder.discriminators import Discriminators
 from moss_jax.train.speech_decoder.export import export_parts
-from moss_jax.train.speech_decoder.feed import SpokenFeed
 from moss_jax.train.speech_decoder.flops import flow_flops, vocoder_flops
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from moss_jax.train.speech_decoder.run import FlowRun, SpeechDecoderRun, VocoderRun
@@ -82,12 +83,17 @@ class SpeechDecoderTask:
         average = {path: jnp.copy(leaf) for path, leaf in parameters.items()} if self._run.average else ()
         return new_state(parameters, self._run.optimizer, average)
 
-    def feed(self) -> SpokenFeed:
+    def feed(self) -> ClipFeed:
         return self._feed(self._run.data, self._run.workers)
 
-    def _feed(self, mixture: Mixture, workers: int) -> SpokenFeed:
-        run = self._run
-        return SpokenFeed(mixture, self.config, self._mesh, run.batch_size, workers, **self._length())
+    def _feed(self, mixture: Mixture, workers: int) -> ClipFeed:
+        def open_part(index: int, count: int) -> SpokenBatches:
+            return SpokenBatches(
+                mixture, self.config, batch_size=self._run.batch_size, process_index=index, process_count=count,
+                workers=workers, **self._length(),
+            )  # fmt: skip
+
+        return ClipFeed(self._run.batch_size, self._mesh, open_part)
 
     def make_step(self) -> Step:
         run = self._run
