@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.data import Mixture, open_batches, write_examples
-from moss_jax.data.pipeline import READ_AHEAD, READ_THREADS, PackedRows
+from moss_jax.data.batches import READ_AHEAD, READ_THREADS
+from moss_jax.data.pipeline import PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
