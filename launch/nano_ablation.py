@@ -6,8 +6,8 @@
 From the same text model, on the same examples and for as many updates:
 
     FP           frozen pre-training: stage 1 (the text model frozen), then stage 2 (everything trains)
-    NF           no frozen stage: stage 2 from the beginning
-    NF-NoSplit   nor a split: one stack of layers, both heads on top of it
+    NF           the same data in the same order, but nothing is ever frozen
+    NF-NoSplit   nor is there a split: one stack of layers, both heads on top of it
 
 and then the same SFT each. Of every run: text kept (questions in writing, reserved phrasings, continued word for word
 after pre-training, as the text model was taught them), and answers right after SFT, written and spoken. Everything
@@ -33,14 +33,14 @@ from moss_jax.dialogue.grid import text_rows
 from moss_jax.errors import MossError
 from moss_jax.evaluate.scoring import padded_length
 from moss_jax.train.loop import train
-from moss_jax.train.nano import CONFIGS, FOLDER, make_system, shortened
+from moss_jax.train.nano import CONFIGS, FOLDER, make_system, scaled, shortened
 from moss_jax.train.recipe import RecipeStep, run_recipe
 from moss_jax.train.run import Run, load_run
 from moss_jax.train.start import newest_export
 from moss_jax.transformer import LayerSplitModel
 
 PLACE = FOLDER / "ablation"
-ARMS = {"FP": ("stage1", "stage2"), "NF": ("stage2",), "NF-NoSplit": ("stage2",)}  # pre-training
+ARMS = ("FP", "NF", "NF-NoSplit")
 COLUMNS = {"text": "text kept", "tt": "T->T", "st": "S->T", "ss": "S->S"}
 TEXT_SETS = ("phrasings",)  # items whose questions are continued in writing
 SENTENCES = 40  # of the similarity
@@ -48,24 +48,19 @@ Result = dict[str, tuple[int, int]]  # column -> (right, of)
 
 
 def runs_of(arm: str, seed: int, share: float, configs: Path = CONFIGS) -> list[Run]:
-    """The trainings of an arm, one after the other; all arms make as many updates."""
+    """The trainings of an arm, one after the other; all arms make as many updates, on the same data."""
     stage1, stage2, sft = (load_run(configs / f"{name}.py") for name in ("stage1", "stage2", "sft"))
-    counts = {name: max(1, round(share * run.steps)) for name, run in (("stage1", stage1), ("stage2", stage2))}
-    split = 0 if arm.endswith("NoSplit") else stage1.split
+    if arm != "FP":
+        stage1 = dataclasses.replace(stage1, stage=stage2.stage)
+    if arm.endswith("NoSplit"):
+        stage1 = dataclasses.replace(stage1, split=0)
     runs, before = [], stage1.init
-    for run in (stage1, stage2, sft) if arm == "FP" else (stage2, sft):
-        name = run.stage.name
-        steps = counts.get(name, max(1, round(share * run.steps)))
-        if run is stage2 and arm != "FP":
-            steps = sum(counts.values())
-        folder = str(PLACE / f"{arm}-{seed}" / name)
-        optimizer = dataclasses.replace(
-            run.optimizer, total_steps=steps, warmup_steps=min(run.optimizer.warmup_steps, steps // 4)
+    for name, run in (("stage1", stage1), ("stage2", stage2), ("sft", sft)):
+        run, folder = scaled(run, share), str(PLACE / f"{arm}-{seed}" / name)
+        data = dataclasses.replace(run.data, seed=seed)
+        runs.append(
+            dataclasses.replace(run, name=f"{arm}-{seed} {name}", folder=folder, init=before, seed=seed, data=data)
         )
-        runs.append(dataclasses.replace(
-            run, name=f"{arm}-{seed} {name}", folder=folder, init=before, split=None if runs else split, steps=steps,
-            optimizer=optimizer, seed=seed, data=dataclasses.replace(run.data, seed=seed), system=stage1.system,
-        ))  # fmt: skip
         before = folder
     return runs
 
@@ -163,9 +158,7 @@ def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
     steps = [RecipeStep("before", "the text model's own answers", before, (PLACE / "before.json",))]
     for seed in range(args.seeds):
         steps += [
-            RecipeStep(
-                f"{arm}-{seed}", f"{', '.join(ARMS[arm])}, sft", partial(make, arm, seed), (PLACE / f"{arm}-{seed}",)
-            )
+            RecipeStep(f"{arm}-{seed}", "stage 1, stage 2, SFT", partial(make, arm, seed), (PLACE / f"{arm}-{seed}",))
             for arm in ARMS
         ]
     steps.append(RecipeStep("similarity", "speech and text, layer by layer", _similarity, (PLACE / "similarity",)))
@@ -200,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     about = {name: getattr(args, name) for name in ("seeds", "share", "items", "no_answers", "quick")}
     try:
-        if code := run_recipe(PLACE, steps_of(args), about, args.from_step, say):
+        if code := run_recipe(PLACE, steps_of(args), about, args.from_step, say=say):
             return code
         results = {
             arm: [json.loads((PLACE / f"{arm}-{seed}" / "result.json").read_text()) for seed in range(args.seeds)]

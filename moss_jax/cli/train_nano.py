@@ -2,6 +2,7 @@
 
   moss-jax train-nano                       about 90 minutes on two cores; the same command again goes on
   moss-jax train-nano --from-step stage2    makes this step and those after it anew
+  moss-jax train-nano --share 0.1           a tenth of the corpus and of the steps: it begins to learn
   moss-jax train-nano --quick               a few lines and steps of everything, to see that it goes; learns nothing
 
 Everything lands in ./nano: the system in nano/system, the report in nano/report, each training in nano/runs. It needs
@@ -21,6 +22,10 @@ QUICK_ITEMS = {"sets": ("voices",), "ways": ("ss",), "limit": 2}
 def add_arguments(parser):
     parser.add_argument("--quick", action="store_true", help="a few steps of each training, on a few lines")
     parser.add_argument("--from-step", metavar="NAME", help="make this step and those after it anew")
+    parser.add_argument("--to-step", metavar="NAME", help="stop after this step")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the corpus and the steps, to see it learn in less time; default 1"
+    )
     parser.add_argument("--no-report", action="store_true", help="leave the evaluation out")
     parser.add_argument("--configs", type=Path, metavar="FOLDER", help="other configs than those of configs/nano")
 
@@ -36,7 +41,7 @@ def run(args) -> int:
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
     report = None if args.no_report else _report
-    return Recipe(args.quick, args.configs or CONFIGS, report, say).make(args.from_step)
+    return Recipe(args.quick, args.share, args.configs or CONFIGS, report, say).make(args.from_step, args.to_step)
 
 
 def _report(system: Path, folder: Path, quick: bool) -> None:

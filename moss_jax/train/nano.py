@@ -51,25 +51,33 @@ class Recipe:
 
     Attributes:
         quick: a few lines of data, a few steps of each training: everything is gone through, nothing is learned.
+        share: of the corpus and of every training's steps; less than 1 to see it learn in a short time.
         configs: the folder of the runs.
         report: (system, folder, quick) -> measures the system into a folder; None leaves the last step out.
         say: gets lines for people.
     """
 
     quick: bool = False
+    share: float = 1.0
     configs: Path = CONFIGS
     report: Report | None = None
     say: Say = print
 
-    def make(self, from_step: str | None = None) -> int:
-        """Goes on where it was; returns 0, 3 (stopped by the guard) or 75 (called to stop, saved).
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise MossError(f"share is {self.share}, expected a number above 0 and at most 1")
+
+    def make(self, from_step: str | None = None, to_step: str | None = None) -> int:
+        """Goes on where it was, to the end or to that of `to_step`; returns 0, 3 (stopped by the guard) or 75 (called
+        to stop, saved).
 
         Raises:
             MossError: something is missing or does not fit; what was made stays.
         """
         if not self.configs.is_dir():
             raise MossError(f"{self.configs}: no such folder, expected the configs of nano; run in a clone of moss_jax")
-        return run_recipe(FOLDER, self.steps(), {"quick": self.quick}, from_step, self.say)
+        about = {"quick": self.quick} | ({"share": self.share} if self.share != 1 else {})
+        return run_recipe(FOLDER, self.steps(), about, from_step, to_step, self.say)
 
     def steps(self) -> tuple[RecipeStep, ...]:
         steps = [
@@ -95,7 +103,7 @@ class Recipe:
     def run_of(self, name: str) -> BaseRun:
         """The run of a config, short where the recipe is."""
         run = load_run(self.configs / f"{name}.py")
-        return shortened(run) if self.quick else run
+        return shortened(run) if self.quick else scaled(run, self.share)
 
     def _training(self, name: str, what: str) -> RecipeStep:
         def work() -> int:
@@ -111,7 +119,7 @@ class Recipe:
         if not corpus.is_dir():  # else it was whole when the recipe was stopped
             tell = _now_and_then(self.say)
             make_nano_corpus(
-                corpus, QUICK_SCALE if self.quick else 1.0,
+                corpus, QUICK_SCALE if self.quick else self.share,
                 progress=lambda done, total: tell(f"{done} of {total} utterances", done == total),
             )  # fmt: skip
         if self.quick:
@@ -174,6 +182,19 @@ def shortened(run: BaseRun) -> BaseRun:
         [f"steps={QUICK_STEPS}", "optimizer.warmup_steps=1", f"save_every={QUICK_STEPS}", "evaluate_every=0",
          "evaluate_batches=1", "export_every=0", "log_every=1", f"batch_size={min(run.batch_size, QUICK_BATCH)}"],
     )  # fmt: skip
+
+
+def scaled(run: BaseRun, share: float) -> BaseRun:
+    """The run with a share of its steps, on the same schedule."""
+    if share == 1:
+        return run
+    steps = max(round(run.steps * share), 1)
+    names = ("save_every", "evaluate_every", "export_every", "log_every")
+    every = [f"{name}={-(-getattr(run, name) * steps // run.steps)}" for name in names]
+    warmup = run.optimizer.warmup_steps * steps // run.steps
+    return override(
+        run, [f"steps={steps}", f"optimizer.total_steps={steps}", f"optimizer.warmup_steps={warmup}", *every]
+    )
 
 
 def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: TransformerConfig = NANO) -> None:

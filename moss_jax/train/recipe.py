@@ -40,7 +40,7 @@ class RecipeStep:
 
 def run_recipe(
     folder: str | Path, steps: Sequence[RecipeStep], about: Mapping[str, Any], from_step: str | None = None,
-    say: Say = print,
+    to_step: str | None = None, say: Say = print,
 ) -> int:  # fmt: skip
     """Makes every step that is not done, in order; returns 0, or the code of the step that stopped.
 
@@ -48,6 +48,7 @@ def run_recipe(
         folder: gets the journal.
         about: what all calls must agree in, JSON.
         from_step: this step and those after it are made anew.
+        to_step: the last one of this call.
         say: gets a line before and after each step.
 
     Raises:
@@ -55,8 +56,9 @@ def run_recipe(
     """
     folder = Path(folder)
     names = [step.name for step in steps]
-    if from_step is not None and from_step not in names:
-        raise MossError(f"step {from_step!r}: unknown, there are {', '.join(names)}")
+    for name in (from_step, to_step):
+        if name is not None and name not in names:
+            raise MossError(f"step {name!r}: unknown, there are {', '.join(names)}")
     journal = _Journal(folder, about)
     if from_step is not None:
         journal.again = names[names.index(from_step) :]
@@ -66,6 +68,8 @@ def run_recipe(
         head = f"[{number}/{len(steps)}] {step.name}"
         if step.name in journal.done:
             say(f"{head}: done before, in {duration(journal.seconds.get(step.name, 0))}")
+            if step.name == to_step:
+                return 0
             continue
         so_far = sum(journal.seconds.values())
         say(f"{head}: {step.what}" + (f" ({duration(so_far)} so far)" if so_far else ""))
@@ -80,6 +84,8 @@ def run_recipe(
         journal.done.append(step.name)
         journal.write()
         say(f"{head}: done in {duration(journal.seconds[step.name])}")
+        if step.name == to_step:
+            return 0
     say(f"everything is done, in {duration(sum(journal.seconds.values()))}")
     return 0
 

@@ -39,6 +39,10 @@ def test_each_run_begins_where_another_ended():
     assert all(run.optimizer.total_steps == run.steps for run in runs.values())
     quick = {name: Recipe(quick=True).run_of(name) for name in LANGUAGE}
     assert all(run.steps == run.optimizer.total_steps == 4 and run.batch_size == 4 for run in quick.values())
+    tenth = Recipe(share=0.1).run_of("speech_tokenizer")
+    assert tenth.steps == tenth.optimizer.total_steps == Recipe().run_of("speech_tokenizer").steps // 10
+    with pytest.raises(MossError, match="share is 0"):
+        Recipe(share=0)
 
 
 def test_a_base_and_a_system_of_parts(tmp_path):
@@ -66,15 +70,15 @@ def test_arms_make_as_many_updates():
     for seed in (0, 2):
         runs = {arm: ABLATION["runs_of"](arm, seed, 1 / 3) for arm in ABLATION["ARMS"]}
         assert [[run.stage.name for run in own] for own in runs.values()] == [
-            ["stage1", "stage2", "sft"], ["stage2", "sft"], ["stage2", "sft"]
+            ["stage1", "stage2", "sft"], ["stage2", "stage2", "sft"], ["stage2", "stage2", "sft"]
         ]  # fmt: skip
-        assert len({sum(run.steps for run in own) for own in runs.values()}) == 1
+        assert len({tuple((run.steps, run.data) for run in own) for own in runs.values()}) == 1
         assert [own[0].split for own in runs.values()] == [NANO.num_modality_layers, NANO.num_modality_layers, 0]
         assert {own[0].init for own in runs.values()} == {"nano/qwen3"}
         assert all(b.init == a.folder for own in runs.values() for a, b in pairwise(own))
         everything = [run for own in runs.values() for run in own]
         assert {run.seed for run in everything} == {run.data.seed for run in everything} == {seed}
-        assert len({run.folder for run in everything}) == 7
+        assert len({run.folder for run in everything}) == 9
 
 
 def test_table_of_made_up_results():

@@ -34,9 +34,9 @@ class Kitchen:
 
         return work
 
-    def run(self, from_step=None, quick=False):
+    def run(self, from_step=None, to_step=None, quick=False):
         self.made, self.lines = [], []
-        return run_recipe(self.folder, self.steps, {"quick": quick}, from_step, self.lines.append)
+        return run_recipe(self.folder, self.steps, {"quick": quick}, from_step, to_step, self.lines.append)
 
 
 def test_steps_come_in_order_and_once(tmp_path):
@@ -90,6 +90,17 @@ def test_from_step_makes_anew(tmp_path):
     assert kitchen.run("split") == 0 and kitchen.made == ["split", "system"]
     with pytest.raises(MossError, match="'sing': unknown, there are corpus, text, split, system"):
         kitchen.run("sing")
+
+
+def test_to_step_ends_there(tmp_path):
+    kitchen = Kitchen(tmp_path / "nano")
+    for _ in range(2):
+        assert kitchen.run(to_step="text") == 0
+    assert (tmp_path / "nano" / "text").exists() and kitchen.made == []
+    assert kitchen.run("corpus", "corpus") == 0 and kitchen.made == ["corpus"]
+    with pytest.raises(MossError, match="'sing': unknown"):
+        kitchen.run(to_step="sing")
+    assert kitchen.run() == 0 and kitchen.made == ["text", "split", "system"]
 
 
 def test_killed_while_it_takes_away(tmp_path, monkeypatch):
