@@ -18,7 +18,7 @@ SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8"]
 JUDGE = ["pocketsphinx>=5", "pesq>=0.0.4", "pystoi>=0.4", "jiwer>=3"]  # what hears and measures nano
 TEST = [
     "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
-    *M4A, *TRAIN,
+    "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", *M4A, *TRAIN,
 ]  # fmt: skip
 
 setup(

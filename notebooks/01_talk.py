@@ -1,0 +1,121 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Talk to nano
+#
+# Nano is a small MOSS-Speech that comes with the package: 8 million parameters, trained from nothing on synthetic
+# speech. It knows sums and differences up to twenty, ten capitals, eight colours, which of two numbers is greater, and
+# how to read back three digits. Here you ask it aloud and hear the answer. It runs on a CPU.
+
+# %% [markdown]
+# ## Install
+#
+# In a clone of the project (in Colab: clone it, or upload it as a folder, then say where it is).
+
+# %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = next(
+    (p for p in (Path.cwd(), Path.cwd().parent, Path("/content/moss_jax")) if (p / "setup.py").is_file()), None
+)
+if importlib.util.find_spec("moss_jax") is None:
+    assert PROJECT, "the project is not here: clone it, then set PROJECT to its folder"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{PROJECT}[train]"], check=True)
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import soundfile
+from IPython.display import Audio, display
+
+import moss_jax
+from moss_jax.dialogue.folder import NANO
+
+system = moss_jax.load()  # without a folder: nano
+
+# %% [markdown]
+# ## Ask aloud
+#
+# A recording that comes along: "How much is seven plus five?", in a voice that nano never heard in training. Put the
+# path of your own recording here and ask in other words.
+
+# %%
+question = NANO / "question.wav"
+display(Audio(str(question)))
+
+# %%
+reply = system.reply([moss_jax.Turn("user", audio=question)])
+display(Audio(reply.wave, rate=reply.sample_rate))
+print(f"{len(reply.codes)} codes, {reply.wave.size / reply.sample_rate:.2f} s of speech")
+
+
+# %% [markdown]
+# Nothing was written on the way: the question became codes, the language model answered with codes, and these became
+# sound. Both sides as spectrograms:
+
+
+# %%
+def spectrogram(axis, wave, rate, title):
+    axis.specgram(wave + 1e-6 * np.random.default_rng(0).normal(size=wave.size), NFFT=512, Fs=rate, noverlap=384)
+    axis.set(title=title, xlabel="s", ylabel="Hz", ylim=(0, 8000))
+
+
+_, (left, right) = plt.subplots(1, 2, figsize=(11, 3), sharey=True)
+spectrogram(left, *soundfile.read(question), "question")
+spectrogram(right, reply.wave, reply.sample_rate, "answer")
+plt.show()
+
+# %% [markdown]
+# ## Go on talking
+#
+# A reply carries the conversation. The second question only makes sense after the first.
+
+# %%
+second = system.reply([moss_jax.Turn("user", text="And plus one?")], conversation=reply.conversation)
+display(Audio(second.wave, rate=second.sample_rate))
+
+# %% [markdown]
+# ## Four ways
+#
+# Speech or text goes in, speech or text comes out.
+
+# %%
+turns = {"spoken": moss_jax.Turn("user", audio=question), "written": moss_jax.Turn("user", text="What colour is snow?")}
+for asked, turn in turns.items():
+    for kind in ("speech", "text"):
+        answer = system.reply([turn], reply=kind)
+        said = answer.text if kind == "text" else f"{answer.wave.size / answer.sample_rate:.2f} s of speech"
+        print(f"{asked} question, {kind} answer: {said}")
+
+# %% [markdown]
+# ## Hear it while it thinks
+#
+# A stream gives pieces of sound before the answer is whole.
+
+# %%
+import time
+
+stream = system.stream([moss_jax.Turn("user", audio=question)])
+list(stream)  # the first call compiles
+
+begin, pieces = time.perf_counter(), []
+stream = system.stream([moss_jax.Turn("user", audio=question)])
+for piece in stream:
+    pieces.append((time.perf_counter() - begin, piece.wave.size / stream.sample_rate))
+print(f"first sound after {1000 * pieces[0][0]:.0f} ms")
+print(f"{sum(seconds for _, seconds in pieces):.2f} s of speech were ready after {pieces[-1][0]:.2f} s")
+assert np.array_equal(stream.reply.codes, reply.codes)  # the same answer as in one piece
