@@ -133,6 +133,7 @@ def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
                  "control: the answering voice, answers shuffled"):  # fmt: skip
         assert (rows[what]["items"], rows[what]["right"]) == (2, 0)
     assert "PESQ-wb" in "".join(table["notes"])
+    assert "Streamed beside one piece, question by question: 0 of " in "".join(table["notes"])
     before = (tmp_path / "out" / "results.jsonl").read_text()
     assert main(words) == 0 and (tmp_path / "out" / "results.jsonl").read_text() == before
     capsys.readouterr()

@@ -6,10 +6,12 @@
 
 Questions are asked in four ways (spoken or written question, spoken or written answer: ss, st, ts, tt). An answer is
 right when it is the right sentence, word for word; a spoken one is heard by the judge. In two turns the second answer
-counts, after the system's own first one.
+counts, after the system's own first one. Spoken questions are also answered one by one, in one piece and streamed: the
+codes must be the same, and how soon the first sound comes is measured.
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from moss_jax.evaluate.words import words
 WAYS = ("ss", "st", "ts", "tt")
 TOLD = {"s": "S", "t": "T"}
 UNTRAINED = 100  # items of that control
+STREAMED = 200  # items that are answered one by one, in one piece and streamed
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 100}
 RESYNTHESIS, SENTENCES = "voices", "sentences"  # the sets whose answers go through the codec alone
 QUALITY_RATE = 16000  # Hz, of wide-band PESQ and of STOI
@@ -92,37 +95,61 @@ class _Work:
                 shuffle_weights(self.model.system.folder.path, untrained)
             other = Model(untrained, batch_size=self.model.batch_size)
             self._replies(other, "untrained", RESYNTHESIS, "ss", UNTRAINED)
+            self._each("stream", RESYNTHESIS, self._stream, STREAMED)
 
-    def _each(self, part: str, group: str, measure: Callable[[Item, list[Path]], dict[str, Any]]) -> None:
+    def _each(
+        self, part: str, group: str, measure: Callable[[Item, dict[str, list[Path]]], dict[str, Any]],
+        limit: int | None = None,
+    ) -> None:  # fmt: skip
         """One measurement of every item of a set that has not been taken yet."""
-        pairs = list(zip(self.items.get(group, ()), self.spoken.get(group, ()), strict=True))
+        pairs = list(zip(self.items.get(group, ()), self.spoken.get(group, ()), strict=True))[:limit]
         for number, (item, paths) in enumerate(pairs, 1):
             name = f"{part}/{item.name}"
             if name not in self.results.done:
                 record = {"id": name, "part": part, "group": group, "kind": item.kind}
-                self.results.append([record | measure(item, paths["answers"])])
+                self.results.append([record | measure(item, paths)])
                 self.say(f"{part}, {SETS[group]}: {number} of {len(pairs)}")
 
-    def _ceiling(self, item: Item, answers: list[Path]) -> dict[str, Any]:
-        return self._judged(*load_audio(answers[-1]), item.answers[-1])
+    def _ceiling(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
+        return self._judged(*load_audio(paths["answers"][-1]), item.answers[-1])
 
-    def _codec(self, item: Item, answers: list[Path]) -> dict[str, Any]:
+    def _codec(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
         """The answering voice -> codes -> sound."""
-        codes = self.model.codes([Part(audio=answers[-1])])[Part(audio=answers[-1])]
+        sound = Part(audio=paths["answers"][-1])
+        codes = self.model.codes([sound])[sound]
         voice, _ = self.model.system.voice()
         decoder = self.model.system.speech_decoder
         wave = decoder.decode(codes, voice)
         self._keep("codec", item, wave, decoder.config.sample_rate)
         return self._judged(wave, decoder.config.sample_rate, item.answers[-1])
 
-    def _vocoder(self, item: Item, answers: list[Path]) -> dict[str, Any]:
+    def _stream(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
+        """The same question in one piece and streamed; times are from the whole question to sound."""
+        turns, system = [Turn("user", audio=paths["questions"][0])], self.model.system
+        whole = system.reply(turns, **SAMPLING)
+        begin, first, waves = time.perf_counter(), None, []
+        stream = system.stream(turns, **SAMPLING)
+        for piece in stream:
+            if piece.wave.size and first is None:
+                first = time.perf_counter() - begin
+            waves.append(piece.wave)
+        spent, wave, codes = time.perf_counter() - begin, np.concatenate(waves), stream.reply.codes
+        same = min(len(codes), len(whole.codes))
+        differ = int((codes[:same] != whole.codes[:same]).sum()) + abs(len(codes) - len(whole.codes))
+        judged = {name: self._answer(item, 0, reply, "ss") for name, reply in (("own", stream.reply), ("whole", whole))}
+        return judged["own"] | {
+            "whole": judged["whole"]["right"], "differ": differ, "codes": len(codes), "first": first, "spent": spent,
+            "seconds": wave.size / stream.sample_rate,
+        }  # fmt: skip
+
+    def _vocoder(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
         """True mel -> sound, beside the sound that it was computed from."""
         import jax.numpy as jnp
 
         from moss_jax.audio.features import mel_24k
         from moss_jax.speech_decoder.decoder import vocode
 
-        wave, rate = load_audio(answers[-1])
+        wave, rate = load_audio(paths["answers"][-1])
         decoder = self.model.system.speech_decoder
         room = np.pad(wave, (0, -len(wave) % rate))  # whole seconds: few lengths to compile for
         mel = np.asarray(mel_24k(jnp.asarray(room[None]), jnp.array([len(wave)])))[0]
@@ -257,6 +284,8 @@ def _tables(records: Sequence[Mapping[str, Any]], work: _Work) -> tuple[list[dic
         notes.append("Where answers are lost (unseen voices):\n\n" + markdown(budget))
     if ("vocoder", SENTENCES) in found:
         notes.append("Vocoder, true mel to sound, unseen sentences:\n\n" + markdown(_vocoder_rows(found)))
+    if ("stream", RESYNTHESIS) in found:
+        notes.append(_streamed(list(found["stream", RESYNTHESIS].values())))
     if ("ss", RESYNTHESIS) in found:
         notes.append("Spoken to spoken by kind (unseen voices):\n\n" + markdown(list(_kind_rows(found))))
         cut = sum(not record["complete"] for record in found["ss", RESYNTHESIS].values())
@@ -332,6 +361,27 @@ def _budget(found: Mapping) -> list[dict[str, Any]]:
         ("all together: S->S", over(share["ss"], 1)),
     ]
     return [{"part": part, "kept %": kept} for part, kept in rows]
+
+
+def _streamed(records: Sequence[Mapping[str, Any]]) -> str:
+    codes, differ = sum(r["codes"] for r in records), sum(r["differ"] for r in records)
+    right = [accuracy_row(told, [r[key] for r in records]) for told, key in
+             (("S->S in one piece", "whole"), ("S->S streamed", "right"))]  # fmt: skip
+    spoken = [r for r in records if r["first"] is not None]
+    told = f"Streamed beside one piece, question by question: {differ} of {codes} codes differ.\n\n{markdown(right)}"
+    if not spoken:
+        return told
+    first = 1000 * np.array([r["first"] for r in spoken])
+    factors = np.array([r["spent"] / r["seconds"] for r in spoken])
+    rows = [
+        {
+            "what": what,
+            "median": f"{np.median(values):.{digits}f}",
+            "95th percentile": f"{np.percentile(values, 95):.{digits}f}",
+        }
+        for what, values, digits in (("first sound after the question, ms", first, 0), ("real-time factor", factors, 2))
+    ]
+    return f"{told}\n\n{markdown(rows)}"
 
 
 def _vocoder_rows(found: Mapping) -> list[dict[str, Any]]:
