@@ -5,6 +5,7 @@
   moss-jax eval spoken-qa QUESTIONS.jsonl --model FOLDER -o OUT    is the answer in the reply, written or spoken
   moss-jax eval resynthesis SPEECH.jsonl --model FOLDER -o OUT     word error rate of recording -> codes -> sound
   moss-jax eval nano --model FOLDER -o OUT                         the report on nano: frozen items, ceiling, controls
+  moss-jax eval tokenizer RUN SPEECH.jsonl                         word error rate of a speech tokenizer's training
 
 `moss-jax eval TASK --help` shows the format of the file. OUT is a folder: results.jsonl with a line an item, table.md,
 table.json, and the sound that was made. The same command goes on where an interrupted run stopped. The table has the
@@ -61,6 +62,12 @@ and is not the paper's protocol, which trains a recogniser on the codes.
 The items are frozen in the package and spoken by espeak-ng (Debian: apt install espeak-ng); the judge is pocketsphinx
 with a closed grammar (pip install 'moss-jax[judge]'). Any system can be measured. docs/nano.md explains each row.
 """,
+    "tokenizer": """Word error rate of the recogniser that a speech tokenizer was trained with, from its codes.
+
+  moss-jax eval tokenizer nano/runs/speech_tokenizer nano/report/items/voices.jsonl
+
+RUN is the folder of the training; its newest checkpoint is measured. A line of SPEECH.jsonl has "audio" and "text".
+""",
 }
 
 
@@ -72,6 +79,10 @@ def add_arguments(parser):
         own = tasks.add_parser(
             task, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        if task == "tokenizer":
+            own.add_argument("folder", metavar="RUN", help="of the training")
+            own.add_argument("files", nargs="+", metavar="SPEECH.jsonl", help="recordings and what is said in them")
+            continue
         if task != "nano":
             own.add_argument("file", metavar="FILE", help="the items")
         add_system_arguments(own)
@@ -107,6 +118,11 @@ def run(args) -> int:
     from moss_jax.evaluate.judge import open_judge
     from moss_jax.evaluate.model import Model
 
+    if args.task == "tokenizer":
+        from moss_jax.evaluate.tokenizer import recognition
+
+        print(recognition(args.folder, args.files, progress))
+        return 0
     if args.batch_size < 1:
         raise MossError(f"--batch-size is {args.batch_size}, expected at least 1")
     judge = None

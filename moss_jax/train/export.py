@@ -17,6 +17,8 @@ from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
 from moss_jax.train.record import check_record, fingerprint
 from moss_jax.train.run import read_run
+from moss_jax.train.state import TrainState
+from moss_jax.train.task import Task
 from moss_jax.transformer.config import DTYPES
 
 Say = Callable[[str], None]
@@ -36,11 +38,26 @@ def export_checkpoint(
     Raises:
         MossError: no such run, checkpoint or dtype, a damaged checkpoint, or `output` is there or cannot be written.
     """
-    folder, output, run = Path(folder), Path(output), read_run(folder)
+    output = Path(output)
+    read_run(folder)
     if dtype is not None and dtype not in DTYPES:
         raise MossError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MossError(f"{output}: already there; remove it or choose another folder")
+    task, state = restored(folder, step, say)
+    task.export(state, output, dtype)
+
+
+def restored(folder: str | Path, step: int | None = None, say: Say = print) -> tuple[Task, TrainState]:
+    """The task of a run and its state at a checkpoint, without the optimiser's, on one device.
+
+    Args:
+        step: of the checkpoint; None: the newest whole one.
+
+    Raises:
+        MossError: no such run or checkpoint, a damaged one, or one that does not fit.
+    """
+    folder, run = Path(folder), read_run(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep, say)
     try:
         if step is None and (step := checkpoints.newest_whole()) is None:
@@ -60,7 +77,7 @@ def export_checkpoint(
         state = checkpoints.restore_state(step, like, optimizer=False)
     finally:
         checkpoints.close()
-    task.export(state, output, dtype)
+    return task, state
 
 
 def placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -64,7 +64,7 @@ def test_what_a_run_leaves(whole, tmp_path, capsys):
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4] and [e["step"] for e in evaluations] == [4]
     for key in ("asr_loss", "mel_loss", "commitment_loss", "perplexity", "code_use", "grad_norm"):
         assert all(np.isfinite(entry[key]) for entry in steps)
-    assert steps[-1]["mel_loss"] < steps[0]["mel_loss"]
+    assert steps[-1]["asr_loss"] < 0.6 * steps[0]["asr_loss"] and steps[-1]["mel_loss"] < steps[1]["mel_loss"]
     # Commitment counts from the third batch on.
     parts = [entry["loss"] - entry["asr_loss"] - entry["mel_loss"] for entry in steps]
     assert abs(parts[1]) < 1e-5 < 0.2 * steps[2]["commitment_loss"] < parts[2]
@@ -73,6 +73,10 @@ def test_what_a_run_leaves(whole, tmp_path, capsys):
     )
     assert any("ctc over words" in line for line in lines) and any("wer" in line for line in lines)
     assert read_run(run.folder) == run and override(run, ["objective.mel_weight=2"]).objective.mel_weight == 2.0
+    capsys.readouterr()
+    assert main(["eval", "tokenizer", run.folder, *run.held_out]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert f"| {evaluations[-1]['words']} | {100 * evaluations[-1]['wer']:.1f} |" in row
     assert main(["plot", run.folder, "-o", str(tmp_path / "curves.png")]) == 0
     assert main(["export", run.folder, "--step", "2", "-o", str(tmp_path / "first")]) == 0
     assert main(["export", run.folder, "-o", str(tmp_path / "last")]) == 0

@@ -24,7 +24,7 @@ from moss_jax.train.export import collected, replaced
 from moss_jax.train.feed import ClipFeed
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_tokenizer.head import head_shapes, init_head
-from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
+from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
 from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, new_codebook, perplexity
 from moss_jax.train.speech_tokenizer.units import BLANK, Units, WhisperUnits
 from moss_jax.train.state import TrainState, new_state, shardings_of
@@ -119,8 +119,14 @@ class SpeechTokenizerTask:
     def evaluation(self) -> Callable[[TrainState, Preemption], dict[str, Any] | None] | None:
         if not self._run.held_out:
             return None
-        clips = self._open(self._run.held_out)
-        return Evaluation(self._run, self._recogniser, self._units, clips, self._feed(clips), self._mesh)
+        return self.evaluation_on(self._run.held_out, self._run.evaluate_batches)
+
+    def evaluation_on(self, manifests: tuple[str, ...], batches: int | None = None) -> "Evaluation":
+        """The evaluation on some manifests; after `start`."""
+        clips = self._open(manifests)
+        feed = self._feed(clips)
+        batches = feed.per_epoch if batches is None else min(batches, feed.per_epoch)
+        return Evaluation(self._run.objective, self._recogniser, self._units, clips, feed, batches, self._mesh)
 
     def described(self) -> dict[str, dict[str, Any]]:
         objective = {
@@ -181,14 +187,18 @@ class SpeechTokenizerTask:
 
 
 class Evaluation:
-    """Losses, word error rate and use of the codes on held-out clips: the first `evaluate_batches` batches, or all of
-    them where there are fewer."""
+    """Losses, word error rate and use of the codes on the first `batches` batches of some clips.
+
+    Attributes:
+        by_clip: (errors, words) of each clip of the latest evaluation.
+    """
 
     def __init__(
-        self, run, recogniser: Recogniser, units: Units | WhisperUnits, clips: Clips, feed: ClipFeed, mesh: Mesh
-    ):
-        self._run, self._recogniser, self._units, self._clips = run, recogniser, units, clips
-        self._feed, self._batches = feed, min(run.evaluate_batches, feed.per_epoch)
+        self, objective: Objective, recogniser: Recogniser, units: Units | WhisperUnits, clips: Clips, feed: ClipFeed,
+        batches: int, mesh: Mesh,
+    ):  # fmt: skip
+        self._objective, self._recogniser, self._units, self._clips = objective, recogniser, units, clips
+        self._feed, self._batches = feed, batches
 
         def measured(params, codebook, batch):
             sums = recogniser.sums(params, codebook, batch)
@@ -203,7 +213,7 @@ class Evaluation:
     def __call__(self, state: TrainState, preemption: Preemption) -> dict[str, Any] | None:
         """{"loss", "asr_loss", "mel_loss", "commitment_loss", "wer", "words", "perplexity", "code_use"}; None when a
         notice to end came meanwhile."""
-        totals, used, wrong, said = {}, 0.0, 0, 0
+        totals, used, self.by_clip = {}, 0.0, []
         self._feed.skip_to(0)
         try:
             for _ in range(self._batches):
@@ -217,11 +227,12 @@ class Evaluation:
                 used = used + chosen.astype(np.float64)
                 for row in np.flatnonzero(weights):
                     expected = words(self._clips.texts[clips[row]])
-                    wrong += errors(expected, words(self._units.text(self._transcript(found[row]))))
-                    said += len(expected)
+                    heard = words(self._units.text(self._transcript(found[row])))
+                    self.by_clip.append((errors(expected, heard), len(expected)))
         finally:
             self._feed.close()
-        loss, parts = loss_of(totals, self._run.objective, self._run.objective.commitment_from)
+        loss, parts = loss_of(totals, self._objective, self._objective.commitment_from)
+        wrong, said = (sum(column) for column in zip(*self.by_clip, strict=True))
         return {
             "loss": float(loss), **{name: float(value) for name, value in parts.items()},
             "wer": wrong / max(said, 1), "words": said, "perplexity": float(perplexity(used)),
@@ -229,7 +240,7 @@ class Evaluation:
         }  # fmt: skip
 
     def _transcript(self, found: np.ndarray) -> list[int]:
-        if self._run.objective.head == "ctc":
+        if self._objective.head == "ctc":
             first = np.append(True, found[1:] != found[:-1])
             return [int(unit) for unit in found[first] if unit != BLANK]
         ended = np.flatnonzero(found == self._recogniser.end)
