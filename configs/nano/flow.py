@@ -13,7 +13,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.run import FlowRun
 
-STEPS = 2400
+STEPS = 1600
 RUN = FlowRun(
     name="nano-flow",
     folder="nano/runs/flow",

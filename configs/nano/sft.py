@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]
-STEPS = 1700
+STEPS = 1500
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-sft",

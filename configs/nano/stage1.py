@@ -11,7 +11,7 @@ from moss_jax.train.run import Run
 from moss_jax.train.stages import STAGE_1
 from moss_jax.transformer.config import NANO
 
-STEPS = 500
+STEPS = 400
 RUN = Run(
     name="nano-stage1",
     folder="nano/runs/stage1",

@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_2
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage1.py")))["RUN"]
-STEPS = 900
+STEPS = 700
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-stage2",

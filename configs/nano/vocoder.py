@@ -11,7 +11,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.run import VocoderRun
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective
 
-STEPS = 1800
+STEPS = 1400
 RUN = VocoderRun(
     name="nano-vocoder",
     folder="nano/runs/vocoder",
