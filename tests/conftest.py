@@ -1,11 +1,19 @@
 """Where the larger references are, for the tests that use them when they are present."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Most of the time goes into compiling tiny models: half of it is saved by not optimising them.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", QUICK)
+# And what one process has compiled the others need not: workers inherit the first one's environment.
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+OWNER = COMPILED not in os.environ
+if OWNER:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="moss-jax-compiled-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402, after the flags
 import pytest  # noqa: E402
@@ -15,11 +23,18 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_sessionfinish():
+    if OWNER:
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Keeps what the verbs convert and compile out of the home directory."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "compiled").symlink_to(os.environ[COMPILED])  # where the verbs keep what they compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOSS_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MOSS_JAX_CACHE", str(folder))
         yield
 
 
