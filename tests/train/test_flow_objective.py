@@ -66,7 +66,7 @@ def test_the_loss_is_the_formula(params, batch):
         "noise": np.random.default_rng(1).normal(size=two["mel"].shape).astype(np.float32),
         "keep": np.array([False, True]), "prompt": np.array([0, 9]), "chunk": np.array([12, 5]),
     }  # fmt: skip
-    said, right, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
+    said, right, _, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
     loss = squared_error(said, right, valid).sum() / valid.sum()
     model, total = FlowModel(CONFIG), 0.0
 
@@ -104,7 +104,7 @@ def test_the_training_forward_is_what_a_stream_computes(params, batch):
         "chunk": jnp.array([config.chunk]),
     }  # fmt: skip
     one = {name: value[:1] for name, value in batch.items()}
-    said, _, _ = jax.jit(lambda p: velocity(p, config, one, drawn, 0.0))(params)
+    said, *_ = jax.jit(lambda p: velocity(p, config, one, drawn, 0.0))(params)
     expected = np.asarray(buffer + said) * 2.5 - 5
 
     flow = CachedFlow(params, config)
@@ -138,7 +138,7 @@ def test_the_start_is_centred_and_steps_teach(batch):
     drawn = draw(jax.random.key(1), objective, config, far["count"], CODES)
 
     def loss(flat):
-        said, right, valid = velocity(unflatten(flat), config, far, drawn, objective.sigma)
+        said, right, _, valid = velocity(unflatten(flat), config, far, drawn, objective.sigma)
         return squared_error(said, right, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss))
@@ -167,7 +167,7 @@ def test_bfloat16_is_the_same_but_for_rounding(params, batch):
 
     def loss(params, dtype):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        said, right, valid = velocity(params, CONFIG, batch, drawn, 1e-6, dtype)
+        said, right, _, valid = velocity(params, CONFIG, batch, drawn, 1e-6, dtype)
         return squared_error(said, right, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)

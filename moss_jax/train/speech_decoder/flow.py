@@ -31,11 +31,14 @@ class FlowObjective:
     longest_prompt: float = 0.3  # of an item
     chunks: tuple[int, ...] = (0, 5, 25)  # codes; an item's static chunk is drawn from these. 0: no chunk mask
     sigma: float = 1e-6  # of the noise that is left at t = 1
+    prior: float = 0.0  # weight of the encoder's own mel, its mean square error (Matcha-TTS's prior loss); released: 0
 
     def __post_init__(self):
         for name in ("drop", "prompt", "longest_prompt", "sigma"):
             if not 0 <= getattr(self, name) < 1:
                 raise MossError(f"objective: {name} is {getattr(self, name)}, expected 0 or more and below 1")
+        if self.prior < 0:
+            raise MossError(f"objective: prior is {self.prior}, expected 0 or more")
         if not self.chunks or min(self.chunks) < 0:
             raise MossError(f"objective: chunks are {self.chunks}, expected at least one, of 0 codes or more")
 
@@ -64,8 +67,9 @@ def draw(key: jax.Array, objective: FlowObjective, config: FlowConfig, count: ja
 def velocity(
     params: Any, config: FlowConfig, batch: Mapping[str, jax.Array], drawn: Mapping[str, Any], sigma: float,
     dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The velocity that the model says and the one that is right, float32 [B, T, M] each, and the valid frames.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The velocity that the model says and the one that is right, what its encoder makes of the codes, and the valid
+    frames.
 
     Args:
         params: of `FlowModel`, nested, in `dtype`.
@@ -73,7 +77,7 @@ def velocity(
         drawn: see `draw`.
 
     Returns:
-        (said, right, valid bool [B, T]).
+        (said, right, encoded, float32 [B, T, M] each, valid bool [B, T]).
     """
     model = partial(FlowModel(config).apply, {"params": params})
     codes, count, keep = batch["codes"], batch["count"], drawn["keep"]
@@ -87,16 +91,17 @@ def velocity(
 
     ahead = jnp.zeros((codes.shape[0], config.lookahead), codes.dtype)
     x = model(jnp.concatenate([codes, ahead], 1), count, method="embed").astype(dtype)
-    mu, _ = model(x, valid, drawn["chunk"], method="encode")
+    encoded, _ = model(x, valid, drawn["chunk"], method="encode")
     speaker = model(batch["embedding"].astype(dtype), method="speaker_projection")
     prompt = jnp.where((jnp.arange(rows * size) < drawn["prompt"][:, None])[..., None], target, 0)
     time = jax.tree.map(lambda x: x.astype(dtype), model(drawn["t"], method="time_embedding"))
     mu, speaker, prompt = (
-        jnp.where(keep.reshape(-1, *(1,) * (part.ndim - 1)), part, 0).astype(dtype) for part in (mu, speaker, prompt)
+        jnp.where(keep.reshape(-1, *(1,) * (part.ndim - 1)), part, 0).astype(dtype)
+        for part in (encoded, speaker, prompt)
     )
     chunk = drawn["chunk"] * size
     said, _ = model(y.astype(dtype), mu, speaker, prompt, time, frame_valid, chunk, method="velocity")
-    return said.astype(jnp.float32), right, frame_valid
+    return said.astype(jnp.float32), right, encoded.astype(jnp.float32), frame_valid
 
 
 def squared_error(said: jax.Array, right: jax.Array, valid: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ class FlowRun(SpeechDecoderRun):
     """Codes -> mel."""
 
     kind: ClassVar[str] = "flow"
-    shown: ClassVar[tuple[str, ...]] = ("offline_loss", "stream_loss")
+    shown: ClassVar[tuple[str, ...]] = ("offline_loss", "stream_loss", "prior_loss")
 
     codes: int = 64  # of a row; longer recordings are cut, shorter ones padded
     objective: FlowObjective = field(default_factory=FlowObjective)

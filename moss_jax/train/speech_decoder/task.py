@@ -174,20 +174,23 @@ class FlowTask(SpeechDecoderTask):
         mean = np.average([entry["mel_mean"] for entry in about], 0, [weight for *_, weight in run.data.sources])
         return jax.device_put(centred(params, config, mean), self._everywhere)
 
-    def _errors(self, params: Flat, batch: Batch, drawn: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Of each item the error, summed over its frames, and how many frames it has: float32 [B] each."""
+    def _errors(self, params: Flat, batch: Batch, drawn: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of each item the errors of the velocity and of the encoder's mel, summed over its frames, and how many
+        frames it has: float32 [B] each."""
         dtype = jnp.dtype(self._run.dtype)
         nested = unflatten({path: leaf.astype(dtype) for path, leaf in params.items()})
-        said, right, valid = velocity(nested, self.config.flow, batch, drawn, self._run.objective.sigma, dtype)
-        return squared_error(said, right, valid), valid.sum(1).astype(jnp.float32)
+        config = self.config.flow
+        said, right, encoded, valid = velocity(nested, config, batch, drawn, self._run.objective.sigma, dtype)
+        prior = squared_error(encoded, config.normalized(batch["mel"]), valid)
+        return squared_error(said, right, valid), prior, valid.sum(1).astype(jnp.float32)
 
     def _loss(self, params: Flat, batch: Batch, key: jax.Array, step: jax.Array):
         codes = batch["codes"].shape[1]
         drawn = draw(key, self._run.objective, self.config.flow, batch["count"], codes)
-        errors, frames = self._errors(params, batch, drawn)
-        masked = drawn["chunk"] < codes
+        errors, priors, frames = self._errors(params, batch, drawn)
+        masked, prior = drawn["chunk"] < codes, _mean(priors, frames)
         terms = {"offline_loss": _mean(errors, frames, ~masked), "stream_loss": _mean(errors, frames, masked)}
-        return _mean(errors, frames), terms
+        return _mean(errors, frames) + self._run.objective.prior * prior, terms | {"prior_loss": prior}
 
     def _measured(self, params: Flat, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """With all conditions: the error offline and as a stream has it, and the mean of the two."""
@@ -195,8 +198,12 @@ class FlowTask(SpeechDecoderTask):
         objective = FlowObjective(drop=0.0, prompt=0.0, chunks=(0,), sigma=self._run.objective.sigma)
         drawn = draw(key, objective, config, batch["count"], codes)
         stream = drawn | {"chunk": jnp.full_like(drawn["chunk"], config.chunk)}
-        offline, stream = (_mean(*self._errors(params, batch, given)) for given in (drawn, stream))
-        return {"loss": (offline + stream) / 2, "offline_loss": offline, "stream_loss": stream}
+        found = {}
+        for name, given in (("offline", drawn), ("stream", stream)):
+            errors, priors, frames = self._errors(params, batch, given)
+            found[f"{name}_loss"] = _mean(errors, frames)
+            found["prior_loss"] = _mean(priors, frames)
+        return {"loss": (found["offline_loss"] + found["stream_loss"]) / 2, **found}
 
     def tokens(self, batch: Batch) -> int:
         return self._run.batch_size * self._run.codes * self.config.flow.frames_per_code
