@@ -13,14 +13,14 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.run import FlowRun
 
-STEPS = 3000
+STEPS = 2000
 RUN = FlowRun(
     name="nano-flow",
     folder="nano/runs/flow",
     model=NANO,
     system="nano/runs/speech_tokenizer",
-    # One fixed voice needs no prompt; so short a training needs the encoder taught by itself.
-    objective=FlowObjective(prompt=0.0, chunks=(0, 5), prior=1.0),
+    # One fixed voice needs neither prompt nor guidance; so short a training needs the encoder taught by itself.
+    objective=FlowObjective(drop=0.0, prompt=0.0, chunks=(0, 5), prior=1.0),
     optimizer=OptimizerConfig(
         learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=100, total_steps=STEPS, weight_decay=0.01
     ),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from moss_jax.errors import MossError
 
 T = TypeVar("T")
+ADDED = {"added": True}  # metadata of a field that older files lack; its default is what they meant
 
 
 def read_config(cls: type[T], data: Mapping[str, Any], where: str | Path) -> T:
@@ -62,8 +63,9 @@ def _fields(cls: type, data: Any, prefix: str, problems: list[str]) -> dict[str,
         return {}
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls) if field.init}
+    added = {field.name for field in dataclasses.fields(cls) if field.metadata.get("added")}
     problems += [f"unknown: {prefix}{key}" for key in data if key not in known]
-    problems += [f"missing: {prefix}{key}" for key in known - set(data)]
+    problems += [f"missing: {prefix}{key}" for key in known - added - set(data)]
     return {key: _value(hints[key], data[key], prefix + key, problems) for key in known & set(data)}
 
 

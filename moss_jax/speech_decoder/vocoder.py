@@ -7,7 +7,7 @@ the valid part is what the item gives alone. Layers see zeros after its end, as 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.errors import MossError
+from moss_jax.nn.config import ADDED
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes
@@ -47,7 +48,8 @@ class VocoderConfig:
     leaky_slope: float = 0.1
     magnitude_limit: float = 100.0  # of the predicted STFT
     audio_limit: float = 0.99  # largest absolute sample
-    free_phase: bool = False  # the predicted phase is any angle; False: the sine of what is predicted, in radians
+    # The predicted phase is any angle; False: the sine of what is predicted, in radians.
+    free_phase: bool = field(default=False, metadata=ADDED)
     weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
 
     def __post_init__(self):

@@ -1,8 +1,10 @@
 """Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin mel at 50 Hz out."""
 
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from moss_jax.errors import MossError
+from moss_jax.nn.config import ADDED
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class FlowConfig:
     euler_steps: int = 10
     guidance: float = 0.7  # classifier-free guidance rate: v = (1 + g) v_conditional - g v_unconditional
     noise_frames: int = 15000  # mel frames of the fixed noise buffer: the longest prompt and speech together
-    mel_mean: float = 0.0  # the flow works on (mel - mel_mean) / mel_std
-    mel_std: float = 1.0
+    mel_mean: float = field(default=0.0, metadata=ADDED)  # the flow works on (mel - mel_mean) / mel_std
+    mel_std: float = field(default=1.0, metadata=ADDED)
+    # What the estimator says: the velocity, or what the encoder's mel lacks, from which the velocity follows.
+    predicts: Literal["velocity", "mel"] = field(default="velocity", metadata=ADDED)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
@@ -73,6 +77,11 @@ class FlowConfig:
             )
         if not self.mel_std > 0:
             raise MossError(f"flow config: mel_std is {self.mel_std}, expected above 0")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the estimator for an item: under guidance the unconditional one stands beside it."""
+        return 2 if self.guidance else 1
 
     @property
     def max_codes(self) -> int:
@@ -114,8 +123,11 @@ NANO = FlowConfig(
     codebook_size=256,
     speaker_size=1,
     chunk=5,
+    euler_steps=6,
+    guidance=0.0,
     mel_mean=-6.0,
     mel_std=3.0,
+    predicts="mel",
     encoder=EncoderConfig(hidden_size=128, num_heads=2, intermediate_size=256, num_layers=2, num_up_layers=1),
     estimator=EstimatorConfig(
         channels=128, num_heads=2, head_dim=64, num_blocks=1, num_mid_stages=1, intermediate_size=256, time_size=128

@@ -22,9 +22,28 @@ def times(config: FlowConfig) -> np.ndarray:
     return (1 - np.cos(np.pi / 2 * np.arange(config.euler_steps + 1) / config.euler_steps)).astype(np.float32)
 
 
-def guided(x: jax.Array) -> jax.Array:
-    """A conditional input [B, ...] with the unconditional rows, which are zero, after it [2B, ...]."""
-    return jnp.concatenate([x, jnp.zeros_like(x)])
+def guided(config: FlowConfig, x: jax.Array) -> jax.Array:
+    """A conditional input [B, ...]; under guidance with the unconditional rows, which are zero, after it [2B, ...]."""
+    return jnp.concatenate([x, jnp.zeros_like(x)]) if config.rows == 2 else x
+
+
+def repeated(config: FlowConfig, x: jax.Array) -> jax.Array:
+    """[B, ...] for all rows of the estimator, [config.rows * B, ...]."""
+    return jnp.concatenate([x] * config.rows)
+
+
+def as_velocity(
+    config: FlowConfig, said: jax.Array, x: jax.Array, mu: jax.Array, t: jax.Array, least: float = 0.0
+) -> jax.Array:
+    """The velocity in state x at time t, [B, T, M], from what the estimator said.
+
+    Args:
+        mu: what the encoder made of the codes.
+        least: of the time that is left, for one that says the mel.
+    """
+    if config.predicts == "velocity":
+        return said
+    return (mu + said - x) / jnp.maximum(1 - t, least)
 
 
 def euler(
@@ -37,12 +56,13 @@ def euler(
     velocity: Callable[..., tuple[jax.Array, Any]],
     inputs: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Integrates from noise x to mel under classifier-free guidance.
+    """Integrates from noise x to mel, under classifier-free guidance where there is some.
 
     Args:
         model: bound `FlowModel.apply`, called with `method=`.
         x, mu, prompt: float32 [B, T, M]; speaker: float32 [B, M].
-        velocity: (x, mu, speaker, prompt, time, step, inputs of the step) -> (velocity of 2B rows, anything to keep).
+        velocity: (x, mu, speaker, prompt, time, step, inputs of the step) -> (what the estimator says of
+            config.rows * B rows, anything to keep).
         inputs: a pytree with the steps on axis 0, or None.
 
     Returns:
@@ -51,16 +71,20 @@ def euler(
     schedule = times(config)
     embedded = model(jnp.asarray(schedule[:-1]), method="time_embedding")
     biases = {"down": embedded["down"], "mid": embedded["mid"].transpose(1, 0, 2), "up": embedded["up"]}
-    mu, speaker, prompt = guided(mu), guided(speaker), guided(prompt)
+    mu, speaker, prompt = (guided(config, part) for part in (mu, speaker, prompt))
 
     def step(x, now):
-        index, delta, bias, inputs = now
+        index, t, delta, bias, inputs = now
         time = {"down": bias["down"][None], "mid": bias["mid"][:, None], "up": bias["up"][None]}
-        v, kept = velocity(jnp.concatenate([x, x]), mu, speaker, prompt, time, index, inputs)
-        v, free = jnp.split(v, 2)
-        return x + delta * ((1 + config.guidance) * v - config.guidance * free), (x, kept)
+        states = repeated(config, x)
+        said, kept = velocity(states, mu, speaker, prompt, time, index, inputs)
+        v = as_velocity(config, said, states, mu, t)
+        if config.rows == 2:
+            v, free = jnp.split(v, 2)
+            v = (1 + config.guidance) * v - config.guidance * free
+        return x + delta * v, (x, kept)
 
-    steps = (jnp.arange(config.euler_steps), jnp.asarray(np.diff(schedule)), biases, inputs)
+    steps = (jnp.arange(config.euler_steps), jnp.asarray(schedule[:-1]), jnp.asarray(np.diff(schedule)), biases, inputs)
     last, (states, kept) = jax.lax.scan(step, x, steps)
     return jnp.concatenate([states, last[None]]), kept
 
@@ -98,11 +122,11 @@ def flow(
     x = model(jnp.concatenate([codes, ahead], 1), count, method="embed")
     mu, _ = model(x, valid, chunk, method="encode")
     frame_valid = jnp.repeat(valid, config.frames_per_code, 1)
-    both = jnp.concatenate([frame_valid, frame_valid])
+    every_row = repeated(config, frame_valid)
 
     def velocity(x, mu, speaker, prompt, time, step, inputs):
         chunk_frames = chunk and config.chunk_frames
-        return model(x, mu, speaker, prompt, time, both, chunk_frames, method="velocity")[0], None
+        return model(x, mu, speaker, prompt, time, every_row, chunk_frames, method="velocity")[0], None
 
     x = jnp.broadcast_to(noise[:, :frames], (codes.shape[0], frames, config.mel_bins))
     speaker = model(embedding, method="speaker_projection")

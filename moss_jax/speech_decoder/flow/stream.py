@@ -35,7 +35,7 @@ from moss_jax.speech_decoder.flow.encoder import initial_encoder_tails
 from moss_jax.speech_decoder.flow.estimator import initial_tails
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
-from moss_jax.speech_decoder.flow.sampler import check_codes, check_length, euler
+from moss_jax.speech_decoder.flow.sampler import check_codes, check_length, euler, repeated
 
 MEMORY = 4 * 2**30  # bytes of cache that a request may fill; beyond them it goes on with a window
 WINDOW = 96  # codes of left context, beside the prompt, that a request keeps once its cache is full
@@ -47,8 +47,8 @@ PREFILL_CODES = 20  # codes of a prompt that are computed at a time
 class FlowCache:
     """Keys and values of S slots of one chunk each, and which chunk each slot holds.
 
-    `k`, `v` [steps, L, 2, N, S * frames, H] of the estimator; `code_k`, `code_v` [L, 1, N, S * C, H] and `frame_k`,
-    `frame_v` [L, 1, N, S * frames, H] of the encoder's layers before and after upsampling; `chunks` int32 [S].
+    `k`, `v` [steps, L, config.rows, N, S * frames, H] of the estimator; `code_k`, `code_v` [L, 1, N, S * C, H] and
+    `frame_k`, `frame_v` [L, 1, N, S * frames, H] of the encoder's layers before and after upsampling; `chunks` int32 [S].
     """
 
     k: jax.Array
@@ -86,7 +86,7 @@ class FlowState:
 def chunk_bytes(config: FlowConfig, dtype: str = "float32") -> int:
     """Bytes of cache that a chunk takes."""
     encoder, estimator = config.encoder, config.estimator
-    a_frame = 2 * estimator.num_heads * estimator.head_dim * estimator.num_layers * config.euler_steps * 2
+    a_frame = 2 * estimator.num_heads * estimator.head_dim * estimator.num_layers * config.euler_steps * config.rows
     a_frame += 2 * encoder.hidden_size * encoder.num_up_layers
     a_code = config.frames_per_code * a_frame + 2 * encoder.hidden_size * encoder.num_layers
     return config.chunk * a_code * jnp.dtype(dtype).itemsize
@@ -111,14 +111,15 @@ def empty(config: FlowConfig, slots: int, dtype: str = "float32") -> FlowState:
     def zeros(*shape):
         return jnp.zeros(shape, dtype)
 
-    wide = (config.euler_steps, estimator.num_layers, 2, estimator.num_heads, frames, estimator.head_dim)
+    wide = (config.euler_steps, estimator.num_layers, config.rows, estimator.num_heads, frames, estimator.head_dim)
     at_codes = (encoder.num_layers, 1, encoder.num_heads, codes, head)
     at_frames = (encoder.num_up_layers, 1, encoder.num_heads, frames, head)
     cache = FlowCache(
         zeros(*wide), zeros(*wide), zeros(*at_codes), zeros(*at_codes), zeros(*at_frames), zeros(*at_frames),
         jnp.zeros(slots, jnp.int32),
     )  # fmt: skip
-    tails = jax.tree.map(lambda x: jnp.zeros((config.euler_steps, *x.shape), x.dtype), initial_tails(config, 2))
+    tails = initial_tails(config, config.rows)
+    tails = jax.tree.map(lambda x: jnp.zeros((config.euler_steps, *x.shape), x.dtype), tails)
     return FlowState(
         cache=cache,
         encoder_tails=initial_encoder_tails(config, 1),
@@ -246,12 +247,12 @@ def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_
     if prompt_mel is None:
         prompt_mel = later[:, :frames]
         later = jnp.concatenate([later[:, frames:], jnp.zeros_like(prompt_mel)], 1)
-    both = jnp.repeat(jnp.concatenate([valid, valid]), config.frames_per_code, 1)
+    every_row = jnp.repeat(repeated(config, valid), config.frames_per_code, 1)
 
     def velocity(x, mu, speaker, prompt, time, step, tails):
         return model(
-            x, mu, speaker, prompt, time, both, config.chunk_frames, tails=tails, length=chunks * config.chunk_frames,
-            past=[part.replace(index=(step,)) for part in past], method="velocity",
+            x, mu, speaker, prompt, time, every_row, config.chunk_frames, tails=tails,
+            length=chunks * config.chunk_frames, past=[part.replace(index=(step,)) for part in past], method="velocity",
         )  # fmt: skip
 
     x = jax.lax.dynamic_slice_in_dim(noise, start * config.frames_per_code, frames, 1)

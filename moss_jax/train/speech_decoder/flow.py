@@ -18,8 +18,10 @@ import numpy as np
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.model import FlowModel
+from moss_jax.speech_decoder.flow.sampler import as_velocity
 
 LAST_BIAS, LAST_KERNEL = "estimator/final_out/bias", "estimator/final_out/kernel"
+LEAST_LEFT = 0.15  # of the time: an estimator that says the mel is not asked for the velocity nearer to the end
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ def velocity(
     )
     chunk = drawn["chunk"] * size
     said, _ = model(y.astype(dtype), mu, speaker, prompt, time, frame_valid, chunk, method="velocity")
-    return said.astype(jnp.float32), right, encoded.astype(jnp.float32), frame_valid
+    said = as_velocity(config, said.astype(jnp.float32), y, mu.astype(jnp.float32), t, LEAST_LEFT)
+    if config.predicts == "mel":
+        right = as_velocity(config, target, y, jnp.zeros_like(y), t, LEAST_LEFT)
+    return said, right, encoded.astype(jnp.float32), frame_valid
 
 
 def squared_error(said: jax.Array, right: jax.Array, valid: jax.Array) -> jax.Array:
@@ -115,5 +120,6 @@ def centred(params: Mapping[str, jax.Array], config: FlowConfig, mel_mean: np.nd
     Without it the first gradients are those of a mel that lies at -6 and not at 0: this, and no warm-up, is what makes
     a flow explode from scratch.
     """
-    bias = jnp.asarray(config.normalized(np.asarray(mel_mean)), jnp.float32)
-    return {**params, LAST_BIAS: bias, LAST_KERNEL: jnp.zeros_like(params[LAST_KERNEL])}
+    mean = jnp.asarray(config.normalized(np.asarray(mel_mean)), jnp.float32)
+    said = LAST_BIAS if config.predicts == "velocity" else "mu/bias"
+    return {**params, LAST_KERNEL: jnp.zeros_like(params[LAST_KERNEL]), said: mean}
