@@ -48,7 +48,8 @@ class FlowCache:
     """Keys and values of S slots of one chunk each, and which chunk each slot holds.
 
     `k`, `v` [steps, L, config.rows, N, S * frames, H] of the estimator; `code_k`, `code_v` [L, 1, N, S * C, H] and
-    `frame_k`, `frame_v` [L, 1, N, S * frames, H] of the encoder's layers before and after upsampling; `chunks` int32 [S].
+    `frame_k`, `frame_v` [L, 1, N, S * frames, H] of the encoder's layers before and after upsampling; `chunks` int32
+    [S].
     """
 
     k: jax.Array
