@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.nn.config import ADDED, read_config, read_json, write_config
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Outer:
     name: str = "a"
     flag: bool = True
     window: int | None = None
+    later: float = field(default=2.0, metadata=ADDED)
     inner: Inner = field(default_factory=Inner)
 
     def check(self):
@@ -32,6 +33,7 @@ def test_round_trip_through_json():
     data = json.loads(json.dumps(write_config(config)))
     assert read_config(Outer, data, "x") == config
     assert read_config(Outer, data | {"eps": 1}, "x") == config
+    assert read_config(Outer, {key: value for key, value in data.items() if key != "later"}, "x") == config
 
 
 @pytest.mark.parametrize(
