@@ -11,7 +11,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.run import VocoderRun
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective
 
-STEPS = 1400
+STEPS = 4000
 RUN = VocoderRun(
     name="nano-vocoder",
     folder="nano/runs/vocoder",
@@ -28,8 +28,8 @@ RUN = VocoderRun(
     steps=STEPS,
     average=0.998,
     export_dtype="float16",
-    save_every=300,
-    evaluate_every=300,
+    save_every=500,
+    evaluate_every=500,
     evaluate_batches=4,
     log_every=50,
 )
