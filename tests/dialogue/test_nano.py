@@ -1,0 +1,70 @@
+"""The system that comes with the package: it is there, small, and answers."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+import moss_jax
+from moss_jax.cli import main
+from moss_jax.dialogue.folder import NANO
+from moss_jax.errors import MossError
+
+ANSWER = "Seven plus six is thirteen."
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return moss_jax.load()
+
+
+def test_size_and_sampling(nano):
+    assert sum(path.stat().st_size for path in NANO.rglob("*.safetensors")) < 20e6
+    assert nano.sampling["greedy"] and nano.sampling["repetition_penalty"] == 1.0
+    assert not nano.enrols and nano.folder.voices() == []
+
+
+@pytest.mark.slow
+def test_every_way(nano):
+    question = NANO / "question.wav"
+    turns = [moss_jax.Turn("user", audio=question)]
+    assert nano.reply(turns, reply="text").text.strip() == ANSWER
+    spoken = nano.reply(turns)
+    assert spoken.complete and 1 < spoken.wave.size / spoken.sample_rate < 4
+    stream = nano.stream(turns)
+    waves = [piece.wave for piece in stream if piece.wave.size]
+    np.testing.assert_array_equal(stream.reply.codes, spoken.codes)
+    assert len(waves) > 2 and sum(map(len, waves)) == spoken.wave.size
+    more = nano.reply([moss_jax.Turn("user", text="And plus one?")], reply="text", conversation=spoken.conversation)
+    assert more.text.strip() == "Thirteen plus one is fourteen."
+
+
+@pytest.mark.slow
+def test_chat_without_a_model(tmp_path, capsys):
+    out = tmp_path / "answer.wav"
+    assert main(["chat", str(NANO / "question.wav"), "-o", str(out)]) == 0
+    wave, rate = soundfile.read(out)
+    assert rate == 24000 and np.sqrt(np.square(wave).mean()) > 0.01
+    capsys.readouterr()
+    assert main(["chat", "--text", "What is the capital of Peru?", "--reply", "text"]) == 0
+    assert capsys.readouterr().out.strip() == "The capital of Peru is Lima."
+    assert main(["chat", "--text", "Hello.", "--reply", "text", "--codec", str(tmp_path)]) == 2
+    assert "--codec: stands beside --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"warmth": 1}, "expected an object with some of temperature"),
+        ([0.5], "expected an object"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a float"),
+        ({"top_p": 2.0}, "top_p is 2.0, expected a number above 0 and at most 1"),
+    ],
+)
+def test_a_folder_that_says_nonsense_about_sampling(tmp_path, sampling, says):
+    from moss_jax.dialogue.system import System
+
+    (tmp_path / "system.json").write_text(json.dumps({"format": "moss-jax-1", "sampling": sampling}))
+    with pytest.raises(MossError, match=says):
+        _ = System(tmp_path).sampling
