@@ -50,7 +50,7 @@ system = moss_jax.load()  # without a folder: nano
 # %% [markdown]
 # ## Ask aloud
 #
-# A recording that comes along: "How much is seven plus six?", in a voice that nano never heard in training. Put the
+# A recording that comes along: "What is seven plus four?", in a voice that nano never heard in training. Put the
 # path of your own recording here and ask in other words.
 
 # %%
