@@ -23,6 +23,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_collection_modifyitems(items):
+    """The notebooks take longest: they come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def pytest_sessionfinish():
     if OWNER:
         shutil.rmtree(os.environ[COMPILED], ignore_errors=True)

@@ -119,7 +119,7 @@ def run(args) -> int:
     from moss_jax.evaluate.model import Model
 
     if args.task == "tokenizer":
-        from moss_jax.evaluate.tokenizer import recognition
+        from moss_jax.tools.recognition import recognition
 
         print(recognition(args.folder, args.files, progress))
         return 0

@@ -10,6 +10,7 @@ import pytest
 MESHES = [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_devices_give_the_grids_of_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster

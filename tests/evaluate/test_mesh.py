@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_devices_score_as_one(folder):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
