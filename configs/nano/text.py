@@ -3,7 +3,7 @@
   moss-jax train --config configs/nano/text.py
   moss-jax convert --model nano/runs/text/exports/500 --export qwen3 -o nano/qwen3
 
-The shared layers and the text branch learn; `moss-jax train-nano` does this and all around it. About 5 minutes on two
+The shared layers and the text branch learn; `moss-jax train-nano` does this and all around it. About 4 minutes on two
 cores.
 """
 
