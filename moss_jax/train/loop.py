@@ -196,14 +196,10 @@ class Loop:
         first, begun = self._clock is None, time.perf_counter()
         self._state, metrics = self._compiled_step(self._state, self._frozen, batch, limit)
         self._step += 1
-        # A CPU may have done the update within the call; then it ended now, not when its metrics are told.
-        ended = time.perf_counter() if all(value.is_ready() for value in metrics.values()) else None
         if first:
-            called = time.perf_counter()
-            self._clock, self._waited = begun if ended else called, 0.0
-            self._say(f"the step is compiled, {duration(called - begun)}")
-        update = self._step, metrics, self._task.tokens(batch), self._task.flops(batch), ended
-        late, self._pending = self._pending, update
+            self._clock, self._waited = time.perf_counter(), 0.0
+            self._say(f"the step is compiled, {duration(self._clock - begun)}")
+        late, self._pending = self._pending, (self._step, metrics, self._task.tokens(batch), self._task.flops(batch))
         self._data_state = self._feed.get_state()
         batch = self._next_batch() if self._step < self._run.steps else None
         self._tell(late)
@@ -214,12 +210,12 @@ class Loop:
         late, self._pending = self._pending, None
         self._tell(late)
 
-    def _tell(self, late: tuple[int, dict[str, jax.Array], int, float, float | None] | None) -> None:
+    def _tell(self, late: tuple[int, dict[str, jax.Array], int, float] | None) -> None:
         if late is None:
             return
-        step, metrics, tokens, flops, ended = late
+        step, metrics, tokens, flops = late
         metrics = jax.device_get(metrics)  # waits until the update is done
-        now = ended or time.perf_counter()
+        now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         waited, self._waited = self._waited, 0.0
         saving, self._saving = self._saving, 0.0
