@@ -2,7 +2,7 @@
 
 moss-jax train --config configs/nano/sft.py
 
-About 12 minutes on two cores. The export has bfloat16 weights, as the bundled system has.
+About 24 minutes on two cores. The export has bfloat16 weights, as the bundled system has.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]
-STEPS = 1500
+STEPS = 3000
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-sft",

@@ -2,7 +2,7 @@
 
   moss-jax train --config configs/nano/speech_tokenizer.py
 
-Expect about 17 minutes on two cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
+Expect about 20 minutes on two cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
 nano/runs/speech_tokenizer/exports/STEP/speech_tokenizer.
 """
 
@@ -11,7 +11,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import MeshSizes
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
 
-STEPS = 5000
+STEPS = 6000
 RUN = SpeechTokenizerRun(
     name="nano-speech-tokenizer",
     folder="nano/runs/speech_tokenizer",
@@ -30,6 +30,6 @@ RUN = SpeechTokenizerRun(
     save_every=250,
     evaluate_every=500,
     evaluate_batches=32,
-    export_every=2500,
+    export_every=3000,
     log_every=50,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 moss-jax train --config configs/nano/stage2.py
 
-About 6 minutes on two cores.
+About 7 minutes on two cores.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_2
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage1.py")))["RUN"]
-STEPS = 700
+STEPS = 800
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-stage2",

@@ -2,6 +2,7 @@
 
 import ctypes.util
 import json
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import product
@@ -111,6 +112,15 @@ def test_the_items_are_frozen():
         read_items("x")
 
 
+def test_rows_of_words_have_every_word_and_no_phrasing():
+    rows = [PLAN.utterances[place] for place in PLAN.rows]
+    assert {row.voice for row in rows} == set(VOICES) and all(row.use == "question" for row in rows)
+    said = {word.lower() for row in rows for word in row.text.strip(".").split()}
+    asked = {word.strip(",.?").lower() for q in domain.questions() for word in q.text.split()}
+    assert asked <= said
+    assert len({row.text for row in rows} & {q.text for q in domain.questions()}) < len(rows) / 100
+
+
 def test_the_text_tokenizer_has_every_word():
     class Config:
         text_vocab_size = corpus.TEXT_IDS["text_vocab_size"]
@@ -148,6 +158,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         [few.utterances[old] for old in order],
         {text: places[old] for text, old in some.items()},
         [places[old] for old in few.extras],
+        [places[old] for old in few.rows],
         [replace(d, asked=places[d.asked]) for d in few.singles],
         [replace(d, asked=places[d.asked], asked_second=places[d.asked_second]) for d in few.doubles],
         [places[old] for old in few.documents],
@@ -173,6 +184,10 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         entry = json.loads(line)
         wave, rate = load_audio(folder / entry["audio"])
         assert rate in (16000, 24000) and abs(entry["words"][-1][2] - len(wave) / rate) < 2e-3
+    said_often = Counter(json.loads(line)["text"] for line in (folder / "tts.jsonl").read_text().splitlines())
+    few = {*SOCIAL.values(), *(f.answer for f in domain.facts() if f.kind in ("capital", "colour"))}
+    assert all(count == (corpus.OFTEN if text in few else 1) for text, count in said_often.items())
+    assert few & said_often.keys()
     chats = [json.loads(line)["turns"] for line in (folder / "chat.jsonl").read_text().splitlines()]
     assert {tuple("audio" in turn for turn in turns[1:3]) for turns in chats} == set(product((True, False), repeat=2))
     assert {len(turns) for turns in chats} == {3, 5}

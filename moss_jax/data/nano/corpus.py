@@ -4,7 +4,7 @@
            decoder.jsonl, decoder-valid.jsonl       decoder: the answering voice, 24 kHz
            text.jsonl, text-valid.jsonl             facts as statements, and questions with their answers
            interleaved.jsonl                        several facts in a row with word times; answering and asking voices
-           asr.jsonl, tts.jsonl                     questions and answers to write down; answers to say
+           asr.jsonl, tts.jsonl                     questions, answers, rows of words to write down; answers to say
            chat.jsonl, chat-valid.jsonl             questions and answers, spoken and written, all four ways; two turns
            text_tokenizer.json                      a text tokenizer of the domain's words
            about.json                               what was asked for, hours and counts
@@ -18,8 +18,9 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,10 +39,14 @@ RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer he
 CHUNK = 100  # utterances that are made, and made again when interrupted, together
 # Spoken questions of each kind, at scale 1.
 AMOUNTS = {
-    "sum": 2200, "difference": 2200, "greater": 500, "less": 500, "digits": 2000, "capital": 500, "colour": 400,
+    "sum": 2200, "difference": 2200, "greater": 900, "less": 900, "digits": 2000, "capital": 500, "colour": 400,
     "greeting": 80, "wellbeing": 80, "thanks": 80, "goodbye": 80, "name": 80,
 }  # fmt: skip
 DIALOGUES, DOCUMENTS, EXTRAS = 1600, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
+# Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
+ROWS, ROW_WORDS = 3200, (3, 8)  # at scale 1; fewest and most words in one
+OFTEN = 10  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
+WRITTEN = {"digits": 2500, "greater": 3000, "less": 3000}  # questions in text.jsonl; of the other kinds all
 VALID = 0.03  # of what is drawn is for the valid manifests
 WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
 # Fields of the transformer's config that this text tokenizer wants.
@@ -80,6 +85,7 @@ class Plan:
     utterances: list[Utterance]
     answers: dict[str, int]  # text -> place; every answer of the domain
     extras: list[int]  # the answering voice saying what is no answer
+    rows: list[int]  # those who ask, saying words in no order
     singles: list[Dialogue]
     doubles: list[Dialogue]
     documents: list[int]
@@ -120,7 +126,8 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
         else:
             documents.append(add(" ".join(fact.answer for fact in facts), ANSWERS, "answer"))
     extras = [add(text, ANSWERS, "answer") for text in _other_sentences(count(EXTRAS), draw)]
-    return Plan(utterances, answers, extras, singles, doubles, documents, max(1, round(VALID * len(singles))))
+    rows = [add(text, domain.speaker(draw), "question") for text in _rows(count(ROWS), draw)]
+    return Plan(utterances, answers, extras, rows, singles, doubles, documents, max(1, round(VALID * len(singles))))
 
 
 def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
@@ -151,6 +158,30 @@ def _other_sentences(amount: int, draw: random.Random) -> list[str]:
         digits = f"{' '.join(draw.choices(domain.NUMBERS, k=draw.randint(3, 7)))}."
         found[draw.choice((digits, _trained(draw.choice(domain.facts()), draw).text))] = None
     return [domain.sentence(text) for text in draw.sample(list(found), len(found))]
+
+
+def _rows(amount: int, draw: random.Random) -> Iterator[str]:
+    """Words of the domain in no order, half of them numbers and names; a word begins a row as it begins a phrasing."""
+    phrased = [
+        re.sub(r"{\d}", "", phrasing).split()
+        for phrasings in (*PHRASINGS.values(), *FOLLOW_UPS.values())
+        for phrasing in phrasings[:RESERVED]
+    ] + [answer.split() for answer in SOCIAL.values()]
+    first = sorted({words[0].strip(",.?") for words in phrased if words[0][0].isupper()})
+    later = sorted({word.strip(",.?") for words in phrased for word in words[1:]} - {""})
+    numbers, names = domain.NUMBERS[: domain.MOST + 1], [*domain.CAPITALS, *domain.CAPITALS.values()]
+    things = [*domain.COLOURS, *domain.COLOURS.values()]
+    kept = {question.text for question in domain.questions() if question.kept}
+    while amount:
+        row = [
+            draw.choice(draw.choices((later, numbers, names, things), (8, 6, 1, 1))[0])
+            for _ in range(draw.randint(*ROW_WORDS))
+        ]
+        row[0] = draw.choice((draw.choice(first), draw.choice(numbers)))
+        text = domain.sentence(f"{' '.join(row)}.")
+        if text not in kept:
+            amount -= 1
+            yield text
 
 
 def _speaker(utterance: Utterance) -> tuple[str, int, int]:
@@ -268,18 +299,18 @@ def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.
     ]  # by the speech tokenizer and the decoder, in training
     questions = [dialogue.asked for dialogue in plan.singles]
     seconds = [dialogue.asked_second for dialogue in plan.doubles]
-    spoken = [plan.answers[text] for text in heard]
+    spoken = [plan.answers[text] for text in _often(heard)]
 
     def write(name: str, places: Sequence[int]) -> None:
         write_manifest(part / f"{name}.jsonl", [said[place] for place in draw.sample(places, len(places))])
 
-    write("tokenizer", [*questions[valid:], *seconds[valid:], *spoken, *plan.extras[valid:]])
+    write("tokenizer", [*questions[valid:], *seconds[valid:], *plan.rows, *spoken, *plan.extras[valid:]])
     write("tokenizer-valid", [*questions[:valid], *seconds[:valid]])
     write("decoder", [*spoken, *plan.extras[valid:]])
     write("decoder-valid", plan.extras[:valid])
     write("interleaved", plan.documents)
-    write("asr", [*questions[valid:], *seconds[valid:], *plan.answers.values()])
-    write("tts", [*plan.answers.values(), *plan.extras])
+    write("asr", [*questions[valid:], *seconds[valid:], *plan.rows, *plan.answers.values()])
+    write("tts", [*(plan.answers[text] for text in _often(plan.answers)), *plan.extras])
     for name, singles, doubles in (
         ("chat", plan.singles[valid:], plan.doubles[valid:]),
         ("chat-valid", plan.singles[:valid], plan.doubles[:valid]),
@@ -293,11 +324,18 @@ def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.
         name: round(sum(said[place]["words"][-1][2] for place in places) / 3600, 2)
         for name, places in {
             "questions": [*questions, *seconds], "answers": [*plan.answers.values(), *plan.extras],
-            "documents": plan.documents,
+            "documents": plan.documents, "rows": plan.rows,
         }.items()
     }  # fmt: skip
     about = json.loads((part / "about.json").read_text())
     write_text(part / "about.json", json.dumps({**about, "hours": hours}, indent=1) + "\n")
+
+
+def _often(answers: Iterable[str]) -> Iterator[str]:
+    """The answers, those without numbers as often as OFTEN says."""
+    few = {fact.answer for fact in domain.facts() if fact.kind in ("capital", "colour", *SOCIAL)}
+    for answer in answers:
+        yield from [answer] * (OFTEN if answer in few else 1)
 
 
 def _chats(
@@ -344,10 +382,11 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
         while order:
             several, order = order[:4], order[4:]
             lines.append(" ".join(fact.answer for fact in several))
-    trained = [question for question in domain.questions() if not question.kept]
-    few = [question for question in trained if question.fact.kind not in ("digits", "greater", "less")]
-    many = draw.sample([q for q in trained if q.fact.kind in ("digits", "greater", "less")], 6000)
-    asked = [f"{question.text} {question.fact.answer}" for question in [*few, *many]]
+    asked = []
+    for kind in PHRASINGS:
+        trained = [question for question in domain.questions() if question.fact.kind == kind and not question.kept]
+        drawn = draw.sample(trained, WRITTEN.get(kind, len(trained)))
+        asked += [f"{question.text} {question.fact.answer}" for question in drawn]
     draw.shuffle(asked)
     draw.shuffle(lines)
     held = len(asked) // 30
