@@ -11,6 +11,7 @@ SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, 
 input (one line says what), 3 stopped by the guard over NaN or spikes, 75 preempted. See docs/training_loop.md.
 """
 
+from moss_jax.cli.host_memory import keep_freed_memory
 from moss_jax.cli.system_arguments import cache_folder, say
 
 
@@ -44,6 +45,8 @@ def run(args) -> int:
         from moss_jax.train.processes import join
 
         join(args.coordinator, args.processes, args.process)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     from moss_jax.train.loop import train
 
     return train(run, say)

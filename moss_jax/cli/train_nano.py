@@ -13,6 +13,7 @@ Ctrl-C: what is being trained is saved, exit code 75.
 
 from pathlib import Path
 
+from moss_jax.cli.host_memory import keep_freed_memory
 from moss_jax.cli.system_arguments import cache_folder, say
 from moss_jax.errors import MossError
 
@@ -38,6 +39,8 @@ def run(args) -> int:
     from moss_jax.train.nano import CONFIGS, Recipe
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
     report = None if args.no_report else _report
