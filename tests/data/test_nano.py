@@ -4,7 +4,6 @@ import ctypes.util
 import json
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -148,23 +147,8 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         return speak(text, *speaker)
 
     monkeypatch.setattr(corpus, "speak", speak_until)
-    few = corpus.make_plan(scale=0.001)
-    some = dict(list(few.answers.items())[:3]) | {d.question.fact.answer: few.answers[d.question.fact.answer]
-                                                  for d in (*few.singles, *few.doubles)}  # fmt: skip
-    some |= {d.second.answer: few.answers[d.second.answer] for d in few.doubles}
-    order = [*some.values(), *range(len(few.answers), len(few.utterances))]
-    places = {old: new for new, old in enumerate(order)}
-    plan = corpus.Plan(
-        [few.utterances[old] for old in order],
-        {text: places[old] for text, old in some.items()},
-        [places[old] for old in few.extras],
-        [places[old] for old in few.rows],
-        [replace(d, asked=places[d.asked]) for d in few.singles],
-        [replace(d, asked=places[d.asked], asked_second=places[d.asked_second]) for d in few.doubles],
-        [places[old] for old in few.documents],
-        few.valid,
-    )
-    monkeypatch.setattr(corpus, "make_plan", lambda seed, scale: plan)
+    plan = corpus.make_plan(scale=0.001)
+    assert 10 < len(plan.answers) < 80
     folder, part = tmp_path / "corpus", tmp_path / "corpus.part"
 
     with pytest.raises(KeyboardInterrupt):
@@ -173,7 +157,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     with pytest.raises(MossError, match="of another seed or scale"):
         corpus.make_nano_corpus(folder, 0.001, seed=1)
     assert main(["corpus", str(folder), "--nano", "--scale", "0.001"]) == 0
-    assert len(said) - 30 == len(order) - 24 and not part.exists()  # two chunks of twelve were whole
+    assert len(said) - 30 == len(plan.utterances) - 24 and not part.exists()  # two chunks of twelve were whole
     formats = {"tokenizer": "asr", "tokenizer-valid": "interleaved", "decoder": "speech", "decoder-valid": "speech",
                "interleaved": "interleaved", "asr": "asr", "tts": "tts", "chat": "chat", "chat-valid": "chat",
                "text": "text", "text-valid": "text"}  # fmt: skip

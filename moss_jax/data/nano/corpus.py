@@ -20,9 +20,9 @@ import os
 import random
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moss_jax.audio.wave import resample, save_audio
@@ -45,6 +45,7 @@ AMOUNTS = {
 DIALOGUES, DOCUMENTS, EXTRAS = 1600, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
 # Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
 ROWS, ROW_WORDS = 3200, (3, 8)  # at scale 1; fewest and most words in one
+ALL_ANSWERS = 0.1  # from this scale on every answer is said; below it a share of them and those to what is asked
 OFTEN = 10  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
 WRITTEN = {"digits": 2500, "greater": 3000, "less": 3000}  # questions in text.jsonl; of the other kinds all
 VALID = 0.03  # of what is drawn is for the valid manifests
@@ -83,7 +84,7 @@ class Plan:
     """All that a corpus holds, before anything is said; a function of seed and scale alone."""
 
     utterances: list[Utterance]
-    answers: dict[str, int]  # text -> place; every answer of the domain
+    answers: dict[str, int]  # text -> place
     extras: list[int]  # the answering voice saying what is no answer
     rows: list[int]  # those who ask, saying words in no order
     singles: list[Dialogue]
@@ -127,7 +128,33 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
             documents.append(add(" ".join(fact.answer for fact in facts), ANSWERS, "answer"))
     extras = [add(text, ANSWERS, "answer") for text in _other_sentences(count(EXTRAS), draw)]
     rows = [add(text, domain.speaker(draw), "question") for text in _rows(count(ROWS), draw)]
-    return Plan(utterances, answers, extras, rows, singles, doubles, documents, max(1, round(VALID * len(singles))))
+    valid = max(1, round(VALID * len(singles)))
+    plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, valid)
+    if scale >= ALL_ANSWERS:
+        return plan
+    wanted = {dialogue.question.fact.answer for dialogue in (*singles, *doubles)}
+    wanted |= {dialogue.second.answer for dialogue in doubles}
+    return _with_answers(plan, wanted | set(draw.sample(list(answers), count(len(answers) / ALL_ANSWERS))))
+
+
+def _with_answers(plan: Plan, wanted: Collection[str]) -> Plan:
+    """The plan with these answers only."""
+    answers = {text: place for text, place in plan.answers.items() if text in wanted}
+    others = sorted(set(range(len(plan.utterances))) - set(plan.answers.values()))
+    old = [*answers.values(), *others]
+    places = {place: number for number, place in enumerate(old)}
+
+    def dialogue(of: Dialogue) -> Dialogue:
+        second = None if of.asked_second is None else places[of.asked_second]
+        return replace(of, asked=places[of.asked], asked_second=second)
+
+    return replace(
+        plan, utterances=[plan.utterances[place] for place in old],
+        answers={text: places[place] for text, place in answers.items()},
+        extras=[places[place] for place in plan.extras], rows=[places[place] for place in plan.rows],
+        singles=[dialogue(of) for of in plan.singles], doubles=[dialogue(of) for of in plan.doubles],
+        documents=[places[place] for place in plan.documents],
+    )  # fmt: skip
 
 
 def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
@@ -199,7 +226,7 @@ def make_nano_corpus(
 
     Args:
         folder: must not exist.
-        scale: how much is said, of the released recipe's amounts; the answers are said all at any scale.
+        scale: how much is said, of the released recipe's amounts; from ALL_ANSWERS on all answers are.
         processes: that speak side by side; None for one a core.
         progress: called with how many utterances are there, and of how many.
 
