@@ -4,7 +4,7 @@
   moss-jax tokenize nano/corpus/decoder-valid.jsonl --model SYSTEM --format decoder -o nano/data/voice-valid
   moss-jax train --config configs/nano/flow.py
 
-SYSTEM is what the speech tokenizer's run exported. About 9 minutes on two cores.
+SYSTEM is what the speech tokenizer's run exported. About 8 minutes on two cores.
 """
 
 from moss_jax.data import Mixture

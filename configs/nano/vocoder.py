@@ -2,7 +2,7 @@
 
   moss-jax train --config configs/nano/vocoder.py
 
-After the flow, whose export gets this one's weights. About 10 minutes on two cores, without discriminators.
+After the flow, whose export gets this one's weights. About 11 minutes on two cores, without discriminators.
 """
 
 from moss_jax.data import Mixture

@@ -117,7 +117,7 @@ def test_rows_of_words_have_every_word_and_no_phrasing():
     said = {word.lower() for row in rows for word in row.text.strip(".").split()}
     asked = {word.strip(",.?").lower() for q in domain.questions() for word in q.text.split()}
     assert asked <= said
-    assert len({row.text for row in rows} & {q.text for q in domain.questions()}) < len(rows) / 100
+    assert not {row.text for row in rows} & {q.text for q in domain.questions()}
 
 
 def test_the_text_tokenizer_has_every_word():
