@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").re
 M4A = ["av>=12"]  # AAC in m4a; libsndfile, inside soundfile, reads the other formats
 CONVERT = ["torch>=2.4,<2.14", "onnx>=1.16"]  # newer torch: not tried yet
 TRAIN = [
-    "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
+    "optax>=0.2.8", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
     "matplotlib>=3.8", "librosa>=0.10",
 ]  # fmt: skip
 SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8"]

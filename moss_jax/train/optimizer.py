@@ -1,20 +1,33 @@
-"""AdamW with warm-up and a schedule, over the trainable parameters only."""
+"""AdamW or Muon with warm-up and a schedule, over the trainable parameters only."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from moss_jax.errors import MossError
+from moss_jax.nn.config import ADDED
 
+METHODS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
+# Modules whose kernels are [layers, in, heads, head_dim] and [layers, heads, head_dim, out].
+TO_HEADS, FROM_HEADS = ("q", "k", "v", "query", "key", "value"), ("o", "out")
+ADAMW_RMS = 0.2  # of an update's entries, about, at learning rate 1
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (decoupled weight decay on everything that trains) after clipping by the global gradient norm."""
+    """After clipping by the global gradient norm: AdamW (decoupled weight decay on everything that trains), or Muon for
+    the matrices of the layers and AdamW for the rest, with the same learning rate and weight decay for both.
 
+    Source of Muon: arXiv 2502.16982, whose scale makes its updates as large as AdamW's (section 2.2).
+    """
+
+    method: str = field(default="adamw", metadata=ADDED)  # one of METHODS
     learning_rate: float = 4e-4  # at the top
     final_learning_rate: float = 0.0  # at the end of "cosine" and "wsd"
     schedule: str = "cosine"  # one of SCHEDULES: a cosine down; a plateau and a straight way down; a plateau
@@ -28,6 +41,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         problems = []
+        if self.method not in METHODS:
+            problems.append(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if not self.learning_rate > 0:
@@ -68,12 +83,42 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The transformation of gradients into updates; it sees trainable parameters only, so clipping does too."""
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    if config.method == "muon":
+        first, second = config.betas
+        return optax.chain(
+            clip,
+            muon(
+                learning_rate(config), eps=config.eps, weight_decay=config.weight_decay, adam_b1=first, adam_b2=second,
+                adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=layer_matrices,
+                consistent_rms=ADAMW_RMS,
+            ),
+        )  # fmt: skip
     return optax.chain(
         clip,
         optax.scale_by_adam(*config.betas, config.eps),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def layer_matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    """Of {path: parameter}, the axes of each matrix of a layer (stacked: [layers, ...]); None for what is no such
+    matrix: embeddings, output heads, convolutions, vectors."""
+
+    def axes(path: str, value: Any) -> MuonDimensionNumbers | None:
+        *above, module, name = ("", *path.split("/"))
+        if name != "kernel" or not any(part.endswith("layers") for part in above):
+            return None
+        shape = getattr(value, "shape", ())  # what is masked has none
+        if len(shape) == 3:
+            return MuonDimensionNumbers(1, 2)
+        if len(shape) == 4 and module.removeprefix("cross_") in TO_HEADS:
+            return MuonDimensionNumbers(1, (2, 3))
+        if len(shape) == 4 and module.removeprefix("cross_") in FROM_HEADS:
+            return MuonDimensionNumbers((1, 2), 3)
+        return None
+
+    return {path: axes(path, value) for path, value in params.items()}
 
 
 def updates_made(opt_state) -> jax.Array:
