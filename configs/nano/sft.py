@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]
-STEPS = 3000
+STEPS = 2500
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-sft",
@@ -22,7 +22,12 @@ RUN = dataclasses.replace(
     init="nano/runs/stage2",
     stage=SFT,
     optimizer=OptimizerConfig(
-        learning_rate=1e-3, final_learning_rate=2e-5, warmup_steps=50, total_steps=STEPS, weight_decay=0.05
+        method="muon",
+        learning_rate=3e-3,
+        final_learning_rate=2e-5,
+        warmup_steps=50,
+        total_steps=STEPS,
+        weight_decay=0.05,
     ),
     data=Mixture(
         (

@@ -11,7 +11,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import MeshSizes
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
 
-STEPS = 6000
+STEPS = 5000
 RUN = SpeechTokenizerRun(
     name="nano-speech-tokenizer",
     folder="nano/runs/speech_tokenizer",
@@ -20,8 +20,8 @@ RUN = SpeechTokenizerRun(
     held_out=("nano/corpus/tokenizer-valid.jsonl",),
     objective=Objective(layers=2, commitment_from=200),
     optimizer=OptimizerConfig(
-        learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=100, total_steps=STEPS, betas=(0.9, 0.98),
-        weight_decay=0.01,
+        method="muon", learning_rate=3e-3, final_learning_rate=3e-5, warmup_steps=100, total_steps=STEPS,
+        betas=(0.9, 0.98), weight_decay=0.01,
     ),
     buckets=(2.56, 5.12, 10.24),
     batch_size=8,
@@ -30,6 +30,6 @@ RUN = SpeechTokenizerRun(
     save_every=250,
     evaluate_every=500,
     evaluate_batches=32,
-    export_every=3000,
+    export_every=2500,
     log_every=50,
 )  # fmt: skip

@@ -20,7 +20,12 @@ RUN = Run(
     system="nano/base",
     stage=STAGE_1,
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=50, total_steps=STEPS, weight_decay=0.05
+        method="muon",
+        learning_rate=3e-3,
+        final_learning_rate=3e-4,
+        warmup_steps=50,
+        total_steps=STEPS,
+        weight_decay=0.05,
     ),
     data=Mixture(
         (

@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import STAGE_2
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage1.py")))["RUN"]
-STEPS = 800
+STEPS = 700
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-stage2",
@@ -23,7 +23,12 @@ RUN = dataclasses.replace(
     split=None,
     stage=STAGE_2,
     optimizer=OptimizerConfig(
-        learning_rate=1.5e-3, final_learning_rate=2e-4, warmup_steps=50, total_steps=STEPS, weight_decay=0.05
+        method="muon",
+        learning_rate=3e-3,
+        final_learning_rate=3e-4,
+        warmup_steps=50,
+        total_steps=STEPS,
+        weight_decay=0.05,
     ),
     data=Mixture((*BEFORE.data.sources, ("text", "nano/data/text", 1.0))),
     steps=STEPS,

@@ -13,7 +13,7 @@ from moss_jax.train.run import Run
 from moss_jax.train.stages import Stage
 from moss_jax.transformer.config import NANO
 
-STEPS = 1000
+STEPS = 600
 RUN = Run(
     name="nano-text",
     folder="nano/runs/text",
@@ -22,7 +22,12 @@ RUN = Run(
     system="nano/base",
     stage=Stage("text", ("shared/*", "text/*"), audio_weight=0.0),
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, final_learning_rate=5e-5, warmup_steps=50, total_steps=STEPS, weight_decay=0.05
+        method="muon",
+        learning_rate=3e-3,
+        final_learning_rate=5e-5,
+        warmup_steps=50,
+        total_steps=STEPS,
+        weight_decay=0.05,
     ),
     data=Mixture((("text", "nano/data/text", 1.0),)),
     held_out=Mixture((("text", "nano/data/text-valid", 1.0),)),

@@ -11,8 +11,8 @@ SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, 
 input (one line says what), 3 stopped by the guard over NaN or spikes, 75 preempted. See docs/training_loop.md.
 """
 
-from moss_jax.cli.host_memory import keep_freed_memory
 from moss_jax.cli.system_arguments import cache_folder, say
+from moss_jax.train.host_memory import keep_freed_memory
 
 
 def add_arguments(parser):

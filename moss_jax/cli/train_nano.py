@@ -13,9 +13,9 @@ Ctrl-C: what is being trained is saved, exit code 75.
 
 from pathlib import Path
 
-from moss_jax.cli.host_memory import keep_freed_memory
 from moss_jax.cli.system_arguments import cache_folder, say
 from moss_jax.errors import MossError
+from moss_jax.train.host_memory import keep_freed_memory
 
 QUICK_ITEMS = {"sets": ("voices",), "ways": ("ss",), "limit": 2}
 

@@ -12,9 +12,15 @@
 The trainings are the configs in configs/nano/, whose paths begin at the working directory.
 """
 
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jax
@@ -27,6 +33,7 @@ from moss_jax.errors import MossError
 from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.train.host_memory import keep_freed_memory
 from moss_jax.train.loop import train
 from moss_jax.train.recipe import RecipeStep, Say, run_recipe
 from moss_jax.train.run import BaseRun, load_run, override
@@ -87,14 +94,14 @@ class Recipe:
                 "tokenize", "the corpus as codes and examples", self._tokenize,
                 (FOLDER / "base", FOLDER / "coded", FOLDER / "data"),
             ),
-            self._training("flow", "codes -> mel"),
-            self._training("vocoder", "mel -> sound"),
+            self._training("flow", "codes -> mel", self._beside("flow")),
+            self._training("vocoder", "mel -> sound", self._beside("vocoder")),
             self._training("text", "a small Qwen3 learns the domain in writing"),
             RecipeStep("split", "the text model as a Qwen3, to be split", self._split, (FOLDER / "qwen3",)),
             self._training("stage1", "what is new for speech learns, the text model is frozen"),
             self._training("stage2", "everything learns"),
             self._training("sft", "conversations"),
-            RecipeStep("system", "all parts in one folder", self._system, (FOLDER / "system",)),
+            RecipeStep("system", "all parts in one folder", self._system, (FOLDER / "system",), gathers=True),
         ]  # fmt: skip
         if self.report is not None:
             steps.append(RecipeStep("report", "frozen items and the judge", self._report, (FOLDER / "report",)))
@@ -105,12 +112,28 @@ class Recipe:
         run = load_run(self.configs / f"{name}.py")
         return shortened(run) if self.quick else scaled(run, self.share)
 
-    def _training(self, name: str, what: str) -> RecipeStep:
+    def _training(self, name: str, what: str, start: Callable[[], BaseProcess] | None = None) -> RecipeStep:
         def work() -> int:
             jax.clear_caches()  # what other trainings compiled
             return train(self.run_of(name), self.say)
 
-        return RecipeStep(name, f"{what} (configs/nano/{name}.py)", work, (FOLDER / "runs" / name,))
+        return RecipeStep(name, f"{what} (configs/nano/{name}.py)", work, (FOLDER / "runs" / name,), start)
+
+    def _beside(self, name: str) -> Callable[[], BaseProcess] | None:
+        """Starts a training in a process of its own: the speech decoder and the language model need nothing of each
+        other. On a CPU with several cores only; of a GPU or a TPU one process has all."""
+        if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+            return None
+
+        def start() -> BaseProcess:
+            own = replace(self, report=None, say=print)
+            process = multiprocessing.get_context("spawn").Process(
+                target=_train_beside, args=(own, name, jax.config.jax_compilation_cache_dir), daemon=True
+            )
+            process.start()
+            return process
+
+        return start
 
     def _corpus(self) -> int:
         from moss_jax.data.nano.corpus import make_nano_corpus
@@ -173,6 +196,23 @@ class Recipe:
     def _report(self) -> int:
         self.report(FOLDER / "system", FOLDER / "report", self.quick)
         return 0
+
+
+def _train_beside(recipe: Recipe, name: str, cache: str | None) -> None:
+    """A training of the recipe as the whole of a process, which ends, saved, when the one that began it does."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    keep_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", cache)
+    try:
+        sys.exit(train(recipe.run_of(name), lambda line: print(f"{name} | {line}", file=sys.stderr, flush=True)))
+    except MossError as error:
+        sys.exit(f"{name} | {error}")
 
 
 def shortened(run: BaseRun) -> BaseRun:

@@ -6,15 +6,18 @@ step that was stopped is called again; it has to go on by itself from what it le
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_json
+from moss_jax.train.lane import Lane
 from moss_jax.train.metrics import duration
 
 JOURNAL = "recipe.json"
@@ -30,19 +33,25 @@ class RecipeStep:
         what: a line for people.
         work: makes it; returns 0, or the exit code that the whole recipe ends with (75: called to stop, saved).
         makes: paths that it writes; they, and what lies beside them unfinished (NAME.part), go when it is made anew.
+        start: begins `work` in a process of its own, whose exit code is what `work` returns. Then the steps after it do
+            not wait for it, but one that gathers does. None: it is made here.
+        gathers: whether it needs what was begun beside.
     """
 
     name: str
     what: str
     work: Callable[[], int]
     makes: tuple[Path, ...] = ()
+    start: Callable[[], BaseProcess] | None = None
+    gathers: bool = False
 
 
 def run_recipe(
     folder: str | Path, steps: Sequence[RecipeStep], about: Mapping[str, Any], from_step: str | None = None,
     to_step: str | None = None, say: Say = print,
 ) -> int:  # fmt: skip
-    """Makes every step that is not done, in order; returns 0, or the code of the step that stopped.
+    """Makes every step that is not done, in order; returns 0, or the code of the step that stopped. Whatever ends it,
+    no step goes on behind its back.
 
     Args:
         folder: gets the journal.
@@ -64,30 +73,50 @@ def run_recipe(
         journal.again = names[names.index(from_step) :]
         journal.write()
     _forget(journal, steps)
-    for number, step in enumerate(steps, 1):
-        head = f"[{number}/{len(steps)}] {step.name}"
-        if step.name in journal.done:
-            say(f"{head}: done before, in {duration(journal.seconds.get(step.name, 0))}")
+    heads = {step.name: f"[{number}/{len(steps)}] {step.name}" for number, step in enumerate(steps, 1)}
+
+    def ended(step: RecipeStep, seconds: float, code: int) -> None:
+        journal.took(step.name, seconds, done=not code)
+        if not code:
+            say(f"{heads[step.name]}: done in {duration(journal.seconds[step.name])}")
+
+    lane = Lane(ended)
+    try:
+        for step in steps:
+            head = heads[step.name]
+            if step.name in journal.done:
+                say(f"{head}: done before, in {duration(journal.seconds.get(step.name, 0))}")
+            else:
+                if step.start is None:
+                    lane.begin()
+                if (step.gathers or lane.code) and (code := lane.wait()):
+                    return code
+                so_far = journal.wall
+                say(f"{head}: {step.what}" + (f" ({duration(so_far)} so far)" if so_far >= 1 else ""))
+                if step.start is not None:
+                    lane.add(step)
+                elif code := _made(step, ended):
+                    return code
             if step.name == to_step:
-                return 0
-            continue
-        so_far = sum(journal.seconds.values())
-        say(f"{head}: {step.what}" + (f" ({duration(so_far)} so far)" if so_far else ""))
-        begin = time.monotonic()
-        try:
-            code = step.work()
-        finally:
-            journal.seconds[step.name] = journal.seconds.get(step.name, 0) + time.monotonic() - begin
-            journal.write()
-        if code:
+                break
+        lane.begin()
+        if code := lane.wait():
             return code
-        journal.done.append(step.name)
-        journal.write()
-        say(f"{head}: done in {duration(journal.seconds[step.name])}")
-        if step.name == to_step:
-            return 0
-    say(f"everything is done, in {duration(sum(journal.seconds.values()))}")
+    finally:
+        lane.stop()
+    if to_step is None:
+        say(f"everything is done, in {duration(journal.wall)}")
     return 0
+
+
+def _made(step: RecipeStep, ended: Callable[[RecipeStep, float, int], None]) -> int:
+    """Makes a step here. A step that raises has not ended well, but its time counts."""
+    begin, code = time.monotonic(), 1
+    try:
+        code = step.work()
+    finally:
+        ended(step, time.monotonic() - begin, code)
+    return code
 
 
 class _Journal:
@@ -96,6 +125,7 @@ class _Journal:
         self.done: list[str] = []
         self.again: list[str] = []  # steps whose outputs are being taken away
         self.seconds: dict[str, float] = {}
+        self._before, self._begin, self._lock = 0.0, time.monotonic(), threading.Lock()
         if self.path.is_file():
             found = read_json(self.path)
             if found.get("about") != self.about:
@@ -104,10 +134,26 @@ class _Journal:
                     "remove it or run elsewhere"
                 )
             self.done, self.again, self.seconds = found["done"], found["again"], found["seconds"]
+            self._before = found.get("wall", sum(self.seconds.values()))
+
+    @property
+    def wall(self) -> float:
+        """Seconds of all calls together; less than the steps' sum where some were made beside others."""
+        return self._before + time.monotonic() - self._begin
+
+    def took(self, name: str, seconds: float, done: bool) -> None:
+        """Notes that a step ended, after so many seconds more."""
+        with self._lock:
+            self.seconds[name] = self.seconds.get(name, 0) + seconds
+            if done:
+                self.done.append(name)
+            self.write()
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        values = {"about": self.about, "done": self.done, "again": self.again, "seconds": self.seconds}
+        values = {
+            "about": self.about, "done": self.done, "again": self.again, "seconds": self.seconds, "wall": self.wall
+        }  # fmt: skip
         write_text(self.path, json.dumps(values, indent=1) + "\n")
 
 

@@ -30,7 +30,7 @@ def trained_texts():
 
 
 def reserved_texts():
-    first = {fact.question(RESERVED) for fact in domain.facts()}
+    first = {question.text for question in domain.questions() if question.reserved}
     second = {f.text for fact in domain.facts() for f in domain.follow_ups(fact, reserved=True)}
     return first | second
 
@@ -56,6 +56,20 @@ def test_a_reserved_phrasing_has_no_word_of_its_own():
     for phrasings in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()):
         others = [p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED]]
         assert vocabulary([phrasings[RESERVED]]) <= vocabulary(others)
+
+
+def test_phrasings_for_training_alone_join_known_words_anew():
+    def vocabulary(texts):
+        return {word.strip(".,?").lower() for text in texts for word in text.split()}
+
+    known = vocabulary([p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED]])
+    assert domain.MORE_PHRASINGS.keys() == PHRASINGS.keys()
+    for kind, more in domain.MORE_PHRASINGS.items():
+        assert len({*more, *PHRASINGS[kind]}) == len(more) + len(PHRASINGS[kind])
+        assert vocabulary(more) <= known | vocabulary(SOCIAL.values())
+    asked = {question.text for question in domain.trained_questions()}
+    assert not asked & reserved_texts() and not asked & {q.text for q in domain.questions() if q.kept}
+    assert {q.text for q in domain.questions() if not q.kept} < asked
 
 
 def test_second_turns_speak_of_the_answer_before():

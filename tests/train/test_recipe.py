@@ -1,7 +1,14 @@
 """Recipes: what is done is skipped, what was stopped goes on, what is asked for anew is taken away first."""
 
+import functools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -126,3 +133,74 @@ def test_another_recipe_in_the_folder(tmp_path):
     kitchen.run()
     with pytest.raises(MossError, match=r'was begun with \{"quick": false\}, expected \{"quick": true\}'):
         kitchen.run(quick=True)
+
+
+class TwoLanes(Kitchen):
+    """The recipe with "flow" and "vocoder" beside "text"; they sleep, then end with a code."""
+
+    def __init__(self, folder, flow=(time.sleep, 0.3), vocoder=(time.sleep, 0.1)):
+        super().__init__(folder)
+        corpus, text, split, system = self.steps
+        self.processes, self.targets = {}, {"flow": flow, "vocoder": vocoder}
+        beside = [
+            RecipeStep(name, f"makes {name}", self._work(name), start=functools.partial(self._start, name))
+            for name in self.targets
+        ]
+        self.steps = [corpus, *beside, text, split, replace(system, gathers=True)]
+
+    def _start(self, name):
+        target, *args = self.targets[name]
+        self.made.append(name)
+        self.processes[name] = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
+        self.processes[name].start()
+        return self.processes[name]
+
+    @property
+    def done(self):
+        return json.loads((self.folder / JOURNAL).read_text())["done"]
+
+
+def test_what_is_made_beside_is_there_when_it_is_gathered(tmp_path):
+    kitchen = TwoLanes(tmp_path / "nano")
+    assert kitchen.run() == 0
+    assert kitchen.done == ["corpus", "text", "split", "flow", "vocoder", "system"]
+    assert kitchen.made[-2:] == ["vocoder", "system"] and sorted(kitchen.made) == sorted([*NAMES, "flow", "vocoder"])
+    journal = json.loads((tmp_path / "nano" / JOURNAL).read_text())
+    assert journal["seconds"]["flow"] > 0.3 and journal["wall"] > journal["seconds"]["flow"]
+    assert kitchen.run() == 0 and kitchen.made == []
+    assert kitchen.run("vocoder") == 0 and sorted(kitchen.made) == ["split", "system", "text", "vocoder"]
+    assert kitchen.run("corpus", "flow") == 0 and kitchen.made == ["corpus", "flow"] and kitchen.done == kitchen.made
+
+
+@pytest.mark.parametrize("code", [1, 3, 75])
+def test_what_stops_beside_stops_the_recipe(tmp_path, code):
+    kitchen = TwoLanes(tmp_path / "nano", flow=(os._exit, code))
+    if code == 1:
+        with pytest.raises(MossError, match=r"step flow: failed \(exit code 1\)"):
+            kitchen.run()
+    else:
+        assert kitchen.run() == code
+    assert "vocoder" not in kitchen.made and "flow" not in kitchen.done and "system" not in kitchen.made
+    kitchen.targets["flow"] = (time.sleep, 0)
+    assert kitchen.run() == 0 and set(kitchen.made) >= {"flow", "vocoder", "system"} and "corpus" not in kitchen.made
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), MossError("no"), 75])
+def test_nothing_goes_on_beside_when_the_recipe_ends(tmp_path, trouble):
+    kitchen = TwoLanes(tmp_path / "nano", flow=(time.sleep, 60))
+    kitchen.trouble = {"split": trouble}
+    if isinstance(trouble, int):
+        assert kitchen.run() == trouble
+    else:
+        with pytest.raises(type(trouble)):
+            kitchen.run()
+    assert not kitchen.processes["flow"].is_alive() and kitchen.processes.keys() == {"flow"}
+    assert kitchen.done == ["corpus", "text"]
+
+
+def test_a_notice_while_it_waits_ends_what_is_beside(tmp_path):
+    kitchen = TwoLanes(tmp_path / "nano", flow=(time.sleep, 60))
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert kitchen.run() == 75
+    assert not kitchen.processes["flow"].is_alive() and kitchen.done == ["corpus", "text", "split"]

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from moss_jax.audio.wave import resample, save_audio
@@ -39,16 +40,20 @@ RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer he
 CHUNK = 100  # utterances that are made, and made again when interrupted, together
 # Spoken questions of each kind, at scale 1.
 AMOUNTS = {
-    "sum": 2200, "difference": 2200, "greater": 900, "less": 900, "digits": 2000, "capital": 500, "colour": 400,
+    "sum": 2200, "difference": 2200, "greater": 1200, "less": 1200, "digits": 2000, "capital": 500, "colour": 400,
     "greeting": 80, "wellbeing": 80, "thanks": 80, "goodbye": 80, "name": 80,
 }  # fmt: skip
-DIALOGUES, DOCUMENTS, EXTRAS = 1600, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
+DIALOGUES, DOCUMENTS, EXTRAS = 2400, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
 # Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
 ROWS, ROW_WORDS = 3200, (3, 8)  # at scale 1; fewest and most words in one
 ALL_ANSWERS = 0.1  # from this scale on every answer is said; below it a share of them and those to what is asked
 OFTEN = 10  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
-WRITTEN = {"digits": 2500, "greater": 3000, "less": 3000}  # questions in text.jsonl; of the other kinds all
+# Questions in text.jsonl; of the other kinds all.
+WRITTEN = {"sum": 2500, "difference": 2500, "digits": 2500, "greater": 3000, "less": 3000}
 VALID = 0.03  # of what is drawn is for the valid manifests
+# Those who ask are played so much slower and faster, which moves pitch and formants: twelve voices become more
+# (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
+SPEEDS = tuple(round(0.9 + 0.02 * number, 2) for number in range(11))
 WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
 # Fields of the transformer's config that this text tokenizer wants.
 TEXT_IDS = {
@@ -67,6 +72,7 @@ class Utterance:
     words_per_minute: int
     pitch: int
     use: str
+    speed: float = 1.0  # of playing what was said: above 1 shorter, higher, and of a smaller speaker
 
 
 @dataclass(frozen=True)
@@ -98,16 +104,19 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     draw = random.Random(f"nano corpus {seed}")
     utterances: list[Utterance] = []
 
-    def add(text: str, speaker: tuple[str, int, int], use: str) -> int:
-        utterances.append(Utterance(text, *speaker, use))
+    def add(text: str, speaker: tuple[str, int, int], use: str, speed: float = 1.0) -> int:
+        utterances.append(Utterance(text, *speaker, use, speed))
         return len(utterances) - 1
+
+    def ask(text: str) -> int:
+        return add(text, domain.speaker(draw), "question", draw.choice(SPEEDS))
 
     def count(amount: int) -> int:
         return max(2, round(amount * scale))
 
     answers = {text: add(text, ANSWERS, "answer") for text in domain.answers()}
     singles = [
-        Dialogue(question, add(question.text, domain.speaker(draw), "question"))
+        Dialogue(question, ask(question.text))
         for kind, amount in AMOUNTS.items()
         for question in _asked(kind, count(amount), draw)
     ]
@@ -116,18 +125,19 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     going_on = [dialogue for dialogue in singles if dialogue.question.fact.kind not in (*SOCIAL, "greater", "less")]
     for first in draw.choices(going_on, k=count(DIALOGUES)):
         second = draw.choice(list(domain.follow_ups(first.question.fact, reserved=False)))
-        speaker = _speaker(utterances[first.asked])
-        doubles.append(Dialogue(first.question, first.asked, second, add(second.text, speaker, "question")))
+        asker = utterances[first.asked]
+        asked_second = add(second.text, _speaker(asker), "question", asker.speed)
+        doubles.append(Dialogue(first.question, first.asked, second, asked_second))
     documents = []
     for number in range(count(DOCUMENTS)):
         facts = draw.sample(domain.facts(), draw.randint(2, 5))
         if number % 2:  # somebody asks and answers
             parts = [f"{_trained(fact, draw).text} {fact.answer}" for fact in facts[:3]]
-            documents.append(add(" ".join(parts), domain.speaker(draw), "question"))
+            documents.append(ask(" ".join(parts)))
         else:
             documents.append(add(" ".join(fact.answer for fact in facts), ANSWERS, "answer"))
     extras = [add(text, ANSWERS, "answer") for text in _other_sentences(count(EXTRAS), draw)]
-    rows = [add(text, domain.speaker(draw), "question") for text in _rows(count(ROWS), draw)]
+    rows = [ask(text) for text in _rows(count(ROWS), draw)]
     valid = max(1, round(VALID * len(singles)))
     plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, valid)
     if scale >= ALL_ANSWERS:
@@ -169,8 +179,15 @@ def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
 
 def _trained(fact: Fact, draw: random.Random) -> Question:
     """A question about a fact that is not kept for tests."""
-    phrasings = [Question(fact, phrasing) for phrasing in range(len(PHRASINGS[fact.kind]) - 1)]
-    return draw.choice([question for question in phrasings if not question.kept])
+    return draw.choice(_trained_questions()[fact])
+
+
+@lru_cache(maxsize=1)
+def _trained_questions() -> dict[Fact, list[Question]]:
+    found: dict[Fact, list[Question]] = {}
+    for question in domain.trained_questions():
+        found.setdefault(question.fact, []).append(question)
+    return found
 
 
 def _other_sentences(amount: int, draw: random.Random) -> list[str]:
@@ -314,9 +331,12 @@ def say(folder: Path, place: str, utterance: Utterance) -> Said:
     """Writes FOLDER/PLACE and returns its line of a manifest."""
     wave, rate, words = speak(utterance.text, *_speaker(utterance))
     own = RATES[utterance.use]
-    save_audio(folder / place, resample(wave, rate, own), own)
+    played = round(rate * utterance.speed / 50) * 50  # Hz; the filter is as long as what rates have not in common
+    speed = played / rate
+    save_audio(folder / place, resample(wave, played, own), own)
     # Resampling may cost the last part of a sample's time.
-    return {"audio": place, "text": utterance.text, "words": [[word, round(a, 3), round(b, 3)] for word, a, b in words]}
+    times = [[word, round(a / speed, 3), round(b / speed, 3)] for word, a, b in words]
+    return {"audio": place, "text": utterance.text, "words": times}
 
 
 def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.Random) -> None:
@@ -368,7 +388,8 @@ def _often(answers: Iterable[str]) -> Iterator[str]:
 def _chats(
     plan: Plan, said: Sequence[Said], singles: Sequence[Dialogue], doubles: Sequence[Dialogue], draw: random.Random
 ) -> Iterator[dict]:
-    """Every spoken question with a spoken answer, and one of the other three ways as well; two turns as they come."""
+    """Every spoken question with a spoken answer and with a written one, every second fact asked in writing too; two
+    turns as they come."""
 
     def turn(role: str, spoken: bool, text: str, place: int) -> dict:
         return {"role": role, **({"audio": said[place]["audio"]} if spoken else {"text": text})}
@@ -384,7 +405,7 @@ def _chats(
 
     for number, dialogue in enumerate(singles):
         fact = dialogue.question.fact
-        for way in ("ss", WAYS[1:][number % 3]):
+        for way in ("ss", "st") if number % 2 else ("ss", "st", WAYS[2 + number // 2 % 2]):
             # A written question need not be the one that was spoken.
             text = dialogue.question.text if way[0] == "s" else _trained(fact, draw).text
             yield {"turns": [system(way), *turns(way, text, dialogue.asked, fact.answer)]}
@@ -411,7 +432,7 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
             lines.append(" ".join(fact.answer for fact in several))
     asked = []
     for kind in PHRASINGS:
-        trained = [question for question in domain.questions() if question.fact.kind == kind and not question.kept]
+        trained = [question for question in domain.trained_questions() if question.fact.kind == kind]
         drawn = draw.sample(trained, WRITTEN.get(kind, len(trained)))
         asked += [f"{question.text} {question.fact.answer}" for question in drawn]
     draw.shuffle(asked)
@@ -426,9 +447,8 @@ def tokenizer_texts(plan: Plan) -> Iterator[str]:
     """What the text tokenizer learns its words from."""
     for text in (*plan.answers, *SYSTEM.values(), "user", "assistant", "system"):
         yield from [text] * 3
-    for question in domain.questions():
-        if not question.kept:
-            yield question.text
+    for question in domain.trained_questions():
+        yield question.text
     for phrasings in FOLLOW_UPS.values():
         yield from (phrasing.format("one") for phrasing in phrasings[:RESERVED])
 

@@ -102,6 +102,67 @@ PHRASINGS = {
         "Tell me who you are.", "Can you tell me your name?",
     ),
 }  # fmt: skip
+# More of them, for training alone: without them a question is learnt as one of eleven whole sentences, and a new
+# one is heard as the nearest. They make a reserved phrasing a new join of known parts, where they have its parts.
+MORE_PHRASINGS = {
+    "sum": (
+        "Do you know what {0} plus {1} is?", "Tell me what {0} plus {1} is.",
+        "Can you tell me how much {0} plus {1} is?", "Please tell me what {0} and {1} is.",
+        "I want to know what {0} plus {1} is.", "Add {0} and {1}.",
+        "Do you know how much {0} and {1} is?", "Can you say what {0} and {1} is?", "Name the sum of {0} and {1}.",
+        "Can you tell me the sum of {0} and {1}?", "Would you say what {0} plus {1} is?", "And what is {0} plus {1}?",
+        "Tell me, how much is {0} plus {1}?",
+    ),
+    "difference": (
+        "Do you know what {0} minus {1} is?", "Tell me what {0} minus {1} is.",
+        "Can you tell me how much {0} minus {1} is?", "Please tell me what is left when you take {1} from {0}.",
+        "I want to know what {0} minus {1} is.", "Subtract {1} from {0}.", "Do you know how much {0} minus {1} is?",
+        "Can you say what {0} minus {1} is?", "Name the difference between {0} and {1}.",
+        "Can you tell me the difference between {0} and {1}?", "Would you say what {0} minus {1} is?",
+        "And what is {0} minus {1}?", "Tell me, how much is {0} minus {1}?",
+    ),
+    "capital": (
+        "Do you know what the capital of {0} is?", "Tell me what the capital of {0} is.",
+        "Can you tell me the capital of {0}?", "Can you tell me which city the capital of {0} is?",
+        "I want to know what the capital of {0} is.", "Can you name the capital of {0}?",
+        "Please tell me what the capital city of {0} is.", "Say the capital of {0}.", "And what is the capital of {0}?",
+        "Would you say what the capital of {0} is?",
+    ),
+    "colour": (
+        "Do you know what colour {0} is?", "Tell me what colour {0} is.", "Can you tell me the colour of {0}?",
+        "Can you tell me which colour {0} is?", "I want to know what colour {0} is.", "Can you name the colour of {0}?",
+        "Please tell me what the colour of {0} is.", "Say the colour of {0}.", "And what colour is {0}?",
+        "Would you say what colour {0} is?",
+    ),
+    "greater": (
+        "Do you know if {0} is greater than {1}?", "Tell me if {0} is greater than {1}.",
+        "Can you tell me if {0} is more than {1}?", "Can you say if {0} is greater than {1}?",
+        "Is it true that {0} is larger than {1}?", "Would you say the number {0} is greater than {1}?",
+        "Do you think that {0} is more than {1}?", "Would you say that {0} is larger than {1}?",
+        "Please say if {0} is greater than {1}.", "And is {0} greater than {1}?",
+    ),
+    "less": (
+        "Do you know if {0} is smaller than {1}?", "Tell me if {0} is less than {1}.",
+        "Can you tell me if {0} is less than {1}?", "Can you say if {0} is less than {1}?",
+        "Is it true that {0} is smaller than {1}?", "Would you say the number {0} is less than {1}?",
+        "Do you think that {0} is smaller than {1}?", "Would you say that {0} is smaller than {1}?",
+        "Please say if {0} is less than {1}.", "And is {0} less than {1}?",
+    ),
+    "digits": (
+        "Read the digits {0} {1} {2}.", "Please repeat the digits {0} {1} {2}.", "Please say the digits {0} {1} {2}.",
+        "Can you read back {0} {1} {2}?", "Can you repeat the digits {0} {1} {2}?", "Now say {0} {1} {2}.",
+        "Can you say the digits {0} {1} {2}?", "Tell me the digits {0} {1} {2}.",
+        "Please repeat after me, {0} {1} {2}.",
+    ),
+    "greeting": ("Hello, good day.", "Hi, good morning.", "Good morning to you.", "Hello, good afternoon."),
+    "wellbeing": ("How are you now?", "Tell me, how are you?", "Hi, how are you?", "How is it going now?"),
+    "thanks": ("Great, thank you very much.", "Many thanks to you.", "Thanks, that is great.", "Great, I thank you."),
+    "goodbye": ("Goodbye, see you later.", "Bye, see you later.", "Goodbye, see you soon.", "Good night, goodbye."),
+    "name": (
+        "Do you know your name?", "Can you say your name?", "I want to know who you are.",
+        "Can you tell me who you are?",
+    ),
+}  # fmt: skip
 SOCIAL = {
     "greeting": "Hello, how can I help you?",
     "wellbeing": "I am fine, thank you.",
@@ -142,8 +203,8 @@ class Fact:
     answer: str  # a sentence
     result: int | None = None  # of a sum or a difference
 
-    def question(self, phrasing: int) -> str:
-        return sentence(PHRASINGS[self.kind][phrasing].format(*self.asked))
+    def question(self, phrasing: str) -> str:
+        return sentence(phrasing.format(*self.asked))
 
 
 def sentence(text: str) -> str:
@@ -187,25 +248,37 @@ class Question:
     """A fact asked in one phrasing."""
 
     fact: Fact
-    phrasing: int  # RESERVED: the one that is kept
+    phrasing: str
 
     @property
     def text(self) -> str:
         return self.fact.question(self.phrasing)
 
     @property
+    def reserved(self) -> bool:
+        """Whether its phrasing is kept for tests."""
+        return self.phrasing == PHRASINGS[self.fact.kind][RESERVED]
+
+    @property
     def kept(self) -> bool:
         """Whether it is for tests. A social turn has no question beside its phrasing, so that only the reserved is."""
-        return self.phrasing == RESERVED or (self.fact.kind not in SOCIAL and _share(f"question {self.text}") < 1 / 8)
+        return self.reserved or (self.fact.kind not in SOCIAL and _share(f"question {self.text}") < 1 / 8)
 
 
 @lru_cache(maxsize=1)
 def questions() -> tuple[Question, ...]:
-    """Every fact in every phrasing, the reserved one as RESERVED."""
+    """Every fact in every one of its PHRASINGS."""
+    return tuple(Question(fact, phrasing) for fact in facts() for phrasing in PHRASINGS[fact.kind])
+
+
+@lru_cache(maxsize=1)
+def trained_questions() -> tuple[Question, ...]:
+    """Every fact in every phrasing in which it may be asked in training, of PHRASINGS and of MORE_PHRASINGS."""
     return tuple(
-        Question(fact, phrasing if phrasing < len(PHRASINGS[fact.kind]) - 1 else RESERVED)
+        question
         for fact in facts()
-        for phrasing in range(len(PHRASINGS[fact.kind]))
+        for phrasing in (*PHRASINGS[fact.kind], *MORE_PHRASINGS[fact.kind])
+        if not (question := Question(fact, phrasing)).kept
     )
 
 

@@ -22,7 +22,7 @@ from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
 from moss_jax.data.nano import domain
 from moss_jax.data.nano.corpus import Utterance, say
-from moss_jax.data.nano.domain import ANSWERS, RESERVED, RESERVED_VOICES, SOCIAL, VOICES, Question
+from moss_jax.data.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, Question
 from moss_jax.errors import MossError
 
 FOLDER = Path(__file__).with_name("items")
@@ -99,11 +99,11 @@ def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) 
     """Questions of a kind that no training manifest has; each once before any comes twice (by other speakers)."""
     own = [question for question in domain.questions() if question.fact.kind == kind]
     if reserved_phrasing:
-        own = [question for question in own if question.phrasing == RESERVED]
+        own = [question for question in own if question.reserved]
     elif kind in SOCIAL:  # a social turn is its phrasing: trained phrasings are heard from other speakers
-        own = [question for question in own if question.phrasing != RESERVED]
+        own = [question for question in own if not question.reserved]
     else:
-        own = [question for question in own if question.kept and question.phrasing != RESERVED]
+        own = [question for question in own if question.kept and not question.reserved]
     picked: list[Question] = []
     while len(picked) < amount:
         picked += draw.sample(own, len(own))

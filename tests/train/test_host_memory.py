@@ -8,7 +8,7 @@ import pytest
 PAGES = """
 import resource, sys
 import numpy as np
-from moss_jax.cli.host_memory import keep_freed_memory
+from moss_jax.train.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("impossible")
