@@ -23,7 +23,7 @@ RUN = Run(
     stage=Stage("text", ("shared/*", "text/*"), audio_weight=0.0),
     optimizer=OptimizerConfig(
         method="muon",
-        learning_rate=3e-3,
+        learning_rate=2.5e-3,
         final_learning_rate=5e-5,
         warmup_steps=50,
         total_steps=STEPS,
