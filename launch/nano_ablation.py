@@ -19,7 +19,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from moss_jax.data.nano.items import read_items
 from moss_jax.dialogue.grid import text_rows
 from moss_jax.errors import MossError
 from moss_jax.evaluate.scoring import padded_length
+from moss_jax.train.lane import beside
 from moss_jax.train.loop import train
 from moss_jax.train.nano import CONFIGS, FOLDER, make_system, scaled, shortened
 from moss_jax.train.recipe import RecipeStep, run_recipe
@@ -133,10 +134,17 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
-    def make(arm: str, seed: int) -> int:
-        place = PLACE / f"{arm}-{seed}"
-        runs = runs_of(arm, seed, args.share)
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One run of an arm, trained and measured; `args` as `main` reads them."""
+
+    name: str
+    seed: int
+    args: argparse.Namespace
+
+    def make(self, say: Callable[[str], None]) -> int:
+        args, place = self.args, PLACE / f"{self.name}-{self.seed}"
+        runs = runs_of(self.name, self.seed, args.share)
         for run in map(shortened, runs) if args.quick else runs:
             jax.clear_caches()
             if code := train(run, say):
@@ -150,19 +158,27 @@ def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
         write_text(place / "result.json", json.dumps(result) + "\n")
         return 0
 
+    def step(self, aside: bool) -> RecipeStep:
+        name = f"{self.name}-{self.seed}"
+        start = beside(self.make, name) if aside else None
+        return RecipeStep(name, "stage 1, stage 2, SFT", partial(self.make, say), (PLACE / name,), start)
+
+
+def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
+    """On a CPU with several cores two runs at a time: the second, fourth, ... are made beside the others."""
+
     def before() -> int:
         PLACE.mkdir(parents=True, exist_ok=True)
         write_text(PLACE / "before.json", json.dumps(text_kept(newest_export(FOLDER / "runs" / "text"), args.items)))
         return 0
 
-    steps = [RecipeStep("before", "the text model's own answers", before, (PLACE / "before.json",))]
-    for seed in range(args.seeds):
-        steps += [
-            RecipeStep(f"{arm}-{seed}", "stage 1, stage 2, SFT", partial(make, arm, seed), (PLACE / f"{arm}-{seed}",))
-            for arm in ARMS
-        ]
-    steps.append(RecipeStep("similarity", "speech and text, layer by layer", _similarity, (PLACE / "similarity",)))
-    return steps
+    arms = [Arm(arm, seed, args) for seed in range(args.seeds) for arm in ARMS]
+    return [
+        RecipeStep("before", "the text model's own answers", before, (PLACE / "before.json",)),
+        *(arm.step(aside=True) for arm in arms[1::2]),
+        *(arm.step(aside=False) for arm in arms[::2]),
+        RecipeStep("similarity", "speech and text, layer by layer", _similarity, (PLACE / "similarity",), gathers=True),
+    ]
 
 
 def _similarity() -> int:

@@ -1,17 +1,28 @@
 """Steps of a recipe that are made beside the others, one after the other, each in a process of its own.
 
 On a CPU two trainings, each in its own process, get through more than one after the other: what a small model's step
-does not share among the cores, the other one uses.
+does not share among the cores, the other one uses. While there are two, each keeps to half of the cores.
 """
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
+import jax
+
 from moss_jax.errors import MossError
+from moss_jax.train.host_memory import keep_freed_memory
 from moss_jax.train.preemption import Preemption
+
+Work = Callable[[Callable[[str], None]], int]  # gets `say`, returns an exit code
 
 
 class Beside(Protocol):
@@ -43,6 +54,14 @@ class Lane:
             self._thread.start()
 
     def _work(self) -> None:
+        cores = _cores()
+        _keep_to(_halves(cores)[0])
+        try:
+            self._make()
+        finally:
+            _keep_to(cores)
+
+    def _make(self) -> None:
         for step in self._left:
             with self._lock:
                 if self._ended:
@@ -80,3 +99,57 @@ class Lane:
                 self._process.terminate()
         if self._thread is not None:
             self._thread.join()
+
+
+def beside(work: Work, name: str) -> Callable[[], BaseProcess] | None:
+    """What starts `work` (which can be pickled) as the whole of a process, on the second half of the cores; None where
+    that gains nothing: one core, or a GPU or TPU, of which one process has all.
+
+    Its lines begin with `name`. The process saves and ends when the one that began it is gone.
+    """
+    _, own = _halves(_cores())
+    if jax.default_backend() != "cpu" or not own:
+        return None
+
+    def start() -> BaseProcess:
+        args = work, name, own, jax.config.jax_compilation_cache_dir
+        process = multiprocessing.get_context("spawn").Process(target=_process, args=args, daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+def _process(work: Work, name: str, cores: Sequence[int], cache: str | None) -> None:
+    _keep_to(cores)  # before XLA counts them
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    keep_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", cache)
+    try:
+        sys.exit(work(lambda line: print(f"{name} | {line}", file=sys.stderr, flush=True)))
+    except MossError as error:
+        sys.exit(f"{name} | {error}")
+
+
+def _cores() -> list[int]:
+    """The processors that this thread may use; none where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _halves(cores: list[int]) -> tuple[list[int], list[int]]:
+    """The first may have one more."""
+    middle = (len(cores) + 1) // 2
+    return cores[:middle], cores[middle:]
+
+
+def _keep_to(cores: Sequence[int]) -> None:
+    """Puts every thread of this process on these processors; none: leaves them where they are."""
+    for thread in Path("/proc/self/task").glob("*") if cores else ():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread.name), cores)

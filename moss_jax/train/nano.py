@@ -12,14 +12,10 @@
 The trainings are the configs in configs/nano/, whose paths begin at the working directory.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,7 +29,7 @@ from moss_jax.errors import MossError
 from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.host_memory import keep_freed_memory
+from moss_jax.train.lane import beside
 from moss_jax.train.loop import train
 from moss_jax.train.recipe import RecipeStep, Say, run_recipe
 from moss_jax.train.run import BaseRun, load_run, override
@@ -120,20 +116,8 @@ class Recipe:
         return RecipeStep(name, f"{what} (configs/nano/{name}.py)", work, (FOLDER / "runs" / name,), start)
 
     def _beside(self, name: str) -> Callable[[], BaseProcess] | None:
-        """Starts a training in a process of its own: the speech decoder and the language model need nothing of each
-        other. On a CPU with several cores only; of a GPU or a TPU one process has all."""
-        if jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
-            return None
-
-        def start() -> BaseProcess:
-            own = replace(self, report=None, say=print)
-            process = multiprocessing.get_context("spawn").Process(
-                target=_train_beside, args=(own, name, jax.config.jax_compilation_cache_dir), daemon=True
-            )
-            process.start()
-            return process
-
-        return start
+        """The speech decoder and the language model need nothing of each other."""
+        return beside(partial(_train, replace(self, report=None, say=print), name), name)
 
     def _corpus(self) -> int:
         from moss_jax.data.nano.corpus import make_nano_corpus
@@ -198,21 +182,8 @@ class Recipe:
         return 0
 
 
-def _train_beside(recipe: Recipe, name: str, cache: str | None) -> None:
-    """A training of the recipe as the whole of a process, which ends, saved, when the one that began it does."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    keep_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", cache)
-    try:
-        sys.exit(train(recipe.run_of(name), lambda line: print(f"{name} | {line}", file=sys.stderr, flush=True)))
-    except MossError as error:
-        sys.exit(f"{name} | {error}")
+def _train(recipe: Recipe, name: str, say: Say) -> int:
+    return train(recipe.run_of(name), say)
 
 
 def shortened(run: BaseRun) -> BaseRun:

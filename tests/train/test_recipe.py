@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
+from moss_jax.train.lane import beside
 from moss_jax.train.recipe import JOURNAL, RecipeStep, run_recipe
 
+needs_two_cores = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores"
+)
 NAMES = ("corpus", "text", "split", "system")
 
 
@@ -196,6 +201,35 @@ def test_nothing_goes_on_beside_when_the_recipe_ends(tmp_path, trouble):
             kitchen.run()
     assert not kitchen.processes["flow"].is_alive() and kitchen.processes.keys() == {"flow"}
     assert kitchen.done == ["corpus", "text"]
+
+
+@needs_two_cores
+def test_each_of_two_keeps_to_half_of_the_cores(tmp_path, capfd):
+    kitchen = TwoLanes(tmp_path / "nano")
+    all_cores, seen = os.sched_getaffinity(0), []
+    corpus, flow, vocoder, text, *others = kitchen.steps
+
+    def look():
+        while not (tmp_path / "nano" / "half").exists():
+            time.sleep(0.05)
+        seen.append(os.sched_getaffinity(0))
+        return 0
+
+    work = functools.partial(half_of_the_cores, tmp_path / "nano" / "half")
+    flow = replace(flow, start=beside(work, "flow"))
+    kitchen.steps = [corpus, flow, vocoder, replace(text, work=look), *others]
+    assert kitchen.run() == 0
+    (here,) = seen
+    there = set(json.loads((tmp_path / "nano" / "half").read_text()))
+    assert here | there == all_cores == os.sched_getaffinity(0) and not here & there
+    assert "flow | looked" in capfd.readouterr().err
+
+
+def half_of_the_cores(path, say):
+    write_text(path, json.dumps(sorted(os.sched_getaffinity(0))))
+    say("looked")
+    time.sleep(0.5)  # the other one looks too
+    return 0
 
 
 def test_a_notice_while_it_waits_ends_what_is_beside(tmp_path):
