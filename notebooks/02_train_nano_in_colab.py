@@ -16,7 +16,7 @@
 #
 # The recipe that made nano, in short: a tenth of the corpus and of the steps. Everything is there, from speech that the
 # project makes itself to a system that answers aloud, and every curve goes down; to answer well it takes the whole
-# recipe, `moss-jax train-nano`, about two hours on two CPU cores.
+# recipe, `moss-jax train-nano`, an hour and a half on two CPU cores.
 #
 # Each step is done once: run a cell again and it goes on where it was.
 

@@ -2,7 +2,7 @@
 
 moss-jax train --config configs/nano/sft.py
 
-About 30 minutes on two cores. The export has bfloat16 weights, as the bundled system has.
+About 24 minutes on two cores. The export has bfloat16 weights, as the bundled system has.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
   moss-jax train --config configs/nano/speech_tokenizer.py
 
-About 20 minutes on two free cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
+About 22 minutes on two cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
 nano/runs/speech_tokenizer/exports/STEP/speech_tokenizer.
 """
 

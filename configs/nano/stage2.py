@@ -2,7 +2,7 @@
 
 moss-jax train --config configs/nano/stage2.py
 
-About 8 minutes on two cores.
+About 11 minutes on two cores.
 """
 
 import dataclasses

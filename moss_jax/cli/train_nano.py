@@ -1,6 +1,6 @@
 """Train nano, the small system, from nothing: one command for the whole recipe of docs/nano.md.
 
-  moss-jax train-nano                       about two hours on two cores; the same command again goes on
+  moss-jax train-nano                       an hour and a half on two cores; the same command again goes on
   moss-jax train-nano --from-step stage2    makes this step and those after it anew
   moss-jax train-nano --share 0.1           a tenth of the corpus and of the steps: it begins to learn
   moss-jax train-nano --quick               a few lines and steps of everything, to see that it goes; learns nothing

@@ -85,6 +85,7 @@ class Loop:
         self._metrics = self._evaluations = self._board = self._feed = None
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
         self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
+        self._untold = np.zeros(5)  # since the last line: steps, seconds, tokens, seconds of waiting, FLOPs
         self._profiling = False
 
     def run_to_the_end(self) -> int:
@@ -235,8 +236,17 @@ class Loop:
             self._say(
                 f"step {step}: skipped, its loss is {entry['loss']:.4g} and its gradient norm {entry['grad_norm']:.4g}"
             )
+        self._untold += 1, seconds, tokens, waited, flops
         if step % run.log_every == 0 or step in (1, run.steps):
-            self._say(progress_line(entry, run.steps, run.shown, run.unit))
+            self._say(progress_line(entry | self._rates(), run.steps, run.shown, run.unit))
+
+    def _rates(self) -> dict[str, float | None]:
+        """Means over the steps since the last line: a single one before a pause is told at once with the one before."""
+        (steps, seconds, tokens, waited, flops), self._untold = self._untold, np.zeros(5)
+        return {
+            "step_seconds": seconds / steps, "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
+            "mfu": self._peak and flops / seconds / self._peak,
+        }  # fmt: skip
 
     # between updates
 
