@@ -27,7 +27,6 @@ class OptimizerConfig:
     Source of Muon: arXiv 2502.16982, whose scale makes its updates as large as AdamW's (section 2.2).
     """
 
-    method: str = field(default="adamw", metadata=ADDED)  # one of METHODS
     learning_rate: float = 4e-4  # at the top
     final_learning_rate: float = 0.0  # at the end of "cosine" and "wsd"
     schedule: str = "cosine"  # one of SCHEDULES: a cosine down; a plateau and a straight way down; a plateau
@@ -38,6 +37,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  # largest global gradient norm; None: no clipping
+    method: str = field(default="adamw", metadata=ADDED)  # one of METHODS
 
     def __post_init__(self):
         problems = []
