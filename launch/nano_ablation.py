@@ -98,7 +98,7 @@ def answers(system: Path, folder: Path, limit: int) -> Result:
     ways = tuple(way for way in COLUMNS if way != "text")
     report.run(Model(system, batch_size=32), folder, sets=("voices",), ways=ways, limit=limit, replies_only=True)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = {way: [r["right"] for r in records if r["part"] == way and r["group"] == "voices"] for way in ways}
+    found = {way: [r["right"] for r in records if r.get("part") == way and r["group"] == "voices"] for way in ways}
     return {way: (sum(right), len(right)) for way, right in found.items()}
 
 
