@@ -258,14 +258,19 @@ class Session:
 
 
 def warm_up(system: System, say: Any = lambda line: None) -> None:
-    """Compiles what the first answers need, so that nobody waits for it in the page: a spoken and a written answer to a
-    spoken question, each stopped at once."""
-    silence = np.zeros(2 * 16000, np.float32)
+    """Compiles what the first answers need, so that nobody waits for it in the page: spoken and written answers to a
+    spoken question and to one that goes on from it, each stopped at once. The second is long, so that a conversation
+    that begins with a small cache has outgrown it once."""
+    silence = np.zeros(20 * 16000, np.float32)
     for reply in ("speech", "text"):
         say(f"getting ready to answer in {reply}")
-        stream = system.stream([Turn("user", audio=silence, sample_rate=16000)], reply=reply)
-        for _ in stream:
-            stream.stop()
+        conversation = None
+        for seconds in (2, 20):
+            question = Turn("user", audio=silence[: seconds * 16000], sample_rate=16000)
+            stream = system.stream([question], reply=reply, conversation=conversation)
+            for _ in stream:
+                stream.stop()
+            conversation = stream.reply.conversation
 
 
 def _turn(said: Reply, reply: str) -> Turn | None:

@@ -2,6 +2,8 @@
 
   python tests/serve/browser.py --model FOLDER --question QUESTION.wav --out OUT
 
+The microphone hears silence after the question, for as long as the recording goes on.
+
 Needs Debian's chromium (`apt-get install chromium`) and the extra `serve`; nothing else. The script starts the demo,
 opens the page with a fake microphone that hears QUESTION.wav, and does what a person does: ask aloud and hear the
 answer, ask a second time in writing, change to written answers, press Stop in the middle of a long answer, Clear.
@@ -151,6 +153,17 @@ class Browser:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+PAUSE = 10  # s; where its file ends, the fake microphone repeats the last thing it has: a hum
+
+
+def for_microphone(question: Path, folder: Path) -> Path:
+    """The question with a pause behind it, as a file in `folder`."""
+    wave, rate = soundfile.read(question, dtype="int16")
+    path = folder / "microphone.wav"
+    soundfile.write(path, np.concatenate([wave, np.zeros((PAUSE * rate, *wave.shape[1:]), wave.dtype)]), rate)
+    return path
+
+
 MIC = "#moss-mic button.record-button"
 MIC_STOP = "#moss-mic button.stop-button"
 ANSWERS = "document.querySelectorAll('#moss-talk .moss-assistant:not(.moss-answering *)').length"
@@ -292,7 +305,7 @@ def main() -> int:
         else:
             return 1
         address = line.split()[1]
-        browser = Browser(args.question.resolve(), tuple(map(int, args.size.split("x"))))
+        browser = Browser(for_microphone(args.question, args.out).resolve(), tuple(map(int, args.size.split("x"))))
         try:
             report = visit(browser, address, args.out, args.patience, args.question)
         except BaseException:
