@@ -14,7 +14,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]
-STEPS = 2500
+STEPS = 2400
 RUN = dataclasses.replace(
     BEFORE,
     name="nano-sft",

@@ -11,7 +11,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import MeshSizes
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
 
-STEPS = 5000
+STEPS = 4500
 RUN = SpeechTokenizerRun(
     name="nano-speech-tokenizer",
     folder="nano/runs/speech_tokenizer",

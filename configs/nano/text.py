@@ -1,7 +1,7 @@
 """Nano's text model: a Qwen3 of 7 layers learns the domain in writing, statements, questions and answers.
 
   moss-jax train --config configs/nano/text.py
-  moss-jax convert --model nano/runs/text/exports/1000 --export qwen3 -o nano/qwen3
+  moss-jax convert --model nano/runs/text/exports/900 --export qwen3 -o nano/qwen3
 
 The shared layers and the text branch learn; `moss-jax train-nano` does this and all around it. About 8 minutes on two
 cores.
@@ -13,7 +13,7 @@ from moss_jax.train.run import Run
 from moss_jax.train.stages import Stage
 from moss_jax.transformer.config import NANO
 
-STEPS = 600
+STEPS = 900
 RUN = Run(
     name="nano-text",
     folder="nano/runs/text",

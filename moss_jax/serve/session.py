@@ -260,7 +260,7 @@ class Session:
 def warm_up(system: System, say: Any = lambda line: None) -> None:
     """Compiles what the first answers need, so that nobody waits for it in the page: spoken and written answers to a
     spoken question and to one that goes on from it, each stopped at once. The second is long, so that a conversation
-    that begins with a small cache has outgrown it once."""
+    that begins with a small cache has outgrown it once, where it can."""
     silence = np.zeros(20 * 16000, np.float32)
     for reply in ("speech", "text"):
         say(f"getting ready to answer in {reply}")
@@ -271,6 +271,8 @@ def warm_up(system: System, say: Any = lambda line: None) -> None:
             for _ in stream:
                 stream.stop()
             conversation = stream.reply.conversation
+            if conversation.state.capacity == system.language_model.context:
+                break  # it cannot grow
 
 
 def _turn(said: Reply, reply: str) -> Turn | None:

@@ -104,7 +104,8 @@ QWEN3_8B = TransformerConfig(
     param_dtype="bfloat16",
 )
 
-# The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes.
+# The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes; no example is longer than
+# 256 rows.
 NANO = TransformerConfig(
     hidden_size=192,
     intermediate_size=384,
@@ -123,7 +124,7 @@ NANO = TransformerConfig(
     eosp_id=256,
     audio_pad_id=255,
     rope_theta=1e4,
-    max_position_embeddings=2048,
+    max_position_embeddings=256,
 )
 
 # For tests.

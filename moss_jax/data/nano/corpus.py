@@ -5,7 +5,7 @@
            text.jsonl, text-valid.jsonl             facts as statements, and questions with their answers
            interleaved.jsonl                        several facts in a row with word times; answering and asking voices
            asr.jsonl, tts.jsonl                     questions, answers, rows of words to write down; answers to say
-           chat.jsonl, chat-valid.jsonl             questions and answers, spoken and written, all four ways; two turns
+           chat.jsonl, chat-valid.jsonl             questions and answers, spoken and written, all four ways; more turns
            text_tokenizer.json                      a text tokenizer of the domain's words
            about.json                               what was asked for, hours and counts
 
@@ -20,11 +20,14 @@ import os
 import random
 import re
 import threading
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from moss_jax.audio.wave import resample, save_audio
 from moss_jax.checkpoint import write_text
@@ -44,16 +47,22 @@ AMOUNTS = {
     "greeting": 80, "wellbeing": 80, "thanks": 80, "goodbye": 80, "name": 80,
 }  # fmt: skip
 DIALOGUES, DOCUMENTS, EXTRAS = 2400, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
+# Conversations that change their subject, joined of what is said for the others. At scale 1; the fewest and most that
+# are joined; rows that one may have in the language model, and of these a turn's own and a second's of speech.
+TALKS, TALK_PARTS, TALK_ROWS, TURN_ROWS, SECOND_ROWS = 3000, (2, 4), 220, 6, 12.5
 # Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
 ROWS, ROW_WORDS = 3200, (3, 8)  # at scale 1; fewest and most words in one
 ALL_ANSWERS = 0.1  # from this scale on every answer is said; below it a share of them and those to what is asked
-OFTEN = 10  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
+OFTEN = 15  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
 # Questions in text.jsonl; of the other kinds all.
 WRITTEN = {"sum": 2500, "difference": 2500, "digits": 2500, "greater": 3000, "less": 3000}
 VALID = 0.03  # of what is drawn is for the valid manifests
 # Those who ask are played so much slower and faster, which moves pitch and formants: twelve voices become more
 # (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
 SPEEDS = tuple(round(0.9 + 0.02 * number, 2) for number in range(11))
+# Where they ask: two in three are quieter or louder (dB), in noise (dB that speech is above it), with pauses (seconds
+# at each end) as a recording has them; a third is what espeak-ng says and nothing else.
+ROOMS, LEVELS, ABOVE_NOISE, PAUSES = 2 / 3, (-24.0, 6.0), (10.0, 50.0), (0.0, 0.3)
 WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
 # Fields of the transformer's config that this text tokenizer wants.
 TEXT_IDS = {
@@ -61,6 +70,27 @@ TEXT_IDS = {
     "modality_pad_id": 792,
 }  # fmt: skip
 Said = dict[str, object]  # a line of a manifest: audio, text, words
+
+
+@dataclass(frozen=True)
+class Room:
+    """How something is recorded: dB louder, dB that speech is above the noise, seconds before and after it."""
+
+    level: float
+    above_noise: float
+    before: float = 0.0
+    after: float = 0.0
+
+    def record(self, wave: np.ndarray, rate: int, seed: int) -> np.ndarray:
+        """Sound float32 [samples] as it is recorded there; the noise is between white and low, as the seed says."""
+        draw = np.random.default_rng(seed)
+        pauses = round(self.before * rate), round(self.after * rate)
+        samples = len(wave) + sum(pauses)
+        low = draw.uniform(0, 0.95) ** np.arange(64)  # a low-pass of one pole, as far as it is heard
+        noise = np.convolve(draw.standard_normal(samples), low)[:samples]
+        loud = np.sqrt(np.mean(np.square(wave)))
+        noise *= loud * 10 ** (-self.above_noise / 20) / np.std(noise)
+        return np.clip((np.pad(wave, pauses) + noise) * 10 ** (self.level / 20), -1, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -73,6 +103,7 @@ class Utterance:
     pitch: int
     use: str
     speed: float = 1.0  # of playing what was said: above 1 shorter, higher, and of a smaller speaker
+    room: Room | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +127,7 @@ class Plan:
     singles: list[Dialogue]
     doubles: list[Dialogue]
     documents: list[int]
+    talks: int  # so many are joined
     valid: int  # so many of the first singles and doubles (each), extras and documents are for the valid manifests
 
 
@@ -104,17 +136,20 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     draw = random.Random(f"nano corpus {seed}")
     utterances: list[Utterance] = []
 
-    def add(text: str, speaker: tuple[str, int, int], use: str, speed: float = 1.0) -> int:
-        utterances.append(Utterance(text, *speaker, use, speed))
+    def add(utterance: Utterance) -> int:
+        utterances.append(utterance)
         return len(utterances) - 1
 
     def ask(text: str) -> int:
-        return add(text, domain.speaker(draw), "question", draw.choice(SPEEDS))
+        return add(Utterance(text, *domain.speaker(draw), "question", draw.choice(SPEEDS), _room(draw)))
+
+    def answer(text: str) -> int:
+        return add(Utterance(text, *ANSWERS, "answer"))
 
     def count(amount: int) -> int:
         return max(2, round(amount * scale))
 
-    answers = {text: add(text, ANSWERS, "answer") for text in domain.answers()}
+    answers = {text: answer(text) for text in domain.answers()}
     singles = [
         Dialogue(question, ask(question.text))
         for kind, amount in AMOUNTS.items()
@@ -125,8 +160,7 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     going_on = [dialogue for dialogue in singles if dialogue.question.fact.kind not in (*SOCIAL, "greater", "less")]
     for first in draw.choices(going_on, k=count(DIALOGUES)):
         second = draw.choice(list(domain.follow_ups(first.question.fact, reserved=False)))
-        asker = utterances[first.asked]
-        asked_second = add(second.text, _speaker(asker), "question", asker.speed)
+        asked_second = add(replace(utterances[first.asked], text=second.text))
         doubles.append(Dialogue(first.question, first.asked, second, asked_second))
     documents = []
     for number in range(count(DOCUMENTS)):
@@ -135,11 +169,11 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
             parts = [f"{_trained(fact, draw).text} {fact.answer}" for fact in facts[:3]]
             documents.append(ask(" ".join(parts)))
         else:
-            documents.append(add(" ".join(fact.answer for fact in facts), ANSWERS, "answer"))
-    extras = [add(text, ANSWERS, "answer") for text in _other_sentences(count(EXTRAS), draw)]
+            documents.append(answer(" ".join(fact.answer for fact in facts)))
+    extras = [answer(text) for text in _other_sentences(count(EXTRAS), draw)]
     rows = [ask(text) for text in _rows(count(ROWS), draw)]
     valid = max(1, round(VALID * len(singles)))
-    plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, valid)
+    plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, count(TALKS), valid)
     if scale >= ALL_ANSWERS:
         return plan
     wanted = {dialogue.question.fact.answer for dialogue in (*singles, *doubles)}
@@ -204,6 +238,13 @@ def _other_sentences(amount: int, draw: random.Random) -> list[str]:
     return [domain.sentence(text) for text in draw.sample(list(found), len(found))]
 
 
+def _room(draw: random.Random) -> Room | None:
+    if draw.random() >= ROOMS:
+        return None
+    ranges = LEVELS, ABOVE_NOISE, PAUSES, PAUSES
+    return Room(*(round(draw.uniform(*values), 2) for values in ranges))
+
+
 def _rows(amount: int, draw: random.Random) -> Iterator[str]:
     """Words of the domain in no order, half of them numbers and names; a word begins a row as it begins a phrasing."""
     phrased = [
@@ -226,10 +267,6 @@ def _rows(amount: int, draw: random.Random) -> Iterator[str]:
         if text not in kept:
             amount -= 1
             yield text
-
-
-def _speaker(utterance: Utterance) -> tuple[str, int, int]:
-    return utterance.voice, utterance.words_per_minute, utterance.pitch
 
 
 def make_nano_corpus(
@@ -291,9 +328,7 @@ def _say_all(
         # Each process has espeak-ng, which speaks with one voice at a time, to itself.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(left)), context, initializer=_leave_with_parent) as pool:
-            jobs = {
-                pool.submit(_say_chunk, part, places[i], [asdict(utterances[u]) for u in chunks[i]]): i for i in left
-            }
+            jobs = {pool.submit(_say_chunk, part, places[i], [utterances[u] for u in chunks[i]]): i for i in left}
             try:
                 for job in as_completed(jobs):
                     job.result()
@@ -320,22 +355,25 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _say_chunk(part: Path, place: str, utterances: Sequence[dict]) -> None:
+def _say_chunk(part: Path, place: str, utterances: Sequence[Utterance]) -> None:
     """Says some utterances into PART/PLACE; said.jsonl is there when all are."""
     (part / place).mkdir(parents=True, exist_ok=True)
-    lines = [say(part, f"{place}/{i:02d}.wav", Utterance(**utterance)) for i, utterance in enumerate(utterances)]
+    lines = [say(part, f"{place}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
     write_text(part / place / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def say(folder: Path, place: str, utterance: Utterance) -> Said:
     """Writes FOLDER/PLACE and returns its line of a manifest."""
-    wave, rate, words = speak(utterance.text, *_speaker(utterance))
+    wave, rate, words = speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
     own = RATES[utterance.use]
     played = round(rate * utterance.speed / 50) * 50  # Hz; the filter is as long as what rates have not in common
-    speed = played / rate
-    save_audio(folder / place, resample(wave, played, own), own)
+    speed, room, wave = played / rate, utterance.room, resample(wave, played, own)
+    if room is not None:
+        wave = room.record(wave, own, zlib.crc32(utterance.text.encode()))
+    save_audio(folder / place, wave, own)
+    before = 0.0 if room is None else room.before
     # Resampling may cost the last part of a sample's time.
-    times = [[word, round(a / speed, 3), round(b / speed, 3)] for word, a, b in words]
+    times = [[word, round(before + a / speed, 3), round(before + b / speed, 3)] for word, a, b in words]
     return {"audio": place, "text": utterance.text, "words": times}
 
 
@@ -389,37 +427,60 @@ def _chats(
     plan: Plan, said: Sequence[Said], singles: Sequence[Dialogue], doubles: Sequence[Dialogue], draw: random.Random
 ) -> Iterator[dict]:
     """Every spoken question with a spoken answer and with a written one, every second fact asked in writing too; two
-    turns as they come."""
-
-    def turn(role: str, spoken: bool, text: str, place: int) -> dict:
-        return {"role": role, **({"audio": said[place]["audio"]} if spoken else {"text": text})}
+    turns as they come; conversations of these."""
 
     def turns(way: str, question: str, asked: int, answer: str) -> list[dict]:
+        parts = ("user", way[0], question, asked), ("assistant", way[1], answer, plan.answers[answer])
         return [
-            turn("user", way[0] == "s", question, asked),
-            turn("assistant", way[1] == "s", answer, plan.answers[answer]),
+            {"role": role, **({"audio": said[place]["audio"]} if form == "s" else {"text": text})}
+            for role, form, text, place in parts
         ]
 
-    def system(way: str) -> dict:
-        return {"role": "system", "text": SYSTEM["speech" if way[1] == "s" else "text"]}
+    def first_turns(way: str, dialogue: Dialogue) -> list[dict]:
+        # A written question need not be the one that was spoken.
+        text = dialogue.question.text if way[0] == "s" else _trained(dialogue.question.fact, draw).text
+        return turns(way, text, dialogue.asked, dialogue.question.fact.answer)
+
+    def second_turns(way: str, dialogue: Dialogue) -> list[dict]:
+        return turns(way, dialogue.second.text, dialogue.asked_second, dialogue.second.answer)
+
+    def chat(way: str, parts: Iterable[dict]) -> dict:
+        return {"turns": [{"role": "system", "text": SYSTEM["speech" if way[1] == "s" else "text"]}, *parts]}
 
     for number, dialogue in enumerate(singles):
-        fact = dialogue.question.fact
         for way in ("ss", "st") if number % 2 else ("ss", "st", WAYS[2 + number // 2 % 2]):
-            # A written question need not be the one that was spoken.
-            text = dialogue.question.text if way[0] == "s" else _trained(fact, draw).text
-            yield {"turns": [system(way), *turns(way, text, dialogue.asked, fact.answer)]}
+            yield chat(way, first_turns(way, dialogue))
     for number, dialogue in enumerate(doubles):
         first = "ss" if number % 2 else WAYS[number // 2 % 4]
         second = first if number % 4 else first[0] + draw.choice("st")
-        fact = dialogue.question.fact
-        yield {
-            "turns": [
-                system(first),
-                *turns(first, dialogue.question.text, dialogue.asked, fact.answer),
-                *turns(second, dialogue.second.text, dialogue.asked_second, dialogue.second.answer),
-            ]
-        }
+        yield chat(first, [*first_turns(first, dialogue), *second_turns(second, dialogue)])
+    seconds = {said[place]["audio"]: said[place]["words"][-1][2] + PAUSES[1] for place in _spoken(plan)}
+    for number in range(round(plan.talks * len(singles) / len(plan.singles))):
+        way = "ss" if number % 2 else WAYS[number // 2 % 4]
+        talk: list[dict] = []
+        for _ in range(draw.randint(*TALK_PARTS)):
+            own = way if number % 4 else draw.choice(WAYS)
+            dialogue = draw.choice(draw.choice((singles, singles, doubles)))
+            part = first_turns(own, dialogue) + (second_turns(own, dialogue) if dialogue.second else [])
+            if sum(_rows_of(turn, seconds) for turn in (*talk, *part)) > TALK_ROWS:
+                break
+            talk += part
+        if len(talk) > 2:
+            yield chat(way, talk)
+
+
+def _spoken(plan: Plan) -> Iterator[int]:
+    """Places of what is said in chats."""
+    yield from plan.answers.values()
+    for dialogue in (*plan.singles, *plan.doubles):
+        yield dialogue.asked
+        if dialogue.asked_second is not None:
+            yield dialogue.asked_second
+
+
+def _rows_of(turn: dict, seconds: dict[str, float]) -> float:
+    """About how many rows of the language model a turn has; a word is a token."""
+    return TURN_ROWS + (SECOND_ROWS * seconds[turn["audio"]] if "audio" in turn else len(turn["text"].split()) + 1)
 
 
 def _texts(draw: random.Random) -> dict[str, list[str]]:

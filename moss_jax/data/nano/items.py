@@ -5,6 +5,7 @@
           both.jsonl        reserved phrasings, reserved voices
           seen.jsonl        trained phrasings, trained voices; the question itself is kept from training
           two-turn.jsonl    a question and one that refers back to it, reserved voices
+          new-subject.jsonl a question and one that has nothing to do with it, reserved voices
           sentences.jsonl   answers that the speech tokenizer and the decoder have not heard, in the answering voice
 
 `make_items` made these files once. To write them again (to another domain: these are frozen):
@@ -29,6 +30,7 @@ FOLDER = Path(__file__).with_name("items")
 SETS = {
     "voices": "unseen voices", "phrasings": "unseen phrasings", "both": "unseen voices and phrasings",
     "seen": "seen voices and phrasings", "two-turn": "two turns, unseen voices",
+    "new-subject": "a second question on its own, unseen voices",
     "sentences": "unseen answers, for the codec",
 }  # fmt: skip
 AMOUNTS = {
@@ -41,6 +43,8 @@ AMOUNTS = {
     "seen": {"sum": 45, "difference": 45, "greater": 18, "less": 18, "digits": 40, "capital": 14, "colour": 10,
              **dict.fromkeys(SOCIAL, 2)},
     "two-turn": {"sum": 40, "difference": 40, "capital": 20, "colour": 20, "digits": 20},
+    "new-subject": {"sum": 20, "difference": 20, "greater": 10, "less": 10, "digits": 20, "capital": 10, "colour": 8,
+                    **dict.fromkeys(SOCIAL, 2)},
 }  # fmt: skip
 
 
@@ -88,7 +92,11 @@ def make_items(seed: int = 0) -> dict[str, list[Item]]:
         picked = [
             question for kind, amount in amounts.items() for question in _pick(kind, amount, reserved_phrasing, draw)
         ]
-        made[name] = [_item(f"{name}-{i:04d}", question, voices, draw, name) for i, question in enumerate(picked)]
+        others = draw.sample(picked, len(picked)) if name == "new-subject" else [None] * len(picked)
+        made[name] = [
+            _item(f"{name}-{i:04d}", question, voices, draw, name, other)
+            for i, (question, other) in enumerate(zip(picked, others, strict=True))
+        ]
     kind = {fact.answer: fact.kind for fact in domain.facts()}
     kept = [text for text in domain.answers() if domain.kept_answer(text)]
     made["sentences"] = [Item(f"sentences-{i:04d}", kind[text], (), (text,), *ANSWERS) for i, text in enumerate(kept)]
@@ -110,12 +118,18 @@ def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) 
     return picked[:amount]
 
 
-def _item(name: str, question: Question, voices: Sequence[str], draw: random.Random, group: str) -> Item:
+def _item(
+    name: str, question: Question, voices: Sequence[str], draw: random.Random, group: str, other: Question | None
+) -> Item:
+    """One that asks `question`, in two turns then what goes on from it, or an `other` one."""
     questions, answers = [question.text], [question.fact.answer]
     if group == "two-turn":
         second = draw.choice(list(domain.follow_ups(question.fact, reserved=draw.random() < 0.5)))
         questions.append(second.text)
         answers.append(second.answer)
+    elif other is not None:
+        questions.append(other.text)
+        answers.append(other.fact.answer)
     return Item(name, question.fact.kind, tuple(questions), tuple(answers), *domain.speaker(draw, tuple(voices)))
 
 

@@ -7,7 +7,8 @@
 Questions are asked in four ways (spoken or written question, spoken or written answer: ss, st, ts, tt). An answer is
 right when it is the right sentence, word for word; a spoken one is heard by the judge. In two turns the second answer
 counts, after the system's own first one. Spoken questions are also answered one by one, in one piece and streamed: the
-codes must be the same, and how soon the first sound comes is measured.
+codes must be the same, and how soon the first sound comes is measured. Some are asked as a microphone may have them:
+quiet, in noise, between pauses.
 """
 
 import random
@@ -20,6 +21,7 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio, resample, save_audio
 from moss_jax.checkpoint import atomic_folder, open_tensors
+from moss_jax.data.nano.corpus import Room
 from moss_jax.data.nano.items import FOLDER, SETS, Item, read_items, speak_items
 from moss_jax.dialogue.system import Reply
 from moss_jax.dialogue.turns import Turn
@@ -30,11 +32,19 @@ from moss_jax.evaluate.nano.judge import NanoJudge
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown, write_table
 from moss_jax.evaluate.words import words
 
+Pairs = list[tuple[Item, dict[str, list[Path]]]]
 WAYS = ("ss", "st", "ts", "tt")
 TOLD = {"s": "S", "t": "T"}
 UNTRAINED = 100  # items of that control
 STREAMED = 200  # items that are answered one by one, in one piece and streamed
-SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 100}
+SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
+# How else some questions are recorded, and how that is told; they are answered in writing, which no judge has to hear.
+ROOMS = {
+    "quiet": ("20 dB quieter", Room(level=-20, above_noise=60)),
+    "noisy": ("in noise, 20 dB below the voice", Room(level=0, above_noise=20)),
+    "slow": ("a second before and after", Room(level=0, above_noise=40, before=1, after=1)),
+}
+IN_ROOMS = 100  # items, spread over the set
 RESYNTHESIS, SENTENCES = "voices", "sentences"  # the sets whose answers go through the codec alone
 QUALITY_RATE = 16000  # Hz, of wide-band PESQ and of STOI
 
@@ -91,6 +101,9 @@ class _Work:
         if not replies_only and RESYNTHESIS in self.items and "ss" in self.ways:
             self._untrained()
             self._each("stream", RESYNTHESIS, self._stream, STREAMED)
+        if not replies_only and RESYNTHESIS in self.items and "st" in self.ways:
+            for name in ROOMS:
+                self._replies(self.model, name, RESYNTHESIS, "st", self._recorded(name))
 
     def _parts(self) -> None:
         """What bounds the replies: the judge, the codec, the vocoder."""
@@ -105,14 +118,31 @@ class _Work:
         if not untrained.exists():
             shuffle_weights(self.model.system.folder.path, untrained)
         other = Model(untrained, batch_size=self.model.batch_size)
-        self._replies(other, "untrained", RESYNTHESIS, "ss", UNTRAINED)
+        self._replies(other, "untrained", RESYNTHESIS, "ss", self._pairs(RESYNTHESIS)[:UNTRAINED])
+
+    def _pairs(self, group: str) -> Pairs:
+        return list(zip(self.items.get(group, ()), self.spoken.get(group, ()), strict=True))
+
+    def _recorded(self, name: str) -> Pairs:
+        """Some questions of the unseen voices, recorded in a room."""
+        _, room = ROOMS[name]
+        place = self.folder / "items" / f"{RESYNTHESIS}-{name}"
+        place.mkdir(parents=True, exist_ok=True)
+        recorded = []
+        for number, (item, paths) in enumerate(_spread(self._pairs(RESYNTHESIS), IN_ROOMS)):
+            (path,) = paths["questions"]
+            if not (place / path.name).exists():
+                wave, rate = load_audio(path)
+                save_audio(place / path.name, room.record(wave, rate, number), rate)
+            recorded.append((item, {"questions": [place / path.name]}))
+        return recorded
 
     def _each(
         self, part: str, group: str, measure: Callable[[Item, dict[str, list[Path]]], dict[str, Any]],
         limit: int | None = None,
     ) -> None:  # fmt: skip
         """One measurement of every item of a set that has not been taken yet."""
-        pairs = list(zip(self.items.get(group, ()), self.spoken.get(group, ()), strict=True))[:limit]
+        pairs = self._pairs(group)[:limit]
         for number, (item, paths) in enumerate(pairs, 1):
             name = f"{part}/{item.name}"
             if name not in self.results.done:
@@ -167,9 +197,9 @@ class _Work:
         self._keep("vocoder", item, made, rate)
         return quality(wave[: len(made)], made[: len(wave)], rate)
 
-    def _replies(self, model: Model, part: str, group: str, way: str, limit: int | None = None) -> None:
-        """Asks the items of a set one way; batch by batch, both turns."""
-        pairs = list(zip(self.items[group], self.spoken[group], strict=True))[:limit]
+    def _replies(self, model: Model, part: str, group: str, way: str, pairs: Pairs | None = None) -> None:
+        """Asks the items of a set one way, or some of them; batch by batch, both turns."""
+        pairs = self._pairs(group) if pairs is None else pairs
         left = [(item, paths) for item, paths in pairs if f"{part}/{item.name}" not in self.results.done]
         for first in range(0, len(left), model.batch_size):
             batch = left[first : first + model.batch_size]
@@ -235,7 +265,7 @@ class _Work:
         save_audio(place / f"{item.name}.wav", wave, rate)
 
 
-def _spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:
     count = len(items) if limit is None else min(limit, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -316,6 +346,9 @@ def _rows(found: Mapping, work: _Work) -> Iterator[dict[str, Any]]:
         for way in work.ways:
             if (way, group) in found:
                 yield accuracy_row(f"{TOLD[way[0]]}->{TOLD[way[1]]}, {SETS[group]}", right(way, group))
+    for name, (told, _) in ROOMS.items():
+        if (name, RESYNTHESIS) in found:
+            yield accuracy_row(f"S->T, {SETS[RESYNTHESIS]}, {told}", right(name, RESYNTHESIS))
     if ("untrained", RESYNTHESIS) in found:
         yield accuracy_row("control: S->S, weights in random order", right("untrained", RESYNTHESIS))
     for part, told in (("ceiling", "the answering voice"), ("ss", "S->S")):
