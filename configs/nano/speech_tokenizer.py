@@ -23,7 +23,7 @@ RUN = SpeechTokenizerRun(
         method="muon", learning_rate=3e-3, final_learning_rate=3e-5, warmup_steps=100, total_steps=STEPS,
         betas=(0.9, 0.98), weight_decay=0.01,
     ),
-    buckets=(2.56, 5.12, 10.24),
+    buckets=(1.92, 2.56, 3.2, 5.12, 10.24),
     batch_size=8,
     steps=STEPS,
     mesh=MeshSizes(data=0, fsdp=1),

@@ -208,7 +208,7 @@ def test_a_recording_has_its_level_noise_and_pauses():
     np.testing.assert_array_equal(wave, room.record(tone, rate, seed=1))
     assert np.abs(corpus.Room(40, 50).record(tone, rate, seed=1)).max() == 1  # clipped, as a recording is
     rooms = [PLAN.utterances[dialogue.asked].room for dialogue in PLAN.singles]
-    assert 0.6 < sum(room is not None for room in rooms) / len(rooms) < 0.72
+    assert 0.45 < sum(room is not None for room in rooms) / len(rooms) < 0.55
     assert all(PLAN.utterances[place].room is None for place in (*PLAN.answers.values(), *PLAN.extras))
 
 

@@ -131,7 +131,7 @@ def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     assert rows["judge's ceiling, unseen voices"]["right"] == 2
     for what in ("S->S, unseen voices", "S->S, two turns, unseen voices",
                  "codec: codes -> speech, unseen answers, for the codec", "control: S->S, weights in random order",
-                 "control: the answering voice, answers shuffled", "S->T, unseen voices, 20 dB quieter"):  # fmt: skip
+                 "control: the answering voice, answers shuffled", "S->T, unseen voices, 15 dB quieter"):  # fmt: skip
         assert (rows[what]["items"], rows[what]["right"]) == (2, 0)
     assert "PESQ-wb" in "".join(table["notes"])
     assert "Streamed beside one piece, question by question: 0 of " in "".join(table["notes"])

@@ -60,9 +60,9 @@ VALID = 0.03  # of what is drawn is for the valid manifests
 # Those who ask are played so much slower and faster, which moves pitch and formants: twelve voices become more
 # (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
 SPEEDS = tuple(round(0.9 + 0.02 * number, 2) for number in range(11))
-# Where they ask: two in three are quieter or louder (dB), in noise (dB that speech is above it), with pauses (seconds
-# at each end) as a recording has them; a third is what espeak-ng says and nothing else.
-ROOMS, LEVELS, ABOVE_NOISE, PAUSES = 2 / 3, (-24.0, 6.0), (10.0, 50.0), (0.0, 0.3)
+# Where they ask: half of them are quieter or louder (dB), in noise (dB that speech is above it), with pauses (seconds
+# at each end) as a recording has them; the others are what espeak-ng says and nothing else.
+ROOMS, LEVELS, ABOVE_NOISE, PAUSES = 1 / 2, (-18.0, 6.0), (25.0, 60.0), (0.0, 0.2)
 WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
 # Fields of the transformer's config that this text tokenizer wants.
 TEXT_IDS = {

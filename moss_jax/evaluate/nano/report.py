@@ -40,8 +40,8 @@ STREAMED = 200  # items that are answered one by one, in one piece and streamed
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
 # How else some questions are recorded, and how that is told; they are answered in writing, which no judge has to hear.
 ROOMS = {
-    "quiet": ("20 dB quieter", Room(level=-20, above_noise=60)),
-    "noisy": ("in noise, 20 dB below the voice", Room(level=0, above_noise=20)),
+    "quiet": ("15 dB quieter", Room(level=-15, above_noise=60)),
+    "noisy": ("in noise, 30 dB below the voice", Room(level=0, above_noise=30)),
     "slow": ("a second before and after", Room(level=0, above_noise=40, before=1, after=1)),
 }
 IN_ROOMS = 100  # items, spread over the set
