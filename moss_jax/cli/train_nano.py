@@ -38,9 +38,8 @@ def run(args) -> int:
 
     from moss_jax.train.nano import CONFIGS, Recipe
 
+    keep_freed_memory()  # before the backend has threads
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
     report = None if args.no_report else _report
