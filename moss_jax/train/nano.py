@@ -33,6 +33,7 @@ from moss_jax.train.lane import beside
 from moss_jax.train.loop import train
 from moss_jax.train.recipe import RecipeStep, Say, run_recipe
 from moss_jax.train.run import BaseRun, load_run, override
+from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 from moss_jax.train.start import newest_export
 from moss_jax.transformer.config import NANO, TransformerConfig
 
@@ -188,6 +189,8 @@ def _train(recipe: Recipe, name: str, say: Say) -> int:
 
 def shortened(run: BaseRun) -> BaseRun:
     """The run with a few steps on small batches, to see that it goes."""
+    if isinstance(run, SpeechTokenizerRun):  # a step is compiled for each bucket
+        run = replace(run, buckets=run.buckets[-1:])
     return override(
         run,
         [f"steps={QUICK_STEPS}", "optimizer.warmup_steps=1", f"save_every={QUICK_STEPS}", "evaluate_every=0",

@@ -140,8 +140,11 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
         utterances.append(utterance)
         return len(utterances) - 1
 
+    def question(text: str) -> Utterance:
+        return Utterance(text, *domain.speaker(draw), "question", draw.choice(SPEEDS), _room(draw))
+
     def ask(text: str) -> int:
-        return add(Utterance(text, *domain.speaker(draw), "question", draw.choice(SPEEDS), _room(draw)))
+        return add(question(text))
 
     def answer(text: str) -> int:
         return add(Utterance(text, *ANSWERS, "answer"))
@@ -151,9 +154,9 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
 
     answers = {text: answer(text) for text in domain.answers()}
     singles = [
-        Dialogue(question, ask(question.text))
+        Dialogue(asked, ask(asked.text))
         for kind, amount in AMOUNTS.items()
-        for question in _asked(kind, count(amount), draw)
+        for asked in _asked(kind, count(amount), draw)
     ]
     draw.shuffle(singles)
     doubles = []
@@ -171,7 +174,8 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
         else:
             documents.append(answer(" ".join(fact.answer for fact in facts)))
     extras = [answer(text) for text in _other_sentences(count(EXTRAS), draw)]
-    rows = [ask(text) for text in _rows(count(ROWS), draw)]
+    questions = {asked.text for asked in domain.questions()}
+    rows = [add(row) for row in map(question, _rows(count(ROWS), draw)) if row.text not in questions]
     valid = max(1, round(VALID * len(singles)))
     plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, count(TALKS), valid)
     if scale >= ALL_ANSWERS:
