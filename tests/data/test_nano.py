@@ -216,7 +216,7 @@ def test_a_recording_has_its_level_noise_and_pauses():
 @pytest.mark.slow
 def test_conversations_change_their_subject_and_fit_the_model(tmp_path):
     """Every answer in a conversation is right, at the place where it stands."""
-    corpus.make_nano_corpus(tmp_path / "corpus", 0.01)
+    corpus.make_nano_corpus(tmp_path / "corpus", 0.006)
     lines = {
         json.loads(line)["audio"]: json.loads(line)
         for name in ("asr", "tokenizer-valid")
