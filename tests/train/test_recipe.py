@@ -194,6 +194,14 @@ def test_what_stops_beside_stops_the_recipe(tmp_path, code):
 def test_nothing_goes_on_beside_when_the_recipe_ends(tmp_path, trouble):
     kitchen = TwoLanes(tmp_path / "nano", flow=(time.sleep, 60))
     kitchen.trouble = {"split": trouble}
+    *others, split, system = kitchen.steps
+
+    def in_the_middle():
+        while "flow" not in kitchen.processes:
+            time.sleep(0.05)
+        return split.work()
+
+    kitchen.steps = [*others, replace(split, work=in_the_middle), system]
     if isinstance(trouble, int):
         assert kitchen.run() == trouble
     else:
