@@ -132,7 +132,7 @@ class Demo:
         yield {parts["talk"]: talk, parts["live"]: "", **refused, **self._busy(False)}
 
     def _busy(self, busy: bool) -> dict:
-        return {self._parts["ask"]: gr.Button(interactive=not busy), self._parts["stop"]: gr.Button(interactive=busy)}
+        return {self._parts["ask"]: gr.Button(interactive=not busy)}
 
     def _stop(self, request: gr.Request) -> None:
         self._session(request).stop()
@@ -210,7 +210,7 @@ class Demo:
                     )  # fmt: skip
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", scale=3, visible=False, elem_id="moss-ask")
-                        stop = gr.Button("Stop the answer", scale=2, interactive=False, elem_id="moss-stop")
+                        stop = gr.Button("Stop the answer", scale=2, elem_id="moss-stop")
                         clear = gr.Button("Clear", scale=1, elem_id="moss-clear")
                 with gr.Column(scale=2, min_width=260):
                     voice, own, told = self._voice_panel()
@@ -220,12 +220,12 @@ class Demo:
                             elem_id="moss-system",
                         )  # fmt: skip
                     sampling = _sampling_panel(self.system.sampling)
-            self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask, "stop": stop,
+            self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask,
                            "sampling": list(sampling)}  # fmt: skip
             asking = {
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
-                "outputs": [talk, live, recording, text, ask, stop],
+                "outputs": [talk, live, recording, text, ask],
                 "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple",
                 "show_progress": "hidden",
             }  # fmt: skip

@@ -12,6 +12,11 @@
   const now = () => performance.now() / 1000;
   let pressed = 0;
 
+  function speaks(answer) {
+    player.current = answer;
+    document.body.classList.toggle("moss-speaking", answer !== null); // the page's Stop shows it
+  }
+
   function wake(rate) {
     if (!player.context || (rate && player.context.sampleRate !== rate)) {
       if (player.context) player.context.close();
@@ -27,7 +32,7 @@
   player.stop = () => {
     const answer = player.current;
     if (!answer) return;
-    player.current = null;
+    speaks(null);
     answer.abort.abort();
     for (const source of answer.sources) source.stop();
     answer.stats.done = true;
@@ -58,7 +63,7 @@
       answer.sources.delete(source);
       if (answer.complete && !answer.sources.size) {
         answer.stats.done = true;
-        if (player.current === answer) player.current = null;
+        if (player.current === answer) speaks(null);
       }
     };
   }
@@ -68,7 +73,7 @@
     for (const other of document.querySelectorAll("audio")) other.pause();
     const stats = { pressed, opened: now(), first: null, samples: 0, gaps: 0, gapSeconds: 0, done: false };
     const answer = { abort: new AbortController(), sources: new Set(), next: 0, complete: false, stats };
-    player.current = answer;
+    speaks(answer);
     player.stats.push(stats);
     try {
       const response = await fetch(address, { signal: answer.abort.signal });
@@ -90,7 +95,10 @@
       if (error.name !== "AbortError") console.warn("moss player:", error);
     }
     answer.complete = true;
-    if (!answer.sources.size) stats.done = true;
+    if (!answer.sources.size) {
+      stats.done = true;
+      if (player.current === answer) speaks(null);
+    }
   };
 
   let last = "";
