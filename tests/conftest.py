@@ -1,13 +1,16 @@
 """Where the larger references are, for the tests that use them when they are present."""
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Most of the time goes into compiling tiny models: half of it is saved by not optimising them.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from tests.flags import QUICK
+
 os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs without the lines that they come from
+gc.set_threshold(100_000, 50, 100)  # tracing makes many small objects, few of them garbage
 # And what one process has compiled the others need not: workers inherit the first one's environment.
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 OWNER = COMPILED not in os.environ

@@ -21,12 +21,8 @@ def test_text_and_notebook_are_one(name):
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-# Every training compiled once takes minutes: that notebook runs with -m long.
-CELLS = [pytest.param(name, marks=pytest.mark.long) if "train" in name else name for name in NAMES]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name, tmp_path, monkeypatch):
     if "train" in name and shutil.which("espeak-ng") is None:
         pytest.skip("no espeak-ng")

@@ -20,6 +20,7 @@ from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_axes, param_shapes, unflatten
 from moss_jax.sharding import RULES, make_mesh, shardings_for
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY, LayerSplitModel
+from tests import flags
 
 GRID, ROWS = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
 MESHES = [
@@ -82,9 +83,7 @@ def test_an_axis_without_a_rule_is_an_error():
 @pytest.mark.slow
 def test_eight_devices_give_the_logits_gradients_and_replies_of_one():
     root = Path(__file__).resolve().parents[1]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    environment = os.environ | {"XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.split() == ["same"] * len(MESHES)

@@ -44,7 +44,7 @@ SPOKEN = ("asr", "tts", "interleaved", "chat", "chat-valid")  # manifests whose 
 WRITTEN = ("text", "text-valid")
 DECODER = {"voice": "decoder", "voice-valid": "decoder-valid"}  # data set of the speech decoder -> manifest
 VARIANTS = 3  # examples of an interleaved document, each cut at other places
-QUICK_SCALE, QUICK_LINES, QUICK_STEPS, QUICK_BATCH = 0.005, 24, 4, 4
+QUICK_SCALE, QUICK_LINES, QUICK_STEPS, QUICK_BATCH = 0.005, 12, 4, 4
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}  # the penalty is for 16,384 codes
 Report = Callable[[Path, Path, bool], None]
 

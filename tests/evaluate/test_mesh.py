@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import flags
+
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_eight_devices_score_as_one(folder):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
-    flags += " --xla_llvm_disable_expensive_passes=true"
     run = subprocess.run(
         [sys.executable, "-m", "tests.evaluate.test_mesh", str(folder)], cwd=Path(__file__).parents[2],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["equal"]

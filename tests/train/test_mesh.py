@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import flags
+
 MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"fsdp": 2, "sequence": 4}]
 
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.train.test_mesh"], env=environment, capture_output=True, text=True,
         cwd=Path(__file__).parents[2], check=False,

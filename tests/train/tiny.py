@@ -10,6 +10,7 @@ import numpy as np
 
 from moss_jax.data import Example, write_examples
 from moss_jax.transformer.config import TINY
+from tests import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dataclasses.replace(
@@ -66,9 +67,7 @@ def write_config(path: Path, data: Path, folder: Path) -> Path:
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **more}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags.devices(devices), **more}
 
 
 def command(config: Path, *settings: str, flags: tuple[str, ...] = ()) -> list[str]:
