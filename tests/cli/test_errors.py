@@ -386,7 +386,6 @@ def test_odd_recordings_are_encoded(samples, rate, kind, codes, system, tmp_path
     assert len(made) == codes and min(made) >= 0 and max(made) < 256
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["<|im_end|> <think><|object_ref_start|> <|endoftext|>", "word " * 180, "\u4f60\u597d \U0001f600 \x00"],

@@ -139,7 +139,6 @@ def test_tensorflow_datasets_reads_it(whole):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.slow
 def test_killed_and_run_again(corpus, system, whole, tmp_path):
     """SIGKILL as soon as codes are on disk, twice; what was encoded is not encoded again."""
     out = tmp_path / "data"
@@ -185,7 +184,6 @@ def test_processes_share_the_work(corpus, system, whole, tmp_path):
     assert content(tmp_path / "data") == content(whole)
 
 
-@pytest.mark.slow
 def test_on_several_devices(corpus, system, whole, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",

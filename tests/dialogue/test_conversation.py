@@ -47,7 +47,6 @@ def test_kept_caches_change_nothing(model):
     np.testing.assert_array_equal(again, conversation.rows)
 
 
-@pytest.mark.slow
 def test_turns_are_closed_as_the_template_has_it(model):
     cut = SETTINGS.replace(min_new_tokens=100, max_new_tokens=5)
     conversation, _ = answer(model, [TEXT], "speech", settings=cut)

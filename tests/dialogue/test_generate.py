@@ -134,7 +134,6 @@ def test_the_loop_equals_the_plain_way_alone_and_in_batches(params, greedy):
         assert events >= {(True, False), (False, True), (True, True), (False, False), 0, 1}
 
 
-@pytest.mark.slow
 @settings(max_examples=6, deadline=None, database=None)
 @given(cuts=st.lists(st.integers(1, 9), max_size=8), seed=st.integers(0, 10**6))
 def test_coming_up_for_air_changes_nothing(params, cuts, seed):
@@ -203,7 +202,6 @@ def test_a_second_turn_on_the_same_state_equals_one_long_prompt(params):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.slow
 def test_the_last_column_can_be_used(params):
     chosen, keys = chosen_settings(True, max_new_tokens=1000, min_new_tokens=1000), sampling.request_keys(0, 1)
     made, state = run(params, [prompt(3, 70, "speech")], chosen, keys)

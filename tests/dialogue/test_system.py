@@ -78,7 +78,6 @@ def test_text_to_text_whole_and_streamed(system):
         reply.save("x.wav")
 
 
-@pytest.mark.slow
 def test_three_turns_of_every_kind_and_a_saved_conversation(system, spoken, tmp_path):
     first = system.reply([spoken], reply="text", max_new_tokens=9)
     second = system.reply([WRITTEN], conversation=first.conversation, **SHORT)

@@ -89,7 +89,6 @@ def test_where_the_plateau_ends():
     assert rising.split() is None and "does not fall again" in rising.verdict()
 
 
-@pytest.mark.slow
 def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, capsys):
     """The embedding of code i is made that of a text id: then speech that spells the text is the text."""
     import shutil

@@ -214,7 +214,6 @@ def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command
     assert heard.read_text().split() == waves * 2
 
 
-@pytest.mark.slow
 def test_written_replies_need_no_judge(model, tmp_path):
     questions = write(tmp_path / "qa.jsonl", [{"question": "Say something.", "answers": ["x"]}] * 8)
     options = {"reply": "text", "sampling": {"greedy": False, "max_new_tokens": 9}}

@@ -244,12 +244,20 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     browser.press("#moss-ask")
     browser.wait("mossPlayer.stats.length >= 3 && mossPlayer.stats.at(-1).first", "the third sound", patience)
     browser.wait("performance.now() / 1000 > mossPlayer.stats.at(-1).first + 0.4", "some of it to be heard", 5)
+    before = browser.run("performance.now() / 1000 - mossPlayer.stats.at(-1).first")
     browser.press("#moss-stop")
     pressed = time.monotonic()
     facts = heard("stopped")
     told = answer("stopped", 4)
     made = soundfile.info(out / "answer-stopped.wav").duration
-    step("stopped", told=told, made_s=made, settled_s=round(time.monotonic() - pressed, 2), **facts)
+    step(
+        "stopped",
+        told=told,
+        made_s=made,
+        pressed_s=round(before, 3),
+        settled_s=round(time.monotonic() - pressed, 2),
+        **facts,
+    )
 
     browser.press("#moss-ask")
     browser.wait(f"({WARNING}).length", "a word about the empty question", 30)
@@ -277,7 +285,10 @@ def check(report: dict) -> list[str]:
             wrong.append(f"{name}: {missing:.2f} s of the answer were not played")
     if steps["written"]["players"] != 2:
         wrong.append("written: it was spoken too")
-    if steps["stopped"]["played_s"] > steps["stopped"]["made_s"] - 0.3 and "stopped" not in steps["stopped"]["told"]:
+    stopped = steps["stopped"]
+    if stopped["played_s"] > stopped["pressed_s"] + 0.5:
+        wrong.append("stopped: the sound went on")
+    if stopped["played_s"] > stopped["made_s"] - 0.3 and "stopped" not in stopped["told"]:
         wrong.append("stopped: the answer was made and played to its end")
     if set(steps["cleared"]["files"]) != {404}:
         wrong.append("cleared: there are files left")

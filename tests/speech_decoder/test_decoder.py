@@ -77,7 +77,6 @@ def test_one_code_without_a_voice(decoder):
     assert decoder.decode(CODES[:1], ZERO).shape == (1920,)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prompt, codes", [(7, 13), (3, 1)])
 def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
     stream = decoder.stream(voice(prompt), mode="reference")
@@ -116,7 +115,6 @@ def whole(decoder):
     return run
 
 
-@pytest.mark.slow
 def test_a_stream_gives_its_samples_early_and_compiles_once(decoder, whole, compilations):
     whole(7, 12)  # compiles everything
     compilations.clear()

@@ -72,7 +72,6 @@ def test_cached_is_the_prefix_run(flow, reference, data):
         np.testing.assert_allclose(ours[:, : 4 * max(done, 0)], early[:, : 4 * max(done, 0)], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, reference):
     voice = make_voice(TINY, 13)
     prompt = flow.prefill(voice)
@@ -154,7 +153,6 @@ def test_a_full_cache_is_narrowed_to_the_window(params, flow):
             np.testing.assert_array_equal(after.k[..., rows, :], before.k[..., old : old + frames, :])
 
 
-@pytest.mark.slow
 def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
     voice, codes = make_voice(TINY, 0), make_codes(TINY, 40)
     half = stream.CachedFlow(params, TINY, dtype="bfloat16")
@@ -171,7 +169,6 @@ def test_the_cache_has_the_bytes_that_are_claimed():
     assert bytes == 3 * stream.chunk_bytes(TINY)
 
 
-@pytest.mark.slow
 def test_temporaries_stay_small_beside_the_cache(params):
     """The cache is read in place and written in place: nothing of its size is copied."""
     flow = stream.CachedFlow(params, TINY, memory=2**40)

@@ -126,7 +126,6 @@ def test_cached_flow_gives_the_mel_of_the_reference_s_chunks(stored, flow_params
     np.testing.assert_allclose(flow_slices(ours), expected[: -(-len(ours) // 13)], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_vocoder(stored):
     mel, noise, source = vocoder_inputs()
     inputs = jax.ShapeDtypeStruct(mel.shape, jnp.float32), jax.ShapeDtypeStruct(noise.shape, jnp.float32)

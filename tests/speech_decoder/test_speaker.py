@@ -131,7 +131,6 @@ def test_config():
         replace(CAMPPLUS, dense_dilations=(1,))
 
 
-@pytest.mark.slow
 def test_golden(golden):
     checks = list(check_golden(read_golden(golden("codec/campplus"))))
     assert checks and all(check.passed for check in checks), checks

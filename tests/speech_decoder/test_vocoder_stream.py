@@ -55,7 +55,6 @@ def pieces(models, mel, sizes, seed=4):
     return waves
 
 
-@pytest.mark.slow
 def test_no_clicks_and_close_to_the_whole(models):
     mel = speech_like(176)
     config, params, run = models

@@ -47,7 +47,6 @@ def cut(x, sizes):
         place, turn = place + size, turn + 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 5])
 @settings(max_examples=8, deadline=None)
 @given(

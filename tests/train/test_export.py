@@ -74,7 +74,6 @@ def test_stage_1_changes_the_audio_branch_alone_and_its_export_answers(system, d
     assert "already there" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_adapters_are_merged_into_their_kernels_alone(system, data, tmp_path):
     stage = with_lora(SFT, Lora(rank=2, targets=("audio/layers/mlp/*/kernel",)))
     stage = replace(stage, lora=replace(stage.lora, alpha=4.0))

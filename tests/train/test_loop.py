@@ -83,7 +83,6 @@ def test_what_a_run_leaves(whole):
     assert not any("going on" in line for line in lines)
 
 
-@pytest.mark.slow
 def test_a_run_compiles_its_step_once(run, monkeypatch):
     steps = []
     make = language_model.make_step
@@ -122,7 +121,6 @@ def test_a_profile_of_some_steps(run):
     assert list(tiny.Path(run.folder, "profile").rglob("*.xplane.pb"))
 
 
-@pytest.mark.slow
 def test_what_is_not_as_it_was_is_told(run):
     train(replace(run, steps=4))
     lines = train(override(run, ["steps=8", "optimizer.learning_rate=1e-3", "data.seed=5"]))[1]
@@ -131,7 +129,6 @@ def test_what_is_not_as_it_was_is_told(run):
     assert any("belongs to other data" in line and "from step 5 on" in line for line in lines)
 
 
-@pytest.mark.slow
 def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
     def notice(line):
         if line.startswith("step 4/"):
@@ -148,7 +145,6 @@ def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
     same(entries(run, "evaluations.jsonl"), entries(whole[0], "evaluations.jsonl"))
 
 
-@pytest.mark.slow
 def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("the machine went away")
@@ -170,7 +166,6 @@ def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, mo
     assert train(run)[1][-1].startswith("tiny: done after 12 steps")  # nothing is left to do
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole):
     train(run)
     files = sorted(
@@ -204,7 +199,6 @@ def test_the_guard_stops_a_run(run, monkeypatch, guard, last):
     assert entries(run)[-1]["step"] == last
 
 
-@pytest.mark.slow
 def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
     run = replace(run, stage=STAGE_1, frozen_dtype="bfloat16", export_dtype="float32")
     kept = {}
@@ -253,7 +247,6 @@ def test_bad_input_is_one_line_and_nothing_is_lost(whole, settings, says):
     assert entries(run) == before and Checkpoints(f"{run.folder}/checkpoints").newest_whole() == 12
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
     import orbax.checkpoint as ocp
 

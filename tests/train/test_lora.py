@@ -19,7 +19,6 @@ STAGE = with_lora(STAGE_2, LORA, ("audio/head/*",))
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, total_steps=10)
 
 
-@pytest.mark.slow
 def test_adapters_train_and_merge():
     base, batch = random_params(), random_batch()
     trainable, frozen = split_params(random_params(), STAGE)  # the step takes what trains

@@ -197,7 +197,8 @@ def test_nothing_goes_on_beside_when_the_recipe_ends(tmp_path, trouble):
     *others, split, system = kitchen.steps
 
     def in_the_middle():
-        while "flow" not in kitchen.processes:
+        end = time.monotonic() + 60
+        while "flow" not in kitchen.processes and time.monotonic() < end:
             time.sleep(0.05)
         return split.work()
 

@@ -39,7 +39,6 @@ def full():
     return gradients_of(STAGE_2)
 
 
-@pytest.mark.slow
 def test_many_steps_of_stage_1_leave_every_frozen_byte():
     trainable, frozen = split_params(random_params(), STAGE_1, frozen_dtype="bfloat16")
     before = {path: np.asarray(value).tobytes() for path, value in frozen.items()}
@@ -67,7 +66,6 @@ def test_a_stage_has_its_part_of_the_whole_gradient(full, stage):
     close(grads, upper)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_no_gradient(full, accumulate):
     metrics, grads = gradients_of(STAGE_2, accumulate=accumulate)
@@ -131,7 +129,6 @@ def test_layers_one_by_one_give_the_gradients_of_the_scan(full):
     close(full[1], grads)
 
 
-@pytest.mark.slow
 def test_losses_of_one_channel_train_its_own_branch_only(full):
     _, text = gradients_of(replace(STAGE_2, audio_weight=0.0))
     assert not any(text[path].any() for path in text if path.startswith(("audio/layers", "audio/norm", "audio/head")))
@@ -151,7 +148,6 @@ def test_metrics_say_what_was_trained_on(full):
     close(evaluated, {key: metrics[key] for key in evaluated})
 
 
-@pytest.mark.slow
 def test_a_step_that_is_not_accepted_changes_nothing():
     trainable, frozen = split_params(random_params(), STAGE_1)
     step, state = make_step(SMALL, STAGE_1, OPTIMIZER, sources=2), init_state(trainable, OPTIMIZER)
@@ -181,7 +177,6 @@ def test_a_plain_qwen3_trains_on_text():
     assert last["loss"] < first["loss"] and "audio_loss" not in last
 
 
-@pytest.mark.slow
 def test_frozen_weights_cost_no_gradient_and_no_moments():
     """By the compiler's own account, at a size where weights are what takes memory."""
     config = replace(SMALL, hidden_size=256, intermediate_size=1024, num_shared_layers=6, remat="full")

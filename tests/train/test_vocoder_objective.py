@@ -81,7 +81,6 @@ def test_stft_loss_is_torch_s(waves):
     assert np.abs(gradient[1]).max() < 10 * np.abs(gradient[0]).max()
 
 
-@pytest.mark.slow
 def test_the_mel_is_that_of_the_features_and_librosa_s(waves):
     ours = spectral.log_mel(jnp.asarray(waves[0]), MEL_24K)
     np.testing.assert_allclose(ours, mel_24k(jnp.asarray(waves[0])), atol=2e-4)

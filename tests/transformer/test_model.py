@@ -70,7 +70,6 @@ def cached_step(model, params, grid, positions, caches, index, valid):
     return logits, caches
 
 
-@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -159,7 +158,6 @@ def test_depth_does_not_grow_the_program(params):
     assert abs(size(30) - size(3)) < 200  # some more digits in shapes, no more equations
 
 
-@pytest.mark.slow
 def test_remat_changes_no_gradient():
     config = replace(TINY, num_shared_layers=2, num_modality_layers=1, audio_vocab_size=0)
     params = random_params(config)

@@ -174,6 +174,7 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
         else:
             documents.append(answer(" ".join(fact.answer for fact in facts)))
     extras = [answer(text) for text in _other_sentences(count(EXTRAS), draw)]
+    # A row that is a question is left out after its draw: nothing else of the plan depends on it.
     questions = {asked.text for asked in domain.questions()}
     rows = [add(row) for row in map(question, _rows(count(ROWS), draw)) if row.text not in questions]
     valid = max(1, round(VALID * len(singles)))

@@ -17,6 +17,12 @@
     document.body.classList.toggle("moss-speaking", answer !== null); // the page's Stop shows it
   }
 
+  function ended(answer) {
+    if (!answer.complete || answer.sources.size) return;
+    answer.stats.done = true;
+    if (player.current === answer) speaks(null);
+  }
+
   function wake(rate) {
     if (!player.context || (rate && player.context.sampleRate !== rate)) {
       if (player.context) player.context.close();
@@ -61,10 +67,7 @@
     answer.sources.add(source);
     source.onended = () => {
       answer.sources.delete(source);
-      if (answer.complete && !answer.sources.size) {
-        answer.stats.done = true;
-        if (player.current === answer) speaks(null);
-      }
+      ended(answer);
     };
   }
 
@@ -95,10 +98,7 @@
       if (error.name !== "AbortError") console.warn("moss player:", error);
     }
     answer.complete = true;
-    if (!answer.sources.size) {
-      stats.done = true;
-      if (player.current === answer) speaks(null);
-    }
+    ended(answer);
   };
 
   let last = "";
