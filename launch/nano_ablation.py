@@ -9,10 +9,10 @@ From the same text model, on the same examples and for as many updates:
     NF           the same data in the same order, but nothing is ever frozen
     NF-NoSplit   nor is there a split: one stack of layers, both heads on top of it
 
-and then the same SFT each. Of every run: text kept (questions in writing, reserved phrasings, continued word for word
-after pre-training, as the text model was taught them), and answers right after SFT, written and spoken. Everything
-lands in nano/ablation; the same command goes on where it was. Prints the table; nano/ablation/similarity.png shows the
-layers of the three.
+and then the same SFT each. Of every run: text kept after stage 1 and after stage 2 (questions in writing, reserved
+phrasings, continued word for word, as the text model was taught them), and answers right after SFT, written and
+spoken. Everything lands in nano/ablation; the same command goes on where it was. Prints the table;
+nano/ablation/similarity.png shows the layers of the three.
 """
 
 import argparse
@@ -44,7 +44,9 @@ from moss_jax.transformer import LayerSplitModel
 
 PLACE = FOLDER / "ablation"
 ARMS = ("FP", "NF", "NF-NoSplit")
-COLUMNS = {"text": "text kept", "tt": "T->T", "st": "S->T", "ss": "S->S"}
+TEXT = {"stage1": "text kept, stage 1", "stage2": "text kept, stage 2"}
+WAYS = {"tt": "T->T", "st": "S->T", "ss": "S->S"}
+COLUMNS = TEXT | WAYS
 TEXT_SETS = ("phrasings",)  # items whose questions are continued in writing
 SENTENCES = 40  # of the similarity
 Result = dict[str, tuple[int, int]]  # column -> (right, of)
@@ -97,10 +99,9 @@ def answers(system: Path, folder: Path, limit: int) -> Result:
     from moss_jax.evaluate.model import Model
     from moss_jax.evaluate.nano import report
 
-    ways = tuple(way for way in COLUMNS if way != "text")
-    report.run(Model(system, batch_size=32), folder, sets=("voices",), ways=ways, limit=limit, replies_only=True)
+    report.run(Model(system, batch_size=32), folder, sets=("voices",), ways=tuple(WAYS), limit=limit, replies_only=True)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = {way: [r["right"] for r in records if r.get("part") == way and r["group"] == "voices"] for way in ways}
+    found = {way: [r["right"] for r in records if r.get("part") == way and r["group"] == "voices"] for way in WAYS}
     return {way: (sum(right), len(right)) for way, right in found.items()}
 
 
@@ -112,9 +113,9 @@ def table(before: tuple[int, int], results: Mapping[str, Sequence[Result]]) -> s
     }
     lines = [
         f"| training | seeds | {' | '.join(f'{told} %' for told in COLUMNS.values())} |",
-        "|---|---:|" + "---:|" * 4,
+        "|---|---:|" + "---:|" * len(COLUMNS),
     ]
-    lines.append(f"| the text model, before | - | {100 * before[0] / before[1]:.1f} | - | - | - |")
+    lines.append(f"| the text model, before | - | {100 * before[0] / before[1]:.1f} |{' - |' * (len(COLUMNS) - 1)}")
     for arm, columns in percent.items():
         cells = [_spread(values) for values in columns.values()]
         lines.append(f"| {arm} | {len(results[arm])} | {' | '.join(cells)} |")
@@ -151,7 +152,8 @@ class Arm:
             jax.clear_caches()
             if code := train(run, say):
                 return code
-        result = {"text": text_kept(newest_export(runs[-2].folder), args.items)}
+        pretrained = zip(TEXT, runs, strict=False)
+        result = {stage: text_kept(newest_export(run.folder), args.items) for stage, run in pretrained}
         if not args.no_answers:
             if not (place / "system").is_dir():
                 decoder = newest_export(FOLDER / "runs" / "vocoder")

@@ -82,23 +82,24 @@ def test_arms_make_as_many_updates():
 
 
 def test_table_of_made_up_results():
-    one = {"text": (90, 100), "tt": (50, 100), "st": (40, 100), "ss": (30, 100)}
+    one = {"stage1": (99, 100), "stage2": (90, 100), "tt": (50, 100), "st": (40, 100), "ss": (30, 100)}
     results = {
-        "FP": [one, one | {"text": (94, 100)}, one | {"text": (92, 100)}],
-        "NF": [one | {"text": (60, 100)}] * 3,
-        "NF-NoSplit": [{"text": (91, 100)}, {"text": (95, 100)}, {"text": (90, 100)}],
+        "FP": [one, one | {"stage2": (94, 100)}, one | {"stage2": (92, 100)}],
+        "NF": [one | {"stage1": (20, 100), "stage2": (60, 100)}] * 3,
+        "NF-NoSplit": [{"stage2": (91, 100)}, {"stage2": (95, 100)}, {"stage2": (90, 100)}],
     }
     lines = ABLATION["table"]((99, 100), results).splitlines()
     assert lines[:6] == [
-        "| training | seeds | text kept % | T->T % | S->T % | S->S % |",
-        "|---|---:|---:|---:|---:|---:|",
-        "| the text model, before | - | 99.0 | - | - | - |",
-        "| FP | 3 | 92.0 ± 2.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 |",
-        "| NF | 3 | 60.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 |",
-        "| NF-NoSplit | 3 | 92.0 ± 2.6 | - | - | - |",
+        "| training | seeds | text kept, stage 1 % | text kept, stage 2 % | T->T % | S->T % | S->S % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| the text model, before | - | 99.0 | - | - | - | - |",
+        "| FP | 3 | 99.0 ± 0.0 | 92.0 ± 2.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 |",
+        "| NF | 3 | 20.0 ± 0.0 | 60.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 |",
+        "| NF-NoSplit | 3 | - | 92.0 ± 2.6 | - | - | - |",
     ]
-    assert "FP - NF, text kept: +32.0 points, beyond the larger spread over seeds (2.0)" in lines
-    assert "FP - NF-NoSplit, text kept: +0.0 points, within the larger spread over seeds (2.6)" in lines
+    assert "FP - NF, text kept, stage 1: +79.0 points, beyond the larger spread over seeds (0.0)" in lines
+    assert "FP - NF, text kept, stage 2: +32.0 points, beyond the larger spread over seeds (2.0)" in lines
+    assert "FP - NF-NoSplit, text kept, stage 2: +0.0 points, within the larger spread over seeds (2.6)" in lines
 
 
 @pytest.mark.long
