@@ -12,7 +12,7 @@ From the same text model, on the same examples and for as many updates:
 and then the same SFT each. Of every run: text kept after stage 1 and after stage 2 (questions in writing, reserved
 phrasings, continued word for word, as the text model was taught them), and answers right after SFT, written and
 spoken. Everything lands in nano/ablation; the same command goes on where it was. Prints the table;
-nano/ablation/similarity.png shows the layers of the three.
+nano/ablation/similarity/ has the layers of the three side by side.
 """
 
 import argparse
