@@ -152,8 +152,7 @@ class Arm:
             jax.clear_caches()
             if code := train(run, say):
                 return code
-        pretrained = zip(TEXT, runs, strict=False)
-        result = {stage: text_kept(newest_export(run.folder), args.items) for stage, run in pretrained}
+        result = {stage: text_kept(newest_export(place / stage), args.items) for stage in TEXT}
         if not args.no_answers:
             if not (place / "system").is_dir():
                 decoder = newest_export(FOLDER / "runs" / "vocoder")
