@@ -37,6 +37,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12",
         "einops>=0.8",
+        "filelock>=3.12",
         "numpy>=1.26",
         "safetensors>=0.5",
         "soundfile>=0.12",

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "audio", "nn", "checkpoint", "sharding"}
+GROUND = {"errors", "files", "audio", "nn", "checkpoint", "sharding"}
 MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
-    "audio": {"errors"},
+    "files": {"errors"},
+    "audio": {"errors", "files"},
     "nn": {"errors"},
-    "checkpoint": {"errors", "nn", "sharding"},
+    "checkpoint": {"errors", "files", "nn", "sharding"},
     "sharding": {"errors", "nn"},
     **{model: GROUND for model in sorted(MODELS)},
     "dialogue": GROUND | MODELS,

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from moss_jax.checkpoint.atomic import atomic_file
 from moss_jax.checkpoint.safetensors import SHARD_BYTES, FileWriter, TensorReader, TensorWriter, open_tensors
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_file
 from moss_jax.nn.tree import flatten, unflatten
 
 

@@ -43,7 +43,7 @@ def export_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise MossError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MossError(f"{output}: already there; remove it or choose another folder")
+        raise MossError(f"{output}: already exists; remove it or choose another folder")
     task, state = restored(folder, step, say)
     task.export(state, output, dtype)
 

@@ -205,7 +205,7 @@ def test_verbs(tmp_path, capsys):
     assert main(["init-random", folder]) == 0
     assert capsys.readouterr() == (folder + "\n", "")
     assert main(["init-random", folder]) == 2
-    assert "already there" in capsys.readouterr().err.splitlines()[0]
+    assert "already exists" in capsys.readouterr().err.splitlines()[0]
     assert main(["init-random", folder + "2", "--size", "9b"]) == 2
     assert capsys.readouterr().err == "moss-jax init-random: size '9b': unknown, there are tiny, 0.6b, 8b\n"
     assert main(["info", folder]) == 0

@@ -23,7 +23,7 @@ def test_what_is_written_comes_back_in_order(tmp_path):
     for i, example in enumerate(examples):
         assert data[i].name == example.name and data.lengths[i] == len(example.grid)
         assert (data[i].grid == example.grid).all() and (data[i].loss_weights == example.loss_weights).all()
-    with pytest.raises(MossError, match="already there"):
+    with pytest.raises(MossError, match="already exists"):
         write_examples(tmp_path / "data", examples, TINY)
 
 

@@ -71,7 +71,7 @@ def test_stage_1_changes_the_audio_branch_alone_and_its_export_answers(system, d
     assert main(["export", str(tmp_path / "run"), "--step", "2", "-o", str(tmp_path / "by_verb")]) == 0
     assert not differing(export, tmp_path / "by_verb")
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "by_verb")]) == 2
-    assert "already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_adapters_are_merged_into_their_kernels_alone(system, data, tmp_path):

@@ -1,0 +1,127 @@
+"""Files and folders that are written whole or not at all, and the lock that keeps a folder to one writer.
+
+A temporary file or folder is created next to its destination and renamed when it is complete.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from moss_jax.errors import MossError
+
+LOCK = ".lock"  # file name of a folder's lock; it stays behind, empty and unlocked
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name in the same folder; when the block succeeds, the file there replaces `path`.
+
+    Raises:
+        MossError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    with _readable_errors(path):
+        if path.is_dir():
+            raise MossError(f"{path}: is a folder, a file name is needed")
+        part = _temporary_name(path)
+        # Created with the mode of an ordinary file: the process's umask applies, and nobody has to read it, which
+        # would set it for a moment.
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        with _readable_errors(path):
+            yield part
+            _sync(part)
+            os.replace(part, path)
+            _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder next to `path`; when the block succeeds, it becomes `path`.
+
+    Raises:
+        MossError: `path` already exists and is not empty, or cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    with _readable_errors(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise MossError(f"{path}: already exists; remove it or choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = _temporary_name(path)
+        part.mkdir()
+    try:
+        with _readable_errors(path):
+            yield part
+            os.replace(part, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of `folder` while the block runs; the folder is created if it does not exist.
+
+    The operating system releases the lock when the process ends, however it ends.
+
+    Args:
+        wait: wait until the other process has finished, instead of failing at once.
+
+    Raises:
+        MossError: another process holds the lock, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    with _readable_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise MossError(
+                f"{folder}: another process is writing to this folder; wait for it to finish or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _temporary_name(path: Path) -> Path:
+    # The name is cut so that a long file name does not make the temporary one too long for the file system.
+    return path.parent / f".{path.name[:64]}.{secrets.token_hex(4)}.part"
+
+
+@contextlib.contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not _below(error.filename, path.parent):
+            raise  # about some other file
+        reason = error.strerror or str(error)
+        raise MossError(f"{path}: cannot be written ({reason}); choose a place that exists and is writable") from error
+
+
+def _below(path: str | Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
