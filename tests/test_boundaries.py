@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "files", "audio", "nn", "checkpoint", "sharding"}
+GROUND = {"errors", "documents", "files", "audio", "nn", "checkpoint", "sharding"}
 MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
+    "documents": {"errors"},
     "files": {"errors"},
     "audio": {"errors", "files"},
-    "nn": {"errors"},
-    "checkpoint": {"errors", "files", "nn", "sharding"},
+    "nn": {"errors", "documents"},
+    "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
     "sharding": {"errors", "nn"},
     **{model: GROUND for model in sorted(MODELS)},
     "dialogue": GROUND | MODELS,

@@ -28,8 +28,8 @@ from moss_jax.data.manifest import Document, Manifest, Member, bad_lines
 from moss_jax.data.tokenize import READERS, load_sound
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig

@@ -24,8 +24,8 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.data.formats import Example
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.transformer import TransformerConfig
 
 FORMAT = "moss-jax-examples-1"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import write_text
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.train.lane import Lane
 from moss_jax.train.metrics import duration
 

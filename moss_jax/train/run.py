@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jax.sharding import Mesh
 
 from moss_jax.data import Mixture
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.nn.config import read_config, write_config
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import Stage
 from moss_jax.transformer import TransformerConfig
