@@ -244,8 +244,8 @@ def plain_name(value: Any) -> str:
     return name
 
 
-def check_encodable(text: str) -> None:
-    """Raises MossError, without a place in its message, for text that UTF-8 cannot express.
+def check_encodable(text: str, what: str) -> None:
+    """Raises MossError for text that UTF-8 cannot express; `what` it is opens the message.
 
     Such text comes from JSON escapes of half a UTF-16 pair, and from command lines that are not UTF-8.
     """
@@ -253,8 +253,8 @@ def check_encodable(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MossError(
-            f"is not proper text at character {error.start} (a lone surrogate, from bytes that are not UTF-8 or half a "
-            "UTF-16 pair), expected UTF-8"
+            f"{what} is not proper text at character {error.start} (a lone surrogate, from bytes that are not UTF-8 or "
+            "half a UTF-16 pair), expected UTF-8"
         ) from error
 
 
@@ -308,8 +308,7 @@ def _check_strings(value: Any) -> None:
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            with located(f"the string {shown(value)}"):
-                check_encodable(value)
+            check_encodable(value, f"the string {shown(value)}")
         else:
             stack += _children(value)
 

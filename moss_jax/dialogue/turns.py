@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jax.documents import check_encodable, located, shown
+from moss_jax.documents import check_encodable, shown
 from moss_jax.errors import MossError
 
 ROLES = ("system", "user", "assistant")
@@ -39,8 +39,7 @@ class Turn:
         if self.text is not None and not isinstance(self.text, str):
             raise MossError(f"turn of {self.role}: text is {type(self.text).__name__}, expected a string")
         if self.text is not None:
-            with located(f"turn of {self.role}: text"):
-                check_encodable(self.text)
+            check_encodable(self.text, f"turn of {self.role}: text")
         if isinstance(self.audio, np.ndarray) and not self.sample_rate:
             raise MossError(f"turn of {self.role}: audio is an array without a sample_rate in Hz")
         if self.audio is not None and not isinstance(self.audio, (str, Path, np.ndarray)):
