@@ -234,7 +234,7 @@ def test_names_codes_and_text():
             code_list(bad)
         one_line(caught.value)
     assert code_list([0, -1]) == [0, -1]
-    with pytest.raises(MossError, match="^it is not proper text at character 3"):
+    with pytest.raises(MossError, match=r"^it is not proper text at character 3"):
         check_encodable("caf\udce9", "it")
     check_encodable("café \U0001f600", "it")
     assert text_of(os.fsdecode(b"caf\xe9.wav")) == "caf\ufffd.wav"
