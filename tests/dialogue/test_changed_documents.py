@@ -18,7 +18,7 @@ from moss_jax.speech_tokenizer import config as speech_tokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
 from moss_jax.transformer import TransformerConfig, model_shapes
 from moss_jax.transformer import config as transformer
-from tests.checkpoint.test_header_fuzz import changed
+from tests.checkpoint.test_changed_headers import changed
 
 LINES = [
     {"id": "a", "text": "Hello"},
@@ -28,7 +28,7 @@ LINES = [
 ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_a_changed_line(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"

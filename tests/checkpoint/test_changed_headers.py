@@ -30,7 +30,7 @@ def changed(data, value):
     return copy
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_a_changed_header(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "changed.safetensors"
@@ -47,7 +47,7 @@ def test_a_changed_header(tmp_path_factory, data):
         assert "changed.safetensors" in str(error).splitlines()[0]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_a_changed_index(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "index"
@@ -57,6 +57,8 @@ def test_a_changed_index(tmp_path_factory, data):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps(changed(data, index)))
     try:
-        assert open_tensors(path).read("a").shape == (3,)
+        reader = open_tensors(path)
+        for name in reader.tensors:
+            assert reader.read(name).shape == (3,)
     except MossError as error:
         assert str(folder) in str(error).splitlines()[0]
