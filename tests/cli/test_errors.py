@@ -27,13 +27,6 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")  # as it arrives from the command line
 LONG = "x" * 300  # more than a file's name can have
 
 
-@pytest.fixture(scope="session")
-def system(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("errors") / "system"
-    assert main(["init-random", str(folder)]) == 0
-    return folder
-
-
 class Workshop:
     """An empty folder, where a case makes the files that it needs."""
 

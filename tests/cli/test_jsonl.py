@@ -5,7 +5,6 @@ import json
 import pytest
 
 from moss_jax.cli import main
-from tests.cli.test_errors import system  # noqa: F401, the session's tiny system
 
 BOM = b"\xef\xbb\xbf"
 SEPARATORS = "one\u2028two\u2029three\x85four"  # what str.splitlines takes for line ends
@@ -28,25 +27,25 @@ def write(tmp_path, monkeypatch):
     return written
 
 
-def test_chat(system, write, capfd):  # noqa: F811
+def test_chat(system, write, capfd):
     path = write("q.jsonl", {"text": SEPARATORS, "id": "a"}, {"codes": [1, 2]})
     assert main(["chat", "--jsonl", path, "--model", str(system), "--reply", "text", "--max-new-tokens", "3"]) == 0
     assert [json.loads(line)["id"] for line in capfd.readouterr().out.split("\n") if line] == ["a", "00003"]
 
 
-def test_decode(system, write, tmp_path):  # noqa: F811
+def test_decode(system, write, tmp_path):
     path = write("c.jsonl", {"codes": [1, 2], "path": "x\u2028.wav"}, {"codes": [3]})
     assert main(["decode", path, "--model", str(system), "-o", "out"]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1-x\u2028.wav", "2-3.wav"]
 
 
-def test_tokenize(system, write, tmp_path):  # noqa: F811
+def test_tokenize(system, write, tmp_path):
     path = write("m.jsonl", {"text": SEPARATORS}, {"text": "b"})
     assert main(["tokenize", path, "--model", str(system), "--format", "text", "-o", "data"]) == 0
     assert (tmp_path / "data").is_dir()
 
 
-def test_encode_manifests(system, write, tmp_path):  # noqa: F811
+def test_encode_manifests(system, write, tmp_path):
     path = write("m.jsonl", {"text": SEPARATORS, "codes": [1]}, {"codes": [2]})
     assert main(["encode", "--manifests", path, "--model", str(system), "-o", "coded"]) == 0
     coded = (tmp_path / "coded" / "m.jsonl").read_bytes().split(b"\n")
