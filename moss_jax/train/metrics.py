@@ -189,7 +189,8 @@ def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             entry = parse_object(line)
         except MossError:
             continue
-        if type(entry.get("step")) is int:
+        step = entry.get("step")
+        if type(step) is int and 0 <= step < 2**63:
             yield line + b"\n", entry
 
 
