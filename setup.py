@@ -39,6 +39,7 @@ setup(
         "einops>=0.8",
         "filelock>=3.12",
         "numpy>=1.26",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "soundfile>=0.12",
         "tokenizers>=0.20",

@@ -65,6 +65,27 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file; False for a name that no file can have (too long, half a character, a NUL in it)."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; False for a name that no folder can have (too long, half a character, a NUL in it)."""
+    return os.path.isdir(path)
+
+
+def check_name(path: str | Path) -> None:
+    """Raises MossError for a path that no file can have, so that long work does not end with an error about it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise MossError(f"{path}: cannot be written ({reason})") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with atomic_file(path) as part:

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "files", "audio", "nn", "checkpoint", "sharding"}
+GROUND = {"errors", "documents", "files", "audio", "nn", "checkpoint", "sharding"}
 MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
+    "documents": {"errors"},
     "files": {"errors"},
     "audio": {"errors", "files"},
-    "nn": {"errors"},
-    "checkpoint": {"errors", "files", "nn", "sharding"},
+    "nn": {"errors", "documents"},
+    "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
     "sharding": {"errors", "nn"},
     **{model: GROUND for model in sorted(MODELS)},
     "dialogue": GROUND | MODELS,
@@ -56,3 +57,18 @@ def test_every_room_has_a_rule():
 def test_import_is_light():
     code = "import sys, moss_jax; print(sorted({'jax', 'flax', 'librosa', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# These parse what the package itself has just written: a copy of a config, a library's or a child process's answer.
+OWN_JSON = {"nn/config.py", "evaluate/results.py", "data/tokenize.py", "dialogue/byte_level.py", "tools/compile.py"}
+
+
+def test_documents_are_read_in_one_place():
+    """Limits, byte-order marks and messages are the business of `documents.py` alone."""
+    parsers = ("json.loads(", "json.load(", "yaml.load(", "yaml.safe_load(", 'read_text(encoding="utf-8").splitlines')
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(parser in path.read_text(encoding="utf-8") for parser in parsers)
+    }
+    assert found - OWN_JSON == {"documents.py"}

@@ -16,8 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moss_jax.documents import located, parse_object, read_json, short, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
+from moss_jax.files import is_file, is_folder
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -28,6 +29,8 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
+MAX_RANK = 32  # dimensions of an array in numpy
+MAX_ELEMENTS = 2**59  # dimensions of size 0 not counted; numpy refuses more bytes than 2**63
 SHARD_BYTES = 5_000_000_000
 
 
@@ -82,7 +85,7 @@ def open_tensors(path: str | Path) -> TensorReader:
         MossError: nothing there, a shard is missing, a file is cut short or damaged, the index and the shards disagree.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         path = _find(path)
     if path.name.endswith(".index.json"):
         return _open_index(path)
@@ -105,19 +108,19 @@ def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, TensorInfo]
         raise MossError(f"{path}: no such file") from None
     except OSError as error:
         raise MossError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        header = json.loads(text)
+    except MossError:
+        raise
     except ValueError as error:
-        raise MossError(f"{path}: its safetensors header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise MossError(f"{path}: its safetensors header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+        raise MossError(f"{path}: is not a name that a file can have ({error})") from error
+    with located(f"{path}: its safetensors header"):
+        header = parse_object(text)
+    metadata = _string_map(header.pop("__metadata__", {}), f"{path}: __metadata__ in its safetensors header")
     spans = {name: _info(path, 8 + length, name, entry) for name, entry in header.items()}
     end = 8 + length
     for name, info in sorted(spans.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != end:
             what = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
-            raise MossError(f"{path}: damaged header, tensor {name!r} {what}")
+            raise MossError(f"{path}: damaged header, tensor {shown(name)} {what}")
         end = info.start + info.nbytes
     if end != size:
         what = "cut short" if size < end else "longer than its header says"
@@ -246,7 +249,7 @@ def _shards(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -
 
 def _find(folder: Path) -> Path:
     for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return folder / name
     found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
@@ -257,41 +260,55 @@ def _find(folder: Path) -> Path:
 
 def _open_index(path: Path) -> TensorReader:
     index = read_json(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise MossError(f"{path}: no 'weight_map' from tensor names to file names")
+    weight_map = _string_map(index.get("weight_map"), f"{path}: its weight_map, which maps tensor names to file names,")
+    metadata = index.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise MossError(f"{path}: its metadata is {shown(metadata)}, expected an object")
     files = sorted(set(weight_map.values()))
-    if outside := [name for name in files if Path(name).name != name]:
+    if outside := [short(name) for name in files if Path(name).name != name]:
         raise MossError(f"{path}: names files outside its folder: {', '.join(outside)}")
-    if missing := [name for name in files if not (path.parent / name).is_file()]:
+    if missing := [short(name) for name in files if not is_file(path.parent / name)]:
         raise MossError(f"{path.parent}: {_count(missing, 'shard')} missing: {', '.join(missing)}")
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         for key, info in read_header(path.parent / name)[1].items():
             if weight_map.get(key) != name:
-                where = f"in {weight_map[key]}" if key in weight_map else "nowhere"
-                raise MossError(f"{path.parent / name}: holds {key!r}, which the index {path.name} puts {where}")
+                where = f"in {short(weight_map[key])}" if key in weight_map else "nowhere"
+                raise MossError(f"{path.parent / name}: holds {shown(key)}, which the index {path.name} puts {where}")
             tensors[key] = info
     if lost := [f"{key} ({file})" for key, file in weight_map.items() if key not in tensors]:
         raise MossError("\n  ".join([f"{path}: {_count(lost, 'tensor')} not in the shard that it names", *lost]))
-    return TensorReader(path, {key: tensors[key] for key in weight_map}, index.get("metadata") or {})
+    return TensorReader(path, {key: tensors[key] for key in weight_map}, metadata)
 
 
 def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
-    try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = [*shape, start, end]
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise MossError(f"{path}: damaged header, {name!r} has no proper dtype, shape and data_offsets") from None
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    shape = fields.get("shape")
+    offsets = fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise MossError(f"{path}: damaged header, {shown(name)} has no proper dtype, shape and data_offsets")
     if dtype not in DTYPES:
-        raise MossError(f"{path}: tensor {name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-    info = TensorInfo(path, shape, DTYPES[dtype], base + start)
+        raise MossError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
+    start, end = offsets
+    info = TensorInfo(path, tuple(shape), DTYPES[dtype], base + start)
     if info.nbytes != end - start:
-        needs = f"{list(shape)} {dtype} needs {info.nbytes} bytes, has {end - start}"
-        raise MossError(f"{path}: damaged header, tensor {name!r} {needs}")
+        needs = f"{shown(shape)} {dtype} needs {shown(info.nbytes)} bytes, has {end - start}"
+        raise MossError(f"{path}: damaged header, tensor {shown(name)} {needs}")
     return info
+
+
+def _sizes(value: Any) -> bool:
+    """Whether this is a list of whole numbers that numpy takes for a shape."""
+    if not isinstance(value, list) or len(value) > MAX_RANK or not all(type(n) is int and n >= 0 for n in value):
+        return False
+    return math.prod(n for n in value if n) < MAX_ELEMENTS
+
+
+def _string_map(value: Any, what: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise MossError(f"{what} is not an object of strings")
+    return value
 
 
 def _count(items: Iterable[Any], noun: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from moss_jax.cli.system_arguments import add_system_arguments, progress, say, system_folder
 from moss_jax.errors import MossError
+from moss_jax.files import check_name, is_folder
 
 
 def add_arguments(parser):
@@ -157,10 +158,11 @@ def _check_out(args) -> None:
         return
     if args.reply == "speech" and out.suffix.lower() not in (".wav", ".flac"):
         raise MossError(f"{out}: cannot write {out.suffix or 'a file without an ending'}, expected .wav or .flac")
-    if not out.parent.is_dir():
+    if not is_folder(out.parent):
         raise MossError(f"{out}: there is no folder {out.parent}, expected a place that exists")
-    if out.is_dir():
+    if is_folder(out):
         raise MossError(f"{out}: is a folder, expected a file name")
+    check_name(out)
     if not os.access(out.parent, os.W_OK):
         raise MossError(f"{out}: the folder {out.parent} is not writable, expected a place that is")
 

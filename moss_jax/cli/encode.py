@@ -15,6 +15,7 @@ import json
 import sys
 
 from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.documents import text_of
 from moss_jax.errors import MossError
 
 FILES = 32  # read and encoded at a time
@@ -56,7 +57,8 @@ def run(args) -> int:
             waves = [resample(*load_audio(path), rate) for path in paths]
             for path, wave, codes in zip(paths, waves, speech_tokenizer.encode(waves), strict=True):
                 done += len(wave) / rate
-                yield json.dumps({"path": path, "seconds": round(len(wave) / rate, 3), "codes": codes.tolist()}) + "\n"
+                seconds = round(len(wave) / rate, 3)
+                yield json.dumps({"path": text_of(path), "seconds": seconds, "codes": codes.tolist()}) + "\n"
             count = min(start + FILES, len(args.audio))
             say(f"{count} of {len(args.audio)} recordings, {done:.1f} s of sound")
 

@@ -6,8 +6,7 @@ One row for each output that a file declares final. Exit code 0: all within tole
 was compared; 2: a file cannot be read.
 """
 
-import sys
-
+from moss_jax.cli.system_arguments import say
 from moss_jax.errors import MossError
 
 
@@ -28,7 +27,7 @@ def run(args) -> int:
         try:
             golden = read_golden(file)
         except MossError as error:
-            print(f"moss-jax parity: {error}", file=sys.stderr)
+            say(f"moss-jax parity: {error}")
             unreadable = True
             continue
         for check in check_golden(golden):

@@ -1,5 +1,6 @@
 """The --model and --codec of every verb that needs a system, and where conversions are kept."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def cache_folder() -> Path:
 
 def say(line: str) -> None:
     """Everything that is no result goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full or closed stderr does not stop the work
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress(line: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
 from moss_jax.errors import MossError
+from moss_jax.files import check_name, is_folder
 
 
 def add_arguments(parser):
@@ -26,8 +27,10 @@ def run(args) -> int:
         raise MossError("where to: expected -o VOICE.safetensors, or --name NAME to store it in the system")
     if args.default and args.name is None:
         raise MossError("--default: only a stored voice can be the default, give --name too")
-    if args.out is not None and not Path(args.out).parent.is_dir():
-        raise MossError(f"{args.out}: there is no folder {Path(args.out).parent}, expected a place that exists")
+    if args.out is not None:
+        if not is_folder(Path(args.out).parent):
+            raise MossError(f"{args.out}: there is no folder {Path(args.out).parent}, expected a place that exists")
+        check_name(args.out)
     from moss_jax.dialogue.system import System
     from moss_jax.dialogue.voice import save_voice
 

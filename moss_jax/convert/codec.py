@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.convert.codec_config import flow_config, released_tokenizer_config, released_yaml, vocoder_config
+from moss_jax.convert.codec_config import (
+    ReleasedYaml,
+    flow_config,
+    read_released_yaml,
+    released_tokenizer_config,
+    released_yaml,
+    vocoder_config,
+)
 from moss_jax.convert.files import carry_files, need_folder, tell_unknown, write_json
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.onnx_write import write_speaker_graph
@@ -26,9 +33,10 @@ from moss_jax.convert.tables import speaker as speaker_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch, write_torch
-from moss_jax.convert.yaml_values import yaml_values
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.files import is_file
+from moss_jax.nn.config import read_config, write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
@@ -92,7 +100,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     target, notes = system / "speech_decoder", {}
     target.mkdir()
     yaml_file = folder / "flow" / "config.yaml"
-    yaml = yaml_values(yaml_file.read_text(encoding="utf-8", errors="replace")) if yaml_file.is_file() else {}
+    yaml = read_released_yaml(yaml_file) if is_file(yaml_file) else ReleasedYaml()
     chunks = _chunks(folder / "flow")
     flow = None
     files = {None: "flow.pt", **{chunk: f"flow-chunk-{chunk}.pt" for chunk in chunks}}

@@ -4,33 +4,105 @@ something and from the released defaults where it does not. And back, for system
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moss_jax.convert.tables.vocoder import Spelling
+from moss_jax.documents import read_yaml
 from moss_jax.errors import MossError
+from moss_jax.nn.config import read_config, within
 from moss_jax.speech_decoder.flow.config import EncoderConfig, EstimatorConfig, FlowConfig
 from moss_jax.speech_decoder.vocoder import VocoderConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
+MAX_RATE = 768_000  # Hz
+FLOW = FlowConfig()
+VOCODER = VocoderConfig()
 
 
-def flow_config(shapes: Shapes, yaml: Mapping[str, Any], codebook_size: int, where: str) -> FlowConfig:
+# The classes below have the structure and the keys of the released `flow/config.yaml`, as far as values are used.
+
+
+@dataclass(frozen=True)
+class _Estimator:
+    num_heads: int = within(1, 1024, FLOW.estimator.num_heads)
+
+
+@dataclass(frozen=True)
+class _CfmValues:
+    inference_cfg_rate: float = within(0, 100, FLOW.guidance)
+
+
+@dataclass(frozen=True)
+class _CfmParams:
+    content: _CfmValues = _CfmValues()
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    cfm_params: _CfmParams = _CfmParams()
+    estimator: _Estimator = _Estimator()
+
+
+@dataclass(frozen=True)
+class _Flow:
+    decoder: _Decoder = _Decoder()
+
+
+@dataclass(frozen=True)
+class _Istft:
+    hop_len: int = within(1, 4096, VOCODER.fft_hop)
+
+
+@dataclass(frozen=True)
+class _Hift:
+    sampling_rate: int = within(1000, MAX_RATE, VOCODER.sample_rate)
+    upsample_rates: tuple[int, ...] = within(1, 1024, VOCODER.upsample_rates)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = within(1, 1024, VOCODER.resblock_dilations)
+    source_resblock_dilation_sizes: tuple[tuple[int, ...], ...] = within(1, 1024, VOCODER.source_resblock_dilations)
+    istft_params: _Istft = _Istft()
+    nsf_alpha: float = within(0, 100, VOCODER.sine_amplitude)
+    nsf_sigma: float = within(0, 100, VOCODER.noise_std)
+    nsf_voiced_threshold: float = within(0, MAX_RATE, VOCODER.voiced_threshold)
+    lrelu_slope: float = within(0, 1, VOCODER.leaky_slope)
+    audio_limit: float = within(1e-3, 1000, VOCODER.audio_limit)
+
+
+@dataclass(frozen=True)
+class ReleasedYaml:
+    """What is used of `flow/config.yaml`; the defaults are the released values."""
+
+    flow: _Flow = _Flow()
+    hift: _Hift = _Hift()
+
+
+def read_released_yaml(path: Path) -> ReleasedYaml:
+    """The values that are used of a `flow/config.yaml`.
+
+    Raises:
+        MossError: it cannot be read, or values in it have the wrong type or are out of range: all of them.
+    """
+    return read_config(ReleasedYaml, read_yaml(path), path, foreign=True)
+
+
+def flow_config(shapes: Shapes, yaml: ReleasedYaml, codebook_size: int, where: str) -> FlowConfig:
     """The flow's config from the shapes of `flow.pt`.
 
     Args:
         shapes: of its tensors.
-        yaml: `yaml_values` of flow/config.yaml; empty where there is none.
+        yaml: of flow/config.yaml, or the defaults where there is none.
         codebook_size: codes of the speech tokenizer.
         where: opens the error message.
     """
-    default, estimator = FlowConfig(), "decoder.estimator."
+    estimator = "decoder.estimator."
     look = _Shapes(shapes, where)
     vocab, width = look("input_embedding.weight", 2)
     mel_bins, speaker = look("spk_embed_affine_layer.weight", 2)
     layer = "encoder.encoders.0."
     inner = look(f"{estimator}down_blocks.0.1.0.attn1.to_q.weight", 2)[0]
-    heads = yaml.get("flow.decoder.estimator.num_heads", default.estimator.num_heads)
+    heads = yaml.flow.decoder.estimator.num_heads
     if inner % heads:
         raise MossError(f"{where}: attention width {inner} of the estimator does not divide into {heads} heads")
     sizes = dict(
@@ -40,7 +112,7 @@ def flow_config(shapes: Shapes, yaml: Mapping[str, Any], codebook_size: int, whe
         speaker_size=speaker,
         frames_per_code=(look("encoder.up_layer.conv.weight", 3)[2] - 1) // 2,
         lookahead=look("encoder.pre_lookahead_layer.conv1.weight", 3)[2] - 1,
-        guidance=float(yaml.get("flow.decoder.cfm_params.content.inference_cfg_rate", default.guidance)),
+        guidance=yaml.flow.decoder.cfm_params.content.inference_cfg_rate,
         encoder=EncoderConfig(
             hidden_size=width,
             num_heads=look(f"{layer}self_attn.pos_bias_u", 2)[0],
@@ -61,9 +133,9 @@ def flow_config(shapes: Shapes, yaml: Mapping[str, Any], codebook_size: int, whe
     return _located(FlowConfig, sizes, where)
 
 
-def vocoder_config(shapes: Shapes, spelling: Spelling, yaml: Mapping[str, Any], where: str) -> VocoderConfig:
+def vocoder_config(shapes: Shapes, spelling: Spelling, yaml: ReleasedYaml, where: str) -> VocoderConfig:
     """The vocoder's config from the shapes of `hift.pt`; rates and dilations cannot be seen in them."""
-    default = VocoderConfig()
+    hift = yaml.hift
     look = _Shapes({name.removeprefix(spelling.prefix): shape for name, shape in shapes.items()}, where)
     channels, mel_bins, _ = look(f"conv_pre.{spelling.v}", 3)
     stages = count(look.shapes, "ups.")
@@ -71,25 +143,23 @@ def vocoder_config(shapes: Shapes, spelling: Spelling, yaml: Mapping[str, Any], 
     sizes = dict(
         mel_bins=mel_bins,
         channels=channels,
-        sample_rate=yaml.get("hift.sampling_rate", default.sample_rate),
-        upsample_rates=tuple(yaml.get("hift.upsample_rates", default.upsample_rates)),
+        sample_rate=hift.sampling_rate,
+        upsample_rates=hift.upsample_rates,
         upsample_widths=tuple(look(f"ups.{i}.{spelling.v}", 3)[2] for i in range(stages)),
         resblock_widths=tuple(look(f"resblocks.{i}.convs1.0.{spelling.v}", 3)[2] for i in range(blocks)),
-        resblock_dilations=_nested(yaml.get("hift.resblock_dilation_sizes", default.resblock_dilations)),
+        resblock_dilations=hift.resblock_dilation_sizes,
         source_resblock_widths=tuple(look(f"source_resblocks.{i}.convs1.0.{spelling.v}", 3)[2] for i in range(stages)),
-        source_resblock_dilations=_nested(
-            yaml.get("hift.source_resblock_dilation_sizes", default.source_resblock_dilations)
-        ),
+        source_resblock_dilations=hift.source_resblock_dilation_sizes,
         fft_size=look("conv_post.bias", 1)[0] - 2,
-        fft_hop=yaml.get("hift.istft_params.hop_len", default.fft_hop),
+        fft_hop=hift.istft_params.hop_len,
         f0_channels=look("f0_predictor.classifier.weight", 2)[1],
         f0_layers=count(look.shapes, "f0_predictor.condnet."),
         harmonics=look("m_source.l_linear.weight", 2)[1],
-        sine_amplitude=float(yaml.get("hift.nsf_alpha", default.sine_amplitude)),
-        noise_std=float(yaml.get("hift.nsf_sigma", default.noise_std)),
-        voiced_threshold=float(yaml.get("hift.nsf_voiced_threshold", default.voiced_threshold)),
-        leaky_slope=float(yaml.get("hift.lrelu_slope", default.leaky_slope)),
-        audio_limit=float(yaml.get("hift.audio_limit", default.audio_limit)),
+        sine_amplitude=hift.nsf_alpha,
+        noise_std=hift.nsf_sigma,
+        voiced_threshold=hift.nsf_voiced_threshold,
+        leaky_slope=hift.lrelu_slope,
+        audio_limit=hift.audio_limit,
     )
     return _located(VocoderConfig, sizes, where)
 
@@ -174,7 +244,3 @@ def _located(cls: type, sizes: dict[str, Any], where: str) -> Any:
         return cls(**sizes)
     except (ValueError, TypeError) as error:
         raise MossError(f"{where}: its tensors and flow/config.yaml contradict each other: {error}") from error
-
-
-def _nested(values: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(value) for value in values)

@@ -24,8 +24,8 @@ from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch
 from moss_jax.dialogue.folder import SYSTEM
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.speech_decoder.config import RELEASED
 from moss_jax.speech_tokenizer.config import MOSS_SPEECH_CODEC
 from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
+from moss_jax.files import is_folder
 
 
 def carry_files(source: Path, target: Path, used: Iterable[str | Path] = ()) -> None:
@@ -48,6 +49,6 @@ def tell_unknown(path: Path, known: Iterable[str], say: Callable[[str], None]) -
 
 def need_folder(path: str | Path, what: str) -> Path:
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         raise MossError(f"{path}: no such folder, expected {what}")
     return path

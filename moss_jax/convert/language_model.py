@@ -3,7 +3,6 @@
 Sources: the released checkpoint's documented layout (446 tensors, bf16, in shards) and config keys.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,11 @@ from moss_jax.checkpoint import open_tensors
 from moss_jax.convert.files import carry_files, copy_file, need_folder, tell_unknown, update_json, write_json
 from moss_jax.convert.stream import Say, exported, import_tensors, write_source
 from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS
+from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, token_ids
+from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.files import is_file
+from moss_jax.nn.config import read_config, write_config
 from moss_jax.transformer.config import DTYPES, TransformerConfig
 from moss_jax.transformer.model import model_shapes
 
@@ -111,13 +112,9 @@ def special_ids(path: Path) -> dict[str, int]:
     Raises:
         MossError: no such file, or not a tokenizer.json.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise MossError(f"{path}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it")
-    description = read_json(path)
-    try:
-        ids = dict(description["model"]["vocab"]) | {t["content"]: t["id"] for t in description["added_tokens"]}
-    except (KeyError, TypeError, ValueError):
-        raise MossError(f"{path}: not a tokenizer.json of the tokenizers library") from None
+    ids = _token_ids(path)
     return {field: ids[string] for field, string in SPECIAL_STRINGS.items() if string in ids}
 
 
@@ -137,5 +134,10 @@ def copy_text_tokenizer(folder: Path, system: Path) -> None:
 
 def tokenizer_size(path: Path) -> int:
     """One more than the largest id of a tokenizer.json."""
-    description = json.loads(path.read_text(encoding="utf-8"))
-    return 1 + max([*description["model"]["vocab"].values(), *(t["id"] for t in description["added_tokens"])])
+    return 1 + max(_token_ids(path).values())
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    with located(path):
+        vocabulary, added = token_ids(parse_object(read_text(path)))
+    return vocabulary | added

@@ -8,6 +8,7 @@ A folded BatchNorm is represented by one that does nothing but add the folded bi
 with epsilon makes 1. Sources: the ONNX operator specification; 3D-Speaker's CAM++ for the layers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.stream import MemoryTensors, Source
+from moss_jax.documents import short
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
+INPUTS = {"Identity": 1, "Conv": 2, "Gemm": 2, "BatchNormalization": 5}  # at least
 EPSILON = 1e-5  # of every BatchNorm
 SEGMENT = 100  # frames that a segment mean covers, where the graph does not say it in a pooling operator
 BN_INPUTS = ("weight", "bias", "running_mean", "running_var")
@@ -103,10 +106,16 @@ class SpeakerGraph:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._alias: dict[str, str] = {}
         for node in graph.node:
+            if not node.output or len(node.input) < INPUTS.get(node.op_type, 0):
+                raise MossError(
+                    f"{path}: the {short(node.op_type)} node {short(node.name)!r} lacks inputs or an output"
+                )
             if node.op_type == "Identity":
                 self._alias[node.output[0]] = node.input[0]
-            elif node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._tensors[node.output[0]] = node.attribute[0].t
+            elif node.op_type == "Constant":
+                value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+                if value is not None:
+                    self._tensors[node.output[0]] = value
         self._nodes = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "BatchNormalization")]
         self.config = self._config()
         self.folded: set[str] = set()
@@ -159,7 +168,14 @@ class SpeakerGraph:
         return name
 
     def _array(self, name: str) -> np.ndarray:
-        return self._onnx.numpy_helper.to_array(self._tensors[self._resolve(name)])
+        tensor = self._tensors.get(self._resolve(name))
+        if tensor is None:
+            raise MossError(f"{self.path}: {short(name)!r} is computed in the graph, expected stored values")
+        try:
+            return self._onnx.numpy_helper.to_array(tensor)
+        except Exception as error:  # onnx and numpy raise many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise MossError(f"{self.path}: the values of {short(name)!r} cannot be read ({reason[:200]})") from error
 
     def _shape(self, name: str) -> tuple[int, ...]:
         tensor = self._tensors.get(self._resolve(name))
@@ -232,7 +248,7 @@ class SpeakerGraph:
         used = {self._resolve(place) for place in self.places.values()}
         for name, tensor in self._tensors.items():
             floating = tensor.data_type in (self._onnx.TensorProto.FLOAT, self._onnx.TensorProto.FLOAT16)
-            if floating and np.prod(tensor.dims) > 1 and name not in used and not self._is_trivial(name):
+            if floating and math.prod(tensor.dims) > 1 and name not in used and not self._is_trivial(name):
                 problems.append(f"unmapped: {name} {list(tensor.dims)}")
         for name, place in self.places.items():
             if place != name and name in self._tensors and place in self.places:

@@ -5,7 +5,7 @@ so that an export of the text path has every tensor of the original again.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from moss_jax.convert.layer_split import default_modality_layers, new_audio_tabl
 from moss_jax.convert.stream import Progress, Say, found_shapes, with_dtypes, write_source
 from moss_jax.convert.table import Entry
 from moss_jax.convert.tables.qwen3 import table
+from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json, write_config
+from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within, write_config
 from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import TransformerConfig
 
@@ -42,6 +43,22 @@ ROW_BLOCK = 128  # vocabularies are padded to a multiple of this
 DROPPED = "dropped_rows.safetensors"
 HEAD, EMBED = "text/head/kernel", "text/embed/embedding"
 ROWS = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The keys of a Qwen3's config.json that are used."""
+
+    hidden_size: int = within(1, MAX_SIZE)
+    intermediate_size: int = within(1, MAX_SIZE)
+    num_attention_heads: int = within(1, MAX_SIZE)
+    num_key_value_heads: int = within(1, MAX_SIZE)
+    num_hidden_layers: int = within(1, MAX_LAYERS)
+    vocab_size: int = within(1, MAX_SIZE)
+    rope_theta: float = within(1, 1e12)
+    rms_norm_eps: float = within(0, 1)
+    max_position_embeddings: int = within(1, MAX_SIZE)
+    head_dim: int | None = within(2, MAX_SIZE, None)
 
 
 def import_qwen3(
@@ -156,15 +173,18 @@ def qwen3_keys(path: Path) -> dict[str, Any]:
     """A Qwen3 config.json, checked: everything needed is there, nothing asks for another model."""
     data = read_json(path)
     rope = data.get("rope_parameters") or {}  # where newer transformers write it
+    if not isinstance(rope, dict):
+        raise MossError(f"{path}: rope_parameters is {shown(rope)}, expected an object")
     data = {"rope_theta": rope["rope_theta"]} | data if "rope_theta" in rope else data
-    if missing := [key for key in (*SAME_KEYS, "vocab_size", "num_hidden_layers") if key not in data]:
-        raise MossError(f"{path}: config lacks {', '.join(missing)}")
+    read_config(Qwen3Config, data, path, foreign=True)
     fixed = {"model_type": "qwen3", "attention_bias": False, "rope_scaling": None, "hidden_act": "silu"}
     for key, expected in fixed.items():
         if (found := data.get(key, expected)) != expected:
-            raise MossError(f"{path}: config has {key} = {found!r}, expected {expected!r} (a plain Qwen3)")
+            raise MossError(f"{path}: config has {key} = {shown(found)}, expected {expected!r} (a plain Qwen3)")
     if rope.get("rope_type", "default") != "default":
-        raise MossError(f"{path}: config has rope_type = {rope['rope_type']!r}, expected 'default' (a plain Qwen3)")
+        raise MossError(
+            f"{path}: config has rope_type = {shown(rope['rope_type'])}, expected 'default' (a plain Qwen3)"
+        )
     return data
 
 
@@ -220,7 +240,7 @@ def split_config(
         raise MossError(f"{where}: {branch} layers for each branch, expected 0 to {depth - 1} of the {depth} there are")
     sizes = {key: released[key] for key in SAME_KEYS}
     config = TransformerConfig(
-        **sizes, head_dim=released.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),
+        **sizes, head_dim=released.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
         num_shared_layers=depth - branch, num_modality_layers=branch,
         text_vocab_size=min(vocab, _padded(tokenizer_size(folder / "tokenizer.json"))),
         audio_vocab_size=_padded(codes + 1), eosp_id=codes, audio_pad_id=min(512, codes - 1), **special,

@@ -18,9 +18,11 @@ from moss_jax.convert.qwen3 import CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
 from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
 from moss_jax.errors import MossError
+from moss_jax.files import is_file, is_folder
 from moss_jax.transformer.config import TransformerConfig
 
 MODEL_FOLDER, CODEC_FOLDER = "MOSS-Speech", "MOSS-Speech-Codec"  # what an export to the released layouts makes
+MAX_HUB_NAME = 200  # characters; the hub allows 96 for a repository
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -85,11 +87,11 @@ def resolve(model: str | Path, codec: str | Path | None, cache: Path, say: Say) 
         MossError: nothing there, not on the hub or no network, no codec given, or the conversion failed.
     """
     folder = locate(model, say)
-    if (folder / SYSTEM).is_file():
+    if is_file(folder / SYSTEM):
         if codec is not None:
             raise MossError(f"{folder}: is a whole system with a codec of its own; leave --codec out")
         return check_system(folder)
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a released model (config.json)")
     if codec is None:
         raise MossError(f"{folder}: a released language model; give the codec beside it, --codec FOLDER or hub name")
@@ -104,11 +106,11 @@ def resolve(model: str | Path, codec: str | Path | None, cache: Path, say: Say) 
 def locate(name: str | Path, say: Say, download: Callable[[str], str] | None = None) -> Path:
     """A folder that is there, or a hub name (`owner/name`) whose files are fetched into the hub's own cache."""
     path = Path(name)
-    if path.is_dir():
+    if is_folder(path):
         return path
-    if path.exists():
+    if is_file(path):
         raise MossError(f"{path}: is a file, expected a folder")
-    if not HUB_NAME.fullmatch(str(name)):
+    if not HUB_NAME.fullmatch(str(name)) or len(str(name)) > MAX_HUB_NAME:
         raise MossError(f"{name}: no such folder, and not a hub name such as fnlp/MOSS-Speech")
     say(f"{name}: no such folder here, looking on the Hugging Face hub")
     try:

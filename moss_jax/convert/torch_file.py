@@ -1,5 +1,6 @@
 """PyTorch's .pt files, in and out. Only converters touch them: at run time nothing is unpickled."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.stream import MemoryTensors, Source
+from moss_jax.documents import short, shown
 from moss_jax.errors import MossError
+from moss_jax.files import is_file
+
+# Types that a checkpoint of a released model may have; float8 and quantised ones are not among them.
+PLAIN = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def import_torch() -> Any:
@@ -31,7 +37,7 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
         MossError: missing, damaged, not a dictionary, code in it, or entries that are neither tensors nor numbers.
     """
     torch, path = import_torch(), Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise MossError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -42,14 +48,19 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
         raise MossError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
     tensors, extras, other = {}, {}, []
     for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            tensors[str(name)] = _to_numpy(torch, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            extras[str(name)] = value
+        if not isinstance(name, str):
+            other.append(f"unmapped: the name {shown(name)} is not a string")
+        elif isinstance(value, torch.Tensor):
+            if problem := _problem(torch, value):
+                other.append(f"unmapped: {short(name)} is {problem}")
+            else:
+                tensors[name] = _to_numpy(torch, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            extras[name] = value
         else:
-            other.append(f"unmapped: {name} is a {type(value).__name__}")
+            other.append(f"unmapped: {short(name)} is a {type(value).__name__}")
     if other:
-        raise MossError("\n  ".join([f"{path}: entries that are neither tensors nor numbers", *other]))
+        raise MossError("\n  ".join([f"{path}: entries that are neither plain tensors nor numbers", *other]))
     return MemoryTensors(path, tensors), extras
 
 
@@ -64,6 +75,19 @@ def write_torch(path: str | Path, source: Source, extras: Mapping[str, Any]) -> 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"  # the older format cannot be mapped
+
+
+def _problem(torch: Any, tensor: Any) -> str | None:
+    """Why a tensor has no plain values in memory, or None. Nothing is computed or copied."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"a tensor of layout {tensor.layout}, expected a dense one"
+    if tensor.device.type != "cpu":
+        return f"on the device {tensor.device}, without values"
+    if str(tensor.dtype).removeprefix("torch.") not in PLAIN:
+        return f"of {tensor.dtype}, expected one of {', '.join(PLAIN)}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"{list(tensor.shape)} with fewer values stored than that"
+    return None
 
 
 def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:

@@ -4,7 +4,6 @@ The path is ours (numpy); the probabilities come from a Hugging Face CTC checkpo
 transformers and PyTorch run on the CPU or a GPU.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jax.data.manifest import Word
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 
 IMPOSSIBLE = -np.inf
@@ -134,7 +134,7 @@ class CTCAligner:
                 f"alignment needs PyTorch and transformers: pip install torch transformers ({error})"
             ) from error
         try:
-            self._ids = json.loads((self.folder / "vocab.json").read_text(encoding="utf-8"))
+            self._ids = read_json(self.folder / "vocab.json")
             self._features = AutoFeatureExtractor.from_pretrained(self.folder, local_files_only=True)
             self._model = AutoModelForCTC.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # of two libraries, about many files

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
 
 READ_THREADS, READ_AHEAD = 2, 4  # batches that are prepared while the device computes
@@ -64,7 +65,7 @@ class StepBatches:
             MossError: it is not a state, or one of other data.
         """
         try:
-            state = json.loads(state)
+            state = parse_object(state)
             step, fingerprint = int(state["step"]), state["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error

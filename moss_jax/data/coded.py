@@ -11,7 +11,9 @@ from typing import Any
 
 from moss_jax.audio.wave import load_audio, resample
 from moss_jax.checkpoint import write_text
+from moss_jax.documents import code_list, located, parse_object, read_lines, read_text, shown
 from moss_jax.errors import MossError
+from moss_jax.files import is_file
 
 CODES = "codes.jsonl"
 GROUP = 64  # recordings that are read and encoded together
@@ -64,12 +66,16 @@ class _Journal:
         self.path, self.known = path, {}
         whole = ""
         if path.exists():
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
             whole = text[: text.rfind("\n") + 1]
-        found = [json.loads(line) for line in whole.splitlines()]
-        if found and found[0] != {"speech_tokenizer": mark}:
-            raise MossError(f"{path}: codes of another speech tokenizer; choose another folder")
-        self.known = {line["audio"]: line["codes"] for line in found[1:]}
+        with located(path):
+            found = [parse_object(line) for line in whole.split("\n") if line]
+            if found and found[0] != {"speech_tokenizer": mark}:
+                raise MossError("codes of another speech tokenizer; choose another folder")
+            for line in found[1:]:
+                if not isinstance(line.get("audio"), str):
+                    raise MossError("damaged; choose another folder")
+                self.known[line["audio"]] = code_list(line.get("codes"))
         write_text(path, whole or json.dumps({"speech_tokenizer": mark}) + "\n")
 
     def append(self, codes: dict[str, list[int]]) -> None:
@@ -88,10 +94,19 @@ def _mark(room: Path) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise MossError(f"{path}: not a manifest that can be read ({error})") from error
+    entries = []
+    for line in read_lines(path):
+        with located(f"{path} line {line.number}"):
+            entry = parse_object(line.content)
+            parts = entry.get("turns", [entry])
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise MossError(f"turns is {shown(parts)}, expected a list of turns")
+            for part in _spoken(entry):
+                audio = part["audio"]
+                if not isinstance(audio, str) or not is_file(path.parent / audio):
+                    raise MossError(f"audio {shown(audio)}: no such file")
+        entries.append(entry)
+    return entries
 
 
 def _spoken(line: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from moss_jax.dialogue.turns import Turn
+from moss_jax.documents import parse_object, read_lines, short, shown
 from moss_jax.errors import MossError
+from moss_jax.files import is_file, is_folder
 
 FIELDS = ("id", "audio", "shard", "codes", "text", "words", "turns")
 TURN_FIELDS = ("role", "audio", "shard", "codes", "text")
@@ -124,26 +126,25 @@ class Manifest:
         return digest.hexdigest()
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
-        places, numbers, problems, names, place = [], [], [], {}, 0
-        try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        places.append(place)
-                        numbers.append(number)
-                        try:
-                            document = self._document(line, number)
-                            first = names.setdefault(document.name, number) if document.name != str(number) else number
-                            if first != number:
-                                raise MossError(f"the id {document.name!r} is already that of line {first}")
-                            self.has_sound |= any(isinstance(sound, Path | Member) for sound in document.sounds)
-                        except MossError as error:
-                            problems.append((number, str(error)))
-                    place += len(line)
-        except FileNotFoundError:
-            raise MossError(f"{self.path}: no such file, expected a manifest (JSON lines)") from None
-        except OSError as error:
-            raise MossError(f"{self.path}: cannot be read ({error.strerror}), expected a manifest") from error
+        places: list[int] = []
+        numbers: list[int] = []
+        problems: list[tuple[int, str]] = []
+        names: dict[str, int] = {}
+        if not is_file(self.path):  # a pipe cannot be read a second time
+            what = "is a folder" if is_folder(self.path) else "no such file"
+            raise MossError(f"{self.path}: {what}, expected a manifest (a file of JSON lines)")
+        for line in read_lines(self.path):
+            places.append(line.start)
+            numbers.append(line.number)
+            try:
+                document = self._document(line.content, line.number)
+                own = document.name == str(line.number)
+                first = line.number if own else names.setdefault(document.name, line.number)
+                if first != line.number:
+                    raise MossError(f"the id {shown(document.name)} is already that of line {first}")
+                self.has_sound |= any(isinstance(sound, Path | Member) for sound in document.sounds)
+            except MossError as error:
+                problems.append((line.number, str(error)))
         if problems:
             raise bad_lines(self.path, problems, len(places))
         if not places:
@@ -151,20 +152,11 @@ class Manifest:
         return np.array(places, np.int64), np.array(numbers, np.int64)
 
     def _document(self, line: bytes, number: int) -> Document:
-        try:
-            entry = json.loads(line.strip().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise MossError(f"not UTF-8 text (byte {error.start}), expected a JSON object") from error
-        except ValueError as error:
-            raise MossError(f"not JSON ({error}), expected an object") from error
-        except RecursionError:
-            raise MossError("not JSON that can be read (nested too deep), expected an object") from None
-        if not isinstance(entry, dict):
-            raise MossError(f"is a JSON {type(entry).__name__}, expected an object")
+        entry = parse_object(line.strip())
         _known(entry, FIELDS)
         name = entry.get("id", number)
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise MossError(f"id is {name!r}, expected a string or a number")
+            raise MossError(f"id is {shown(name)}, expected a string or a number")
         digest = hashlib.blake2b(line.strip(), digest_size=16).hexdigest()
         document = Document(number, str(name), digest)
         if "turns" in entry:
@@ -226,11 +218,11 @@ class Manifest:
         if shard is not None:
             member = Member(self.path.parent / shard, audio)
             if audio not in tar_members(member.shard):
-                raise MossError(f"audio {audio}: not in {shard}")
+                raise MossError(f"audio {short(audio)}: not in {short(shard)}")
             return member
         path = self.path.parent / audio
-        if not path.is_file():
-            raise MossError(f"audio {audio}: {'is a folder' if path.is_dir() else 'no such file'}")
+        if not is_file(path):
+            raise MossError(f"audio {short(audio)}: {'is a folder' if is_folder(path) else 'no such file'}")
         return path
 
     def _codes(self, codes: Any) -> np.ndarray:
@@ -274,12 +266,12 @@ def bad_lines(path: Path, problems: Sequence[tuple[int, str]], of: int) -> MossE
 @lru_cache(maxsize=256)
 def tar_members(path: Path) -> dict[str, tarfile.TarInfo]:
     """{name: entry} of the files in a tar file, whatever it is compressed with."""
+    if not is_file(path):
+        raise MossError(f"shard {short(path)}: {'is a folder' if is_folder(path) else 'no such file'}")
     try:
         with tarfile.open(path) as tar:
             return {entry.name: entry for entry in tar if entry.isfile()}
-    except FileNotFoundError:
-        raise MossError(f"shard {path}: no such file") from None
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except Exception as error:  # tarfile lets errors of its decompressors and of number fields through
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MossError(f"shard {path}: not a readable tar file ({reason})") from error
 
@@ -287,7 +279,7 @@ def tar_members(path: Path) -> dict[str, tarfile.TarInfo]:
 def _known(entry: dict[str, Any], fields: Sequence[str]) -> None:
     unknown = [key for key in entry if key not in fields]
     if unknown:
-        raise MossError(f"unknown: {', '.join(unknown)}; expected {', '.join(fields)}")
+        raise MossError(f"unknown: {', '.join(map(short, unknown))}; expected {', '.join(fields)}")
 
 
 def _text(entry: dict[str, Any]) -> str | None:
@@ -296,11 +288,6 @@ def _text(entry: dict[str, Any]) -> str | None:
         raise MossError(f"text is {_told(text)}, expected a string")
     if text is not None and not text.strip():
         raise MossError("text is empty, expected some words")
-    if text is not None and not text.isprintable():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise MossError(f"text holds half a character at {error.start} (a lone surrogate)") from error
     return text
 
 

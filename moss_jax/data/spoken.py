@@ -28,8 +28,9 @@ from moss_jax.data.manifest import Document, Manifest, Member, bad_lines
 from moss_jax.data.tokenize import READERS, load_sound
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
+from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
+from moss_jax.nn.config import read_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -286,6 +287,19 @@ def _cut(item: dict[str, np.ndarray], codes: int, frames_per_code: int, hop: int
     item["wave"] = item["wave"][: frames * hop]
 
 
+@dataclass(frozen=True)
+class _About:
+    """The fields of a data set's description that a reader uses."""
+
+    mel_bins: int
+    hop: int
+    sample_rate: int
+    frames_per_code: int
+    codes: int | None
+    embedding: int | None
+    documents: int
+
+
 class Spoken:
     """A data set on disk; `spoken.item(i)` are memory-mapped pieces. May be sent to processes.
 
@@ -302,7 +316,8 @@ class Spoken:
             raise MossError(f"{folder}: no {SOURCE} in it, expected a data set (moss-jax tokenize --format decoder)")
         self.about = read_json(self.folder / SOURCE)
         if self.about.get("format") != FORMAT:
-            raise MossError(f"{folder}: format is {self.about.get('format')!r}, expected {FORMAT!r}")
+            raise MossError(f"{folder}: format is {shown(self.about.get('format'))}, expected {FORMAT!r}")
+        read_config(_About, self.about, self.folder / SOURCE, foreign=True)
         wanted = {
             "mel_bins": config.flow.mel_bins, "hop": config.vocoder.hop, "sample_rate": config.sample_rate,
             "frames_per_code": config.flow.frames_per_code,

@@ -24,8 +24,9 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.data.formats import Example
+from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
+from moss_jax.nn.config import read_config
 from moss_jax.transformer import TransformerConfig
 
 FORMAT = "moss-jax-examples-1"
@@ -169,6 +170,15 @@ def _check_ids(example: Example, config: TransformerConfig) -> None:
         raise MossError(f"example {example.name!r}: its ids do not fit the vocabularies of {most[0]} and {most[1]}")
 
 
+@dataclass(frozen=True)
+class _About:
+    """The fields of a data set's description that a reader uses."""
+
+    examples: int
+    vocabulary: dict | None = None
+    text_tokenizer: str | None = None
+
+
 class Examples:
     """A data set on disk as a sequence: `examples[i]` is an Example, `lengths[i]` its rows. May be sent to processes.
 
@@ -183,7 +193,8 @@ class Examples:
         self.about = read_json(self.folder / SOURCE)
         if self.about.get("format") != FORMAT:
             found = self.about.get("format")
-            raise MossError(f"{self.folder / SOURCE}: format is {found!r}, expected {FORMAT!r}")
+            raise MossError(f"{self.folder / SOURCE}: format is {shown(found)}, expected {FORMAT!r}")
+        read_config(_About, self.about, self.folder / SOURCE, foreign=True)
         if config is not None:
             self._check_vocabulary(config)
         self._open()
@@ -226,7 +237,8 @@ class Examples:
             raise MossError("\n  ".join([f"{self.folder}: {len(missing)} shard files are missing", *map(str, missing)]))
 
     def _check_vocabulary(self, config: TransformerConfig) -> None:
-        have, want = self.about["vocabulary"], vocabulary(config)
+        have = self.about.get("vocabulary") or {}
+        want = vocabulary(config)
         differs = [
             f"{name} is {have.get(name)}, the model's is {want[name]}" for name in want if have.get(name) != want[name]
         ]

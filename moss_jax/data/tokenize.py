@@ -28,8 +28,8 @@ from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
 from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.transformer import TransformerConfig
 
@@ -441,7 +441,7 @@ def _read_journal(folder: Path) -> dict[str, Heard]:
     heard: dict[str, Heard] = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as arrays:
-            for digest, there, words in json.loads(str(arrays["index"])):
+            for digest, there, words in parse_json(str(arrays["index"])):
                 codes = [arrays[f"{digest}/{at}"] if is_there else None for at, is_there in enumerate(there)]
                 heard[digest] = codes, words and [Word(*word) for word in words]
     return heard

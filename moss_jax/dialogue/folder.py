@@ -13,6 +13,7 @@ FOLDER/system.json                {"format": "moss-jax-1", "default_voice": name
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import jax
 
 from moss_jax.checkpoint import load_tree, write_text
 from moss_jax.dialogue.text_tokenizer import TextTokenizer
+from moss_jax.documents import MAX_NAME, read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json
+from moss_jax.files import is_file, is_folder
+from moss_jax.nn.config import read_config
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.model import flow_shapes
@@ -35,24 +38,33 @@ NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"  # the system tha
 VOICE_NAME = re.compile(r"[\w][\w.-]*")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is used of system.json beside its format; other fields are kept as they are."""
+
+    default_voice: str | None = None
+    sampling: dict | None = None
+
+
 class SystemFolder:
     """Reads one folder; nothing is loaded before it is asked for. Raises MossError when it is no system's folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not is_folder(self.path):
             raise MossError(f"{path}: no such folder, expected a system (moss-jax convert or init-random makes one)")
-        if not (self.path / SYSTEM).is_file():
+        if not is_file(self.path / SYSTEM):
             raise MossError(f"{path}: no {SYSTEM} in it, expected a system (moss-jax convert or init-random makes one)")
         self.settings = read_json(self.path / SYSTEM)
         if self.settings.get("format") != FORMAT:
             found = self.settings.get("format")
-            raise MossError(f"{self.path / SYSTEM}: format is {found!r}, expected {FORMAT!r}")
+            raise MossError(f"{self.path / SYSTEM}: format is {shown(found)}, expected {FORMAT!r}")
+        read_config(Settings, self.settings, self.path / SYSTEM, foreign=True)
 
     def room(self, name: str) -> Path:
         """The folder of `transformer`, `speech_tokenizer` or `speech_decoder`."""
         path = self.path / name
-        if not (path / "config.json").is_file():
+        if not is_file(path / "config.json"):
             raise MossError(f"{self.path}: has no {name}/config.json; convert the system with all its parts")
         return path
 
@@ -85,8 +97,10 @@ class SystemFolder:
 
     def voice_path(self, name: str) -> Path:
         """Where the voice `name` lies or would lie; raises MossError for what is not a plain name."""
-        if not VOICE_NAME.fullmatch(name):
-            raise MossError(f"voice name {name!r}: expected letters, digits, '_', '-' and '.' only")
+        if not VOICE_NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
+            raise MossError(
+                f"voice name {shown(name)}: expected letters, digits, '_', '-' and '.' only, at most {MAX_NAME}"
+            )
         return self.path / "voices" / f"{name}.safetensors"
 
     def set_default_voice(self, name: str) -> None:
@@ -106,7 +120,7 @@ class DecoderParts(Mapping):
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
             path = self._folder / f"{name}.safetensors"
-            if not path.is_file():
+            if not is_file(path):
                 raise KeyError(name)
             self._loaded[name] = load_tree(path, self._shapes(name), dtype="float32")  # they may rest in fewer bits
         return self._loaded[name]

@@ -26,6 +26,7 @@ from moss_jax.dialogue.text_tokenizer import TextStream
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError
+from moss_jax.files import is_file
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -205,7 +206,7 @@ class System:
                 return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
         if str(voice) in self.folder.voices():
             return load_voice(self.folder.voice_path(str(voice)), config), []
-        if Path(voice).is_file():
+        if is_file(voice):
             return load_voice(voice, config), []
         known = ", ".join(self.folder.voices()) or "none"
         raise MossError(f"voice {str(voice)!r}: neither a file nor a voice of the system, which has: {known}")

@@ -1,9 +1,11 @@
 """The text tokenizer: a byte-level BPE read from `tokenizer.json`, with a twin that knows no special tokens."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from moss_jax.documents import located, parse_object, read_text, shown
 from moss_jax.errors import MossError
 
 SPECIAL_STRINGS = {
@@ -13,6 +15,57 @@ SPECIAL_STRINGS = {
     "sosp_id": "<|object_ref_start|>",
     "modality_pad_id": "<think>",
 }  # config field -> the string that the stock vocabulary has at this id
+
+NOT_ONE = "not a tokenizer.json of the `tokenizers` library"
+
+
+def token_ids(description: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of the vocabulary and of the added tokens in the content of a `tokenizer.json`.
+
+    Raises:
+        MossError: it does not have them, or is not a byte-level BPE; without a place in its message.
+    """
+    model = description.get("model")
+    if not isinstance(model, Mapping) or model.get("type", "BPE") != "BPE":
+        raise MossError(f"{NOT_ONE}: its model is not a BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise MossError(f"{NOT_ONE} that is byte-level: {key} is {shown(model[key])}")
+    vocabulary = model.get("vocab")
+    entries = description.get("added_tokens")
+    if not isinstance(vocabulary, Mapping) or not vocabulary or not isinstance(entries, list):
+        raise MossError(f"{NOT_ONE}: it lacks a vocabulary or added tokens")
+    added = {}
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise MossError(f"{NOT_ONE}: {shown(entry)} is not an added token")
+        added[entry["content"]] = entry.get("id")
+    for token, i in (*vocabulary.items(), *added.items()):
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise MossError(f"{NOT_ONE}: token {shown(token)} has id {shown(i)}, expected a whole number from 0")
+    return dict(vocabulary), added
+
+
+def build_tokenizer(description: str) -> Any:
+    """A tokenizer of the `tokenizers` library, which does not cut or pad, from the content of a `tokenizer.json`.
+
+    Raises:
+        MossError: the library does not take it; without a place in its message.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(description)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Some of what the file says is first used here.
+        tokenizer.decode(tokenizer.encode("Hello.", add_special_tokens=False).ids)
+    except BaseException as error:
+        # The library raises bare Exception, and PanicException, a BaseException that cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise MossError(f"{NOT_ONE} ({' '.join(str(error).split())[:200]})") from error
+    return tokenizer
 
 
 class TextTokenizer:
@@ -25,29 +78,19 @@ class TextTokenizer:
 
     def __init__(self, description: str, where: str = "text tokenizer"):
         """`description` is the content of a `tokenizer.json`; raises MossError when it is not one."""
-        from tokenizers import Tokenizer
-
-        try:
-            parsed = json.loads(description)
-            self._with_specials = Tokenizer.from_str(description)
-            added = {token["content"] for token in parsed["added_tokens"]}
-            vocabulary = parsed["model"]["vocab"]
+        with located(where):
+            parsed = parse_object(description)
+            vocabulary, added = token_ids(parsed)
+            self._with_specials = build_tokenizer(description)
             parsed["model"]["vocab"] = {token: i for token, i in vocabulary.items() if token not in added}
-            parsed["added_tokens"], parsed["post_processor"] = [], None
-            self._plain = Tokenizer.from_str(json.dumps(parsed))
-        except Exception as error:  # the library raises bare Exception
-            raise MossError(f"{where}: not a tokenizer.json of the `tokenizers` library ({error})") from error
+            parsed["added_tokens"] = []
+            parsed["post_processor"] = None
+            self._plain = build_tokenizer(json.dumps(parsed))
         self.size = 1 + max(self._with_specials.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TextTokenizer":
-        path = Path(path)
-        try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise MossError(f"{path}: cannot be read ({error.strerror}); expected a tokenizer.json") from error
-        except UnicodeDecodeError as error:
-            raise MossError(f"{path}: not UTF-8 text ({error}); expected a tokenizer.json") from error
+        return cls(read_text(path), str(path))
 
     def check(self, config, where: str = "text tokenizer") -> None:
         """Raises MossError when the special strings do not have the ids of the model's config, or ids do not fit."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moss_jax.documents import check_encodable, shown
 from moss_jax.errors import MossError
 
 ROLES = ("system", "user", "assistant")
@@ -30,20 +31,25 @@ class Turn:
 
     def __post_init__(self):
         if self.role not in ROLES:
-            raise MossError(f"turn: role is {self.role!r}, expected one of {', '.join(ROLES)}")
+            raise MossError(f"turn: role is {shown(self.role)}, expected one of {', '.join(ROLES)}")
         given = [name for name in ("text", "audio", "codes") if getattr(self, name) is not None]
         if len(given) != 1:
             what = " and ".join(given) or "nothing"
             raise MossError(f"turn of {self.role}: it has {what}, expected exactly one of text, audio and codes")
         if self.text is not None and not isinstance(self.text, str):
             raise MossError(f"turn of {self.role}: text is {type(self.text).__name__}, expected a string")
+        if self.text is not None:
+            check_encodable(self.text, f"turn of {self.role}: text")
         if isinstance(self.audio, np.ndarray) and not self.sample_rate:
             raise MossError(f"turn of {self.role}: audio is an array without a sample_rate in Hz")
         if self.audio is not None and not isinstance(self.audio, (str, Path, np.ndarray)):
             found = type(self.audio).__name__
             raise MossError(f"turn of {self.role}: audio is {found}, expected a path or a numpy array of samples")
         if self.codes is not None:
-            codes = np.asarray(self.codes)
+            try:
+                codes = np.asarray(self.codes)
+            except (ValueError, OverflowError):  # lists in it of other lengths
+                codes = np.zeros((), object)
             if codes.ndim != 1 or (codes.size and not np.issubdtype(codes.dtype, np.integer)):
                 raise MossError(f"turn of {self.role}: codes have shape {list(codes.shape)} and dtype {codes.dtype}, "
                                 "expected a list of integers")  # fmt: skip

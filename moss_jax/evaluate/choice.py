@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from moss_jax.dialogue.grid import text_rows
+from moss_jax.documents import read_text
 from moss_jax.errors import MossError
-from moss_jax.evaluate.items import collect, need, need_string, read_items, read_text
+from moss_jax.evaluate.items import collect, need, need_string, read_items
 from moss_jax.evaluate.model import Model
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
+from moss_jax.files import is_folder
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HEADER = "The following are multiple choice questions (with answers){about}.\n\n"
@@ -52,7 +54,7 @@ def read_choices(path: str | Path) -> list[Question]:
         MossError: every line that is wrong, of every file.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return _file(path)
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".csv", ".jsonl")]
     if not files:

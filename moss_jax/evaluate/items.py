@@ -1,12 +1,13 @@
 """Files of evaluation items: JSON lines. All that is wrong with a file is reported at once, by line number."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moss_jax.documents import parse_object, plain_name, read_lines, short, shown
 from moss_jax.errors import MossError
+from moss_jax.files import is_file
 
 Item = TypeVar("Item")  # has a `name`, unlike every other one in its file
 
@@ -22,7 +23,9 @@ def read_items(path: str | Path, parse: Callable[[dict[str, Any], str, Path], It
         MossError: every line that is wrong, with its number; or no line at all.
     """
     path = Path(path)
-    return collect(path, ((number, lambda text=text: _object(text)) for number, text in _lines(path)), parse)
+    return collect(
+        path, ((line.number, lambda text=line.content: parse_object(text)) for line in read_lines(path)), parse
+    )
 
 
 def collect(
@@ -36,11 +39,9 @@ def collect(
     for number, entry in entries:
         try:
             fields = entry()
-            name = str(fields.pop("id", f"{number:05d}"))
-            if Path(name).name != name or name.startswith("."):
-                raise MossError(f"id {name!r} is no plain file name")
+            name = plain_name(fields.pop("id", f"{number:05d}"))
             if name in items:
-                raise MossError(f"the id {name!r} is there twice")
+                raise MossError(f"the id {shown(name)} is there twice")
             items[name] = parse(fields, name, path.parent)
         except MossError as error:
             problems.append(f"line {number}: {error}")
@@ -49,32 +50,6 @@ def collect(
     if not items:
         raise MossError(f"{path}: holds no item, expected a JSON object a line")
     return list(items.values())
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file (a byte order mark is dropped); raises MossError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise MossError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MossError(f"{path}: cannot be read ({error})") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, line
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise MossError(f"not JSON ({error}), expected an object") from error
-    if not isinstance(entry, dict):
-        raise MossError(f"is a JSON {type(entry).__name__}, expected an object")
-    return entry
 
 
 @dataclass(frozen=True)
@@ -104,11 +79,11 @@ def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None
             raise MossError(f"{what}: {max(value)} is not a speech code, expected 0 to {code_count - 1}")
         return Part(codes=tuple(value))
     if not isinstance(value, str) or not value.strip():
-        raise MossError(f"{what}: {kind} is {value!r}, expected some words")
+        raise MossError(f"{what}: {kind} is {shown(value)}, expected some words")
     if kind == "text":
         return Part(text=value)
-    if not (folder / value).is_file():
-        raise MossError(f"{what}: audio {value}: no such file")
+    if not is_file(folder / value):
+        raise MossError(f"{what}: audio {short(value)}: no such file")
     return Part(audio=folder / value)
 
 
@@ -117,14 +92,14 @@ def need(entry: Mapping[str, Any], fields: Sequence[str], optional: Sequence[str
     if missing := [field for field in fields if field not in entry]:
         raise MossError(f"lacks {', '.join(missing)}")
     if unknown := sorted(set(entry) - {*fields, *optional}):
-        raise MossError(f"unknown: {', '.join(unknown)}; expected {', '.join([*fields, *optional, 'id'])}")
+        raise MossError(f"unknown: {', '.join(map(short, unknown))}; expected {', '.join([*fields, *optional, 'id'])}")
 
 
 def need_string(entry: Mapping[str, Any], field: str, default: str | None = None) -> str:
     """A string of at least one visible character."""
     value = entry.get(field, default)
     if not isinstance(value, str) or not value.strip():
-        raise MossError(f"{field} is {value!r}, expected a string that is not empty")
+        raise MossError(f"{field} is {shown(value)}, expected a string that is not empty")
     return value
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from moss_jax.checkpoint import write_text
+from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
 
@@ -55,7 +56,7 @@ class Results:
     def _take_up(self, content: bytes, about: Mapping[str, Any]) -> None:
         """Reads what is there, drops a line that was cut off, begins a new file."""
         whole = content[: content.rfind(b"\n") + 1]
-        lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        lines = [self._parsed(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
         if lines:
             self._check(lines[0], about)
         self.done: dict[str, dict[str, Any]] = {line["id"]: line for line in lines[1:]}
@@ -96,12 +97,13 @@ class Results:
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            record = json.loads(line)
-            if isinstance(record, dict) and ("format" if number == 1 else "id") in record:
-                return record
-        except ValueError:
-            pass
-        raise MossError(f"{self._path} line {number}: damaged; choose another folder")
+            record = parse_json(line, finite=False)
+        except MossError:
+            record = None
+        key = "format" if number == 1 else "id"
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise MossError(f"{self._path} line {number}: damaged; choose another folder")
+        return record
 
     def _check(self, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         differ = [key for key in {**about, **found} if found.get(key) != about.get(key)]

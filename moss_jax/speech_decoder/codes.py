@@ -1,11 +1,12 @@
 """Files of speech codes: the JSON lines that `moss-jax encode` writes, or one array in a .npy."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from moss_jax.documents import MAX_NAME, code_list, located, parse_object, read_lines
 from moss_jax.errors import MossError
+from moss_jax.files import is_file
 
 
 def read_codes(path: str | Path) -> list[tuple[str, np.ndarray]]:
@@ -18,37 +19,35 @@ def read_codes(path: str | Path) -> list[tuple[str, np.ndarray]]:
         MossError: no such file, or something in it is not codes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MossError(f"{path}: no such file")
     if path.suffix == ".npy":
-        try:
-            codes = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise MossError(f"{path}: not an array of codes ({error})") from error
-        return [(path.stem, _integers(codes, str(path)))]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MossError(f"{path}: not a text file of codes, expected JSON lines or a .npy ({error})") from error
+        return [(path.stem, _array(path))]
     items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise MossError(f"{where}: not JSON ({error})") from error
-        if not isinstance(item, dict) or not isinstance(item.get("codes"), list):
-            raise MossError(f'{where}: expected an object with "codes", a list of numbers')
-        name = Path(item["path"]).stem if isinstance(item.get("path"), str) else str(number)
-        items.append((name, _integers(np.array(item["codes"]), where)))
+    for line in read_lines(path):
+        with located(f"{path} line {line.number}"):
+            item = parse_object(line.content)
+            if "codes" not in item:
+                raise MossError('expected an object with "codes", a list of whole numbers')
+            codes = np.array(code_list(item["codes"]), np.int32)
+        name = Path(item["path"]).stem if isinstance(item.get("path"), str) else ""
+        # A name that cannot be part of a file's name is replaced by the number of the line.
+        fits = name and "\0" not in name and len(name.encode()) <= MAX_NAME
+        items.append((name if fits else str(line.number), codes))
     if not items:
         raise MossError(f"{path}: no codes in it, expected at least one line")
     return items
 
 
-def _integers(codes: np.ndarray, where: str) -> np.ndarray:
+def _array(path: Path) -> np.ndarray:
+    if not is_file(path):
+        raise MossError(f"{path}: no such file")
+    try:
+        # Mapped, so that a damaged header cannot ask for more memory than the file has bytes.
+        codes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy evaluates the header, which fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MossError(f"{path}: not an array of codes ({reason[:200]})") from error
+    if not isinstance(codes, np.ndarray):
+        raise MossError(f"{path}: an archive of arrays, expected a single array of codes")
     if codes.ndim != 1 or not codes.size or not np.issubdtype(codes.dtype, np.integer):
-        raise MossError(f"{where}: codes are {codes.dtype} {list(codes.shape)}, expected at least one integer in a row")
-    return codes
+        raise MossError(f"{path}: codes are {codes.dtype} {list(codes.shape)}, expected at least one integer in a row")
+    return np.array(codes)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import isclose
 
 from moss_jax.errors import MossError
+from moss_jax.nn.config import check_sizes
 from moss_jax.speech_decoder import speaker, vocoder
 from moss_jax.speech_decoder.flow import config as flow
 from moss_jax.speech_decoder.flow.config import FlowConfig
@@ -24,6 +25,7 @@ class SpeechDecoderConfig:
     mel_context: int = 12  # mel frames before a piece, the held ones among them, that a cached stream vocodes again
 
     def __post_init__(self):
+        check_sizes(self, "speech decoder", zero=("mel_overlap", "mel_context"))
         flow, vocoder = self.flow.mel_bins, self.vocoder.mel_bins
         if flow != vocoder:
             raise MossError(f"speech decoder config: flow.mel_bins is {flow}, vocoder.mel_bins is {vocoder}")

@@ -19,6 +19,7 @@ import numpy as np
 
 from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
 from moss_jax.errors import MossError
+from moss_jax.nn.config import check_sizes
 from moss_jax.nn.conv import Conv1d
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes
@@ -44,6 +45,7 @@ class SpeakerConfig:
     segment_frames: int  # frames that a segment mean of the context covers
 
     def __post_init__(self):
+        check_sizes(self, "speaker", layers=("head_blocks", "dense_layers"))
         if self.num_mel_bins % 8:
             raise MossError(f"speaker config: num_mel_bins is {self.num_mel_bins}, expected a multiple of 8")
         if len(self.dense_layers) != len(self.dense_dilations):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED
+from moss_jax.nn.config import ADDED, check_sizes
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes
@@ -53,6 +53,7 @@ class VocoderConfig:
     weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
 
     def __post_init__(self):
+        check_sizes(self, "vocoder", layers=("f0_layers",))
         stages = len(self.upsample_rates)
         if not len(self.upsample_widths) == len(self.source_resblock_widths) == stages:
             raise MossError(

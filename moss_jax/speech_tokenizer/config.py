@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moss_jax.audio.features import MelConfig
 from moss_jax.errors import MossError
+from moss_jax.nn.config import check_sizes
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,7 @@ class SpeechTokenizerConfig:
     layer_norm_epsilon: float
 
     def __post_init__(self):
-        for name in (
-            "sample_rate", "n_fft", "hop_length", "num_mel_bins", "d_model", "num_layers", "encoder_attention_heads",
-            "encoder_ffn_dim", "max_source_positions", "pooling_kernel_size", "quantize_vocab_size", "code_dim",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise MossError(f"speech tokenizer config: {name} is {getattr(self, name)}, expected at least 1")
+        check_sizes(self, "speech tokenizer", layers=("num_layers",))
         if self.d_model % self.encoder_attention_heads:
             raise MossError(
                 f"speech tokenizer config: d_model {self.d_model} is not a multiple of encoder_attention_heads "

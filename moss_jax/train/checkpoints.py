@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moss_jax.documents import parse_object, read_json
 from moss_jax.errors import MossError
 from moss_jax.train.state import TrainState
 
@@ -208,7 +209,7 @@ def checksum(path: Path) -> list[int]:
     """[bytes, CRC-32] of a file; of Orbax's own description without the time of the commit."""
     size, crc = 0, 0
     if path.name == STAMPED:
-        described = json.loads(path.read_text(encoding="utf-8")) | {"commit_timestamp_nsecs": None}
+        described = read_json(path) | {"commit_timestamp_nsecs": None}
         text = json.dumps(described, sort_keys=True).encode()
         return [len(text), zlib.crc32(text)]
     with path.open("rb") as file:
@@ -224,7 +225,7 @@ def verify(folder: Path) -> str | None:
         own, _, text = path.read_text(encoding="utf-8").partition("\n")
         if own != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError
-        expected = json.loads(text)["files"]
+        expected = parse_object(text)["files"]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError, KeyError):

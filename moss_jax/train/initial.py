@@ -23,8 +23,9 @@ from moss_jax.convert.system import locate
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import transformer as released_table
 from moss_jax.dialogue.folder import SYSTEM, SystemFolder
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json
+from moss_jax.nn.config import read_config
 from moss_jax.sharding import shardings_for
 from moss_jax.train.stages import Stage, split_params
 from moss_jax.train.step import frozen_shardings, trainable_shardings

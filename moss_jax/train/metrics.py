@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from moss_jax.checkpoint import atomic_file
+from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
 
 METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
@@ -183,13 +184,14 @@ def _short(number: float) -> str:
 
 def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(line, entry) of every whole line."""
-    for line in content.splitlines(keepends=True):
+    for line in content.split(b"\n")[:-1]:
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_object(line)
+        except MossError:
             continue
-        if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield line, entry
+        step = entry.get("step")
+        if type(step) is int and 0 <= step < 2**63:
+            yield line + b"\n", entry
 
 
 def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

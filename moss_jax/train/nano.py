@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.convert.qwen3 import export_qwen3
 from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
 from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
@@ -132,8 +134,8 @@ class Recipe:
             )  # fmt: skip
         if self.quick:
             for path in sorted(corpus.glob("*.jsonl")):
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(path, "".join(lines[:QUICK_LINES]))
+                lines = [line.content.decode("utf-8") for line in islice(read_lines(path), QUICK_LINES)]
+                write_text(path, "".join(f"{line}\n" for line in lines))
         return 0
 
     def _tokenize(self) -> int:

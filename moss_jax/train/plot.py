@@ -1,5 +1,6 @@
 """Loss curves of runs as a picture."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, color: str) -> None:
-    points = [(entry["step"], float(entry[f"{channel}_loss"])) for entry in steps if _counts(entry, channel)]
+    points = [(entry["step"], _loss(entry, channel)) for entry in steps if _counts(entry, channel)]
     if not points:
         return
     x, y = np.asarray(points).T
@@ -63,9 +64,17 @@ def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, colo
     width = max(1, len(y) // SMOOTH)
     smooth = np.convolve(y, np.ones(width) / width, "valid")
     axis.plot(x[width - 1 :], smooth, color=color, label=channel)
-    points = [(entry["step"], entry[f"{channel}_loss"]) for entry in held_out if entry.get(f"{channel}_loss")]
+    points = [(entry["step"], _loss(entry, channel)) for entry in held_out if entry.get(f"{channel}_loss")]
     if points:
         axis.plot(*np.asarray(points).T, "o", color=color, markersize=4, label=f"{channel}, held out")
+
+
+def _loss(entry: dict, channel: str) -> float:
+    """The loss of an entry; NaN, which is not drawn, where the entry holds no number."""
+    try:
+        return float(entry.get(f"{channel}_loss"))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _counts(entry: dict, channel: str) -> bool:
@@ -74,7 +83,7 @@ def _counts(entry: dict, channel: str) -> bool:
 
 
 def _title(values: dict[str, Any]) -> str:
-    stage = (values.get("stage") or {}).get("name")
+    stage = values["stage"].get("name") if isinstance(values.get("stage"), dict) else None
     return f"{values.get('name')} ({stage})" if stage else f"{values.get('name')}"
 
 

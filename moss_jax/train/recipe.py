@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import write_text
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_json
+from moss_jax.nn.config import read_config
 from moss_jax.train.lane import Lane
 from moss_jax.train.metrics import duration
 
@@ -119,6 +120,16 @@ def _made(step: RecipeStep, ended: Callable[[RecipeStep, float, int], None]) -> 
     return code
 
 
+@dataclass(frozen=True)
+class _Known:
+    """The fields of a journal that are used when its recipe is started again."""
+
+    done: tuple[str, ...]
+    again: tuple[str, ...]
+    seconds: dict
+    wall: float | None = None
+
+
 class _Journal:
     def __init__(self, folder: Path, about: Mapping[str, Any]):
         self.path, self.about = folder / JOURNAL, dict(about)
@@ -133,8 +144,11 @@ class _Journal:
                     f"{folder}: was begun with {json.dumps(found.get('about'))}, expected {json.dumps(self.about)}; "
                     "remove it or run elsewhere"
                 )
-            self.done, self.again, self.seconds = found["done"], found["again"], found["seconds"]
-            self._before = found.get("wall", sum(self.seconds.values()))
+            known = read_config(_Known, found, self.path, foreign=True)
+            self.done = list(known.done)
+            self.again = list(known.again)
+            self.seconds = known.seconds
+            self._before = sum(self.seconds.values()) if known.wall is None else known.wall
 
     @property
     def wall(self) -> float:

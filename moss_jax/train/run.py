@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jax.sharding import Mesh
 
 from moss_jax.data import Mixture
+from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.files import is_file
+from moss_jax.nn.config import read_config, write_config
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.stages import Stage
 from moss_jax.transformer import TransformerConfig
@@ -194,7 +196,7 @@ def run_class(kind: str) -> type[BaseRun]:
 def load_run(config: str | Path, assignments: Sequence[str] = ()) -> BaseRun:
     """The run of a config file, with `name=value` assignments applied. Raises MossError in one line."""
     path = Path(config)
-    if not path.is_file():
+    if not is_file(path):
         raise MossError(f"{path}: no such file, expected a config such as configs/stage1.py")
     try:
         run = runpy.run_path(str(path)).get("RUN")
@@ -236,9 +238,12 @@ def override(run: BaseRun, assignments: Sequence[str]) -> BaseRun:
 def values_in(folder: str | Path) -> dict[str, Any]:
     """The JSON of the run that was made in a folder, its kind included."""
     path = Path(folder) / RUN_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise MossError(f"{folder}: no {RUN_FILE} in it, expected the folder of a run")
-    return {"kind": Run.kind, **read_json(path)}
+    values = {"kind": Run.kind, **read_json(path)}
+    if not isinstance(values["kind"], str):
+        raise MossError(f"{path}: kind is {shown(values['kind'])}, expected one of {', '.join(KINDS)}")
+    return values
 
 
 def read_run(folder: str | Path) -> BaseRun:

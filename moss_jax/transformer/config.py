@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moss_jax.errors import MossError
+from moss_jax.nn.config import check_sizes
 
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "dots", "full")
@@ -41,14 +42,18 @@ class TransformerConfig:
     param_dtype: str = "float32"  # of parameters
 
     def __post_init__(self):
-        sizes = {k: getattr(self, k) for k in _POSITIVE}
-        for name, size in sizes.items():
-            self._require(isinstance(size, int) and size > 0, f"{name} is {size!r}, expected a whole number above 0")
+        for name in _WHOLE:
+            value = getattr(self, name)
+            self._require(type(value) is int, f"{name} is {value!r}, expected a whole number")
+        layers = ("num_shared_layers", "num_modality_layers")
+        check_sizes(self, "transformer", zero=(*layers, "audio_vocab_size", *_IDS), layers=layers)
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            right = isinstance(value, int | float) and 0 < value < float("inf")
+            self._require(right, f"{name} is {value!r}, expected a number above 0")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(heads % kv_heads == 0, f"{heads} attention heads do not divide into {kv_heads} key/value heads")
         self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, expected an even number")
-        for name in ("num_shared_layers", "num_modality_layers"):
-            self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         self._require(self.num_shared_layers + self.num_modality_layers > 0, "has no layers, expected at least 1")
         for name, known in (("attention", ATTENTION), ("remat", REMAT), ("dtype", DTYPES), ("param_dtype", DTYPES)):
             value = getattr(self, name)
@@ -69,10 +74,20 @@ class TransformerConfig:
             raise MossError(f"transformer config: {problem}")
 
 
-_POSITIVE = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "text_vocab_size", "max_position_embeddings",
-)  # fmt: skip
+_IDS = ("endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id", "eosp_id", "audio_pad_id")
+_WHOLE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_shared_layers",
+    "num_modality_layers",
+    "text_vocab_size",
+    "audio_vocab_size",
+    "max_position_embeddings",
+    *_IDS,
+)
 
 # fnlp/MOSS-Speech: 9,095,694,336 parameters.
 MOSS_SPEECH_8B = TransformerConfig(

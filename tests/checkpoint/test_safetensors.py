@@ -103,7 +103,7 @@ DAMAGE = {
     "empty": (lambda p: p.write_bytes(b""), "not a safetensors file"),
     "text": (lambda p: p.write_text("hello, this is no tensor file"), "not a safetensors file"),
     "bad json": (lambda p: p.write_bytes((8).to_bytes(8, "little") + b"{'a': 1}"), "not valid JSON"),
-    "json list": (lambda p: p.write_bytes((8).to_bytes(8, "little") + b"[1, 2]  "), "not a JSON object"),
+    "json list": (lambda p: p.write_bytes((8).to_bytes(8, "little") + b"[1, 2]  "), "holds a JSON list"),
     "dtype": (lambda p: _header(p, lambda h: h["a"].update(dtype="F4")), "'a' has dtype 'F4'"),
     "shape": (lambda p: _header(p, lambda h: h["a"].update(shape=[2, 4])), "needs 32 bytes, has 24"),
     "negative": (lambda p: _header(p, lambda h: h["a"].update(shape=[-2, -3])), "no proper dtype, shape"),
@@ -140,7 +140,7 @@ def test_index_errors(tmp_path):
     with pytest.raises(MossError, match="outside its folder"):
         open_tensors(tmp_path)
     index.write_text("{}")
-    with pytest.raises(MossError, match="no 'weight_map'"):
+    with pytest.raises(MossError, match="which maps tensor names to file names, is not an object"):
         open_tensors(tmp_path)
     index.write_text(text)
     (tmp_path / "model-00003-of-00003.safetensors").unlink()

@@ -42,7 +42,7 @@ def test_one_recording_and_several(system, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ('{"codes": [1, 2]', [], "line 1: not JSON"),
+        ('{"codes": [1, 2]', [], "line 1: not valid JSON"),
         ('{"path": "x"}', [], 'an object with "codes"'),
         ('{"codes": [0.5]}', [], "expected at least one integer"),
         ('{"codes": []}', [], "expected at least one integer"),

@@ -22,13 +22,9 @@ from moss_jax.cli import main
 
 RATE = 16000
 ONE_CODE = '{"codes": [1]}'
-
-
-@pytest.fixture(scope="session")
-def system(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("errors") / "system"
-    assert main(["init-random", str(folder)]) == 0
-    return folder
+CODES_IN_CODES = '{"codes": [[1], 2]}'
+NOT_UTF8 = os.fsdecode(b"caf\xe9")  # as it arrives from the command line
+LONG = "x" * 300  # more than a file's name can have
 
 
 class Workshop:
@@ -86,6 +82,13 @@ class Workshop:
         save_file(tensors, path)
         return "damaged"
 
+    def indexed(self, weight_map: dict) -> str:
+        """The system with an index in place of the language model's file."""
+        room = self.copy() / "transformer"
+        (room / "model.safetensors").unlink()
+        (room / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return "damaged"
+
     def sharded(self) -> str:
         """The language model in two shards, of which one is not there."""
         room = self.copy() / "transformer"
@@ -108,7 +111,8 @@ class Case:
 def case(name: str, arguments: Callable[[Workshop], str | list[str]], *says: str) -> Case:
     def split(shop: Workshop) -> list[str]:
         words = arguments(shop)
-        return [word.format(system=shop.system) for word in (words.split() if isinstance(words, str) else words)]
+        words = words.split() if isinstance(words, str) else words
+        return [word.replace("{system}", str(shop.system)) for word in words]
 
     return Case(name, split, says)
 
@@ -135,6 +139,51 @@ def decode(name: str, codes, *says: str, flags: str = "") -> Case:
 
 def half(content: bytes) -> bytes:
     return content[: len(content) // 2]
+
+
+def with_setting(name: str, value) -> Callable[[bytes], str]:
+    return lambda old: json.dumps(json.loads(old) | {name: value})
+
+
+def with_prefix(old: bytes) -> str:
+    """tokenizers cuts the prefix off every part of a merge, also where it is longer than the part."""
+    described = json.loads(old)
+    described["model"]["continuing_subword_prefix"] = "longer than any token"
+    return json.dumps(described)
+
+
+def with_header(header: bytes, values: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + values
+
+
+def header(change: Callable[[dict], object], more: dict | None = None) -> Callable[[Workshop], str]:
+    """The system with another header in its transformer's file: `change` changes, or returns, the first tensor."""
+
+    def changed(old: bytes) -> bytes:
+        end = 8 + int.from_bytes(old[:8], "little")
+        tensors = json.loads(old[8:end])
+        name = sorted(tensors)[0]
+        made = change(tensors[name])
+        if made is not None:
+            tensors[name] = made
+        return with_header(json.dumps(tensors | (more or {})).encode(), old[end:])
+
+    return lambda shop: shop.replaced("transformer/model.safetensors", changed)
+
+
+def npy_of(count: int) -> bytes:
+    """A .npy of a few bytes whose header says that there are `count` codes."""
+    head = b"{'descr': '<i8', 'fortran_order': False, 'shape': (%d,), }" % count
+    head += b" " * (117 - len(head)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(80)
+
+
+def tokenize(name: str, line: str, *says: str) -> Case:
+    def arguments(shop: Workshop) -> list[str]:
+        shop.file("manifest.jsonl", line + "\n")
+        return f"tokenize manifest.jsonl --model {shop.system} --format speech -o new".split()
+
+    return case(name, arguments, "manifest.jsonl", *says)
 
 
 def truncated(shop: Workshop) -> str:
@@ -182,13 +231,89 @@ CASES = [
     case("out in no folder", lambda shop: "chat --text Hi --model {system} -o no/where/a.wav", "no/where"),
     case("out of another kind", lambda shop: "chat --text Hi --model {system} -o answer.doc", ".doc", ".wav"),
     case("text in no folder", lambda shop: "chat --text Hi --model {system} --reply text -o no/a.txt", "no"),
-    case("line 2 is not JSON", lines('{"text": "Hi"}', '{"text": '), "questions.jsonl line 2", "not JSON"),
+    case("line 2 is not JSON", lines('{"text": "Hi"}', '{"text": '), "questions.jsonl line 2", "not valid JSON"),
     case("line 1 is a list", lines("[1]"), "line 1", "expected an object"),
     case("line 3 names no file", lines('{"text": "a"}', "", '{"audio": "b.wav"}'), "line 3", "b.wav", "no such file"),
     case("line 1, unknown key", lines('{"txt": "a"}'), "line 1", "txt"),
     case("the same id twice", lines('{"text": "a", "id": "x"}', '{"text": "b", "id": "x"}'), "line 2", "x"),
     case("an id that leaves the folder", lines('{"text": "a", "id": "../x"}'), "line 1", "../x"),
     case("no questions", lines(""), "questions.jsonl", "no question"),
+    # documents: encodings, limits, types
+    case(
+        "text that is not UTF-8",
+        lambda shop: ["chat", "--text", os.fsdecode(b"\xff\xfe"), "--model", "{system}", "--reply", "text"],
+        "text is not proper text", "expected UTF-8",
+    ),
+    case(
+        "system turn that is not UTF-8",
+        lambda shop: ["chat", "--text", "Hi", "--system", NOT_UTF8, "--model", "{system}", "--reply", "text"],
+        "system: text is not proper text", "character 3",
+    ),
+    case(
+        "system turn of a file that is not UTF-8",
+        lambda shop: [
+            *("chat", "--jsonl", shop.file("q.jsonl", '{"text": "a"}'), "--system", NOT_UTF8),
+            *("--model", "{system}", "--reply", "text"),
+        ],
+        "not proper text",
+    ),
+    case("line 2, half a character", lines('{"text": "a"}', '{"text": "\\ud800"}'), "line 2", "lone surrogate"),
+    case("line 1, half a character in a key", lines('{"\\udc00": "a"}'), "line 1", "lone surrogate"),
+    case("1000 nested brackets in a line", lines("[" * 1000 + "]" * 1000), "line 1", "nested deeper"),
+    case("line 2, a number of 5000 digits", lines('{"text": "a"}', '{"id": ' + "9" * 5000 + "}"), "line 2", "digits"),
+    case("line 1, no number", lines('{"text": "a", "id": NaN}'), "line 1", "NaN"),
+    case("line 1, a key twice", lines('{"text": "a", "text": "b"}'), "line 1", "appears twice"),
+    case("line 1, codes in codes", lines('{"codes": [[1], 2]}'), "line 1", "codes"),
+    case("line 1, true as code", lines('{"codes": [1, true]}'), "line 1", "codes"),
+    case("line 1, a huge code", lines('{"codes": [1, ' + "9" * 30 + "]}"), "line 1", "codes"),
+    case("line 1, codes of half", lines('{"codes": [1.5]}'), "line 1", "codes"),
+    case("line 1, text of numbers", lines('{"text": [1]}'), "line 1", "text is list"),
+    case("line 1, role of an object", lines('{"turns": [{"role": {}, "text": "a"}]}'), "line 1", "role"),
+    case("line 1, turns of an object", lines('{"turns": {}}'), "line 1", "turns"),
+    case("line 1, an id of 300 characters", lines('{"text": "a", "id": "' + "x" * 300 + '"}'), "line 1", "file name"),
+    case("line 1, an id with NUL", lines('{"text": "a", "id": "a\\u0000b"}'), "line 1", "file name"),
+    case("line 1, a recording of 5000 characters", lines('{"audio": "' + "x" * 5000 + '"}'), "line 1", "no such file"),
+    case("line 1, a recording with NUL", lines('{"audio": "a\\u0000b"}'), "line 1", "no such file"),
+    case(
+        "line 1 is not UTF-8",
+        lambda shop: f"chat --jsonl {shop.file('q.jsonl', bytes([255, 254]))} --model {{system}} --reply text",
+        "line 1", "not UTF-8",
+    ),
+    # names that no file can have
+    case("a question of 300 characters", lambda shop: f"chat {LONG} --model {{system}} --reply text", LONG),
+    case("a voice of 300 characters", lambda shop: f"chat --text Hi --model {{system}} -o a.wav --voice {LONG}", LONG),
+    case("a model of 300 characters", lambda shop: f"chat --text Hi --model {LONG} --reply text", LONG),
+    case("a codec of 300 characters", lambda shop: f"convert --model {{system}} --codec {LONG} -o new", LONG),
+    case("questions of 300 characters", lambda shop: f"chat --jsonl {LONG} --model {{system}} --reply text", LONG),
+    case("out of 300 characters", lambda shop: f"chat --text Hi --model {{system}} -o {LONG}.wav", LONG, "too long"),
+    case("codes out of 300 characters", lambda shop: f"encode {shop.wave()} --model {{system}} -o {LONG}", "too long"),
+    case("folder of 300 characters", lambda shop: f"init-random {LONG}", LONG, "too long"),
+    case("voice to 300 characters", lambda shop: f"voice {shop.wave()} --model {{system}} -o {LONG}", LONG, "too long"),
+    case(
+        "voice name of 300 characters",
+        lambda shop: f"voice {shop.wave()} --model {{system}} --name {LONG}", "voice name",
+    ),
+    case("info of 300 characters", lambda shop: f"info {LONG}", LONG),
+    case("codes of 300 characters", lambda shop: f"decode {LONG} --model {{system}} -o a.wav", LONG),
+    case("manifest of 300 characters", lambda shop: f"tokenize {LONG} --model {{system}} --format text -o new", LONG),
+    tokenize("shard of half a character", '{"shard": "\\ud800", "audio": "x"}', "bad line", ),
+    tokenize("shard with NUL", '{"shard": "\\u0000", "audio": "x"}', "bad line"),
+    tokenize("shard of 300 characters", '{"shard": "' + "x" * 300 + '", "audio": "x"}', "bad line"),
+    tokenize("recording of 5000 characters", '{"audio": "' + "x" * 5000 + '"}', "bad line"),
+    tokenize("1000 brackets in a manifest", "[" * 1000, "bad line"),
+    case(
+        "codes, a list in a list",
+        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE + chr(10) + CODES_IN_CODES)} --model {{system}} -o new",
+        "line 2", "codes are",
+    ),
+    case(
+        "codes, 1000 brackets",
+        lambda shop: f"decode {shop.file('c.jsonl', '[' * 1000)} --model {{system}} -o a.wav", "line 1", "nested",
+    ),
+    case(
+        "codes, an array that claims more than there is",
+        lambda shop: f"decode {shop.file('c.npy', npy_of(2**40))} --model {{system}} -o a.wav", "c.npy", "not an array",
+    ),
     # sampling
     chat("temperature", "--temperature -0.5", "temperature", "-0.5", "above 0"),
     chat("temperature NaN", "--temperature nan", "temperature", "nan"),
@@ -251,8 +376,55 @@ CASES = [
         "system.json", "moss-jax-0", "moss-jax-1",
     ),
     chat_with("system.json cut", lambda shop: shop.replaced("system.json", half), "system.json", "JSON"),
+    *(
+        chat_with(
+            f"system.json: {name}", lambda shop, change=change: shop.replaced("system.json", change),
+            "system.json", *says,
+        )
+        for name, change, says in (
+            ("default voice of a number", with_setting("default_voice", 1.5), ("default_voice is float 1.5",)),
+            ("default voice of a list", with_setting("default_voice", ["a"]), ("default_voice is list",)),
+            ("sampling of a list", with_setting("sampling", [1]), ("sampling is list",)),
+            ("format of a list", with_setting("format", [1]), ("format is",)),
+            ("1000 brackets", lambda old: b"[" * 1000, ("nested deeper",)),
+            ("5000 digits", lambda old: b'{"format": ' + b"9" * 5000 + b"}", ("5000 digits",)),
+            ("not UTF-8", lambda old: b"\xff" + old, ("not UTF-8",)),
+            ("a list", lambda old: b"[]", ("expected an object",)),
+        )
+    ),
+    chat_with(
+        "config.json, 1000 brackets",
+        lambda shop: shop.replaced("transformer/config.json", lambda old: b'{"a":' * 1000), "config.json", "nested",
+    ),
+    chat_with("config.json, no heads", lambda shop: shop.config("transformer", num_attention_heads=0), "heads is 0"),
+    chat_with("config.json, 2**31", lambda shop: shop.config("transformer", head_dim=2**31), "head_dim is 2147483648"),
+    chat_with("config.json, 10**30", lambda shop: shop.config("transformer", head_dim=10**30), "head_dim is 1000"),
+    chat_with("config.json, layers", lambda shop: shop.config("transformer", num_shared_layers=10**9), "num_shared_l"),
+    chat_with("config.json, theta", lambda shop: shop.config("transformer", rope_theta=-1.0), "rope_theta is -1.0"),
+    chat_with("header, dtype of a list", header(lambda tensor: tensor.update(dtype=["F32"])), "damaged header"),
+    chat_with("header, a huge shape", header(lambda tensor: tensor.update(shape=[0, 2**63])), "damaged header"),
+    chat_with("header, 70 dimensions", header(lambda tensor: tensor.update(shape=[1] * 70)), "damaged header"),
+    chat_with("header, offsets of text", header(lambda tensor: tensor.update(data_offsets="ab")), "damaged header"),
+    chat_with("header, a number as tensor", header(lambda tensor: 5), "damaged header"),
+    chat_with("header, metadata of a number", header(lambda tensor: None, {"__metadata__": -1}), "__metadata__"),
+    chat_with("header, metadata of null", header(lambda tensor: None, {"__metadata__": None}), "__metadata__"),
+    chat_with("header, metadata of numbers", header(lambda tensor: None, {"__metadata__": {"a": 1}}), "__metadata__"),
+    chat_with(
+        "header, 1000 brackets",
+        lambda shop: shop.replaced("transformer/model.safetensors", lambda old: with_header(b'{"a":' * 1000, b"")),
+        "model.safetensors", "nested deeper",
+    ),
+    chat_with("a shard of 5000 characters", lambda shop: shop.indexed({"a": "x" * 5000}), "1 shard is missing"),
+    chat_with("a shard with NUL", lambda shop: shop.indexed({"a": "a\0b"}), "1 shard is missing"),
+    chat_with("a shard of a number", lambda shop: shop.indexed({"a": 5}), "weight_map"),
+    chat_with(
+        "text tokenizer that makes its library panic",
+        lambda shop: shop.replaced("text_tokenizer/tokenizer.json", with_prefix), "tokenizer.json: not a",
+    ),
     chat_with("no text tokenizer", lambda shop: shop.without("text_tokenizer"), "text_tokenizer"),
-    chat_with("text tokenizer cut", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", half), "r.json: not a"),
+    chat_with(
+        "text tokenizer cut", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", half), "r.json: not valid",
+    ),
     chat_with(
         "no special tokens", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", no_special_tokens),
         "added tokens",

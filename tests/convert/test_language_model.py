@@ -74,7 +74,7 @@ SHARD = "model-00002-of-00003.safetensors"
 DAMAGE = {
     "missing shard": (lambda f: (f / SHARD).unlink(), f"1 shard is missing: {SHARD}"),
     "shard cut in half": (lambda f: _cut(f / SHARD), "model-00002-of-00003.safetensors: cut short"),
-    "missing config key": (lambda f: _change(f, head_dim="DELETE"), "config lacks head_dim"),
+    "missing config key": (lambda f: _change(f, head_dim="DELETE"), "missing: head_dim"),
     "wrong hidden size": (lambda f: _change(f, hidden_size=48), "tensors do not fit the model its config describes"),
     "one layer more": (lambda f: _change(f, num_shared_layers=4), "num_hidden_layers = 5, but 6"),
     "heads": (lambda f: _change(f, num_key_value_heads=3), "4 attention heads do not divide into 3"),

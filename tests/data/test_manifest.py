@@ -59,9 +59,9 @@ def test_turns(folder):
 
 WORDS = {"audio": "a.wav", "text": "x y"}
 BAD = [
-    (b"{", "not JSON ("),
+    (b"{", "not valid JSON ("),
     (b"\xff\xfe", "not UTF-8 text (byte 0)"),
-    (b"[1]", "is a JSON list, expected an object"),
+    (b"[1]", "holds a JSON list, expected an object"),
     ({"audio": "a.wav", "txt": "x"}, "unknown: txt; expected id, audio"),
     ({}, "is empty: it has neither audio, codes, text nor turns"),
     ({"audio": "b.wav"}, "audio b.wav: no such file"),
@@ -81,7 +81,7 @@ BAD = [
     ({"text": "x"}, "has no audio and no words"),
     ({**WORDS, "words": "x"}, 'words is "x", expected [[word, start, end], ...]'),
     ({**WORDS, "words": [["x", 0]]}, 'words[0] is ["x", 0], expected [word, start, end]'),
-    ({**WORDS, "words": [["x", 0, float("nan")]]}, "words[0] is"),
+    ({**WORDS, "words": [["x", 0, float("nan")]]}, "NaN is not a finite number"),
     ({**WORDS, "words": [["x", 0, 1], ["y", 2, 1.5]]}, "words[1]: 'y' is said from 2 to 1.5 s, expected 0 <= start"),
     ({**WORDS, "words": [["x", 1, 2], ["y", 0.5, 2]]}, "times run backwards, 'y' 0.5 to 2 s after 'x' 1 to 2 s"),
     ({**WORDS, "words": [["x", 0, 1], ["z", 1, 2]]}, "words[1]: 'z' is not in the text, in this order"),

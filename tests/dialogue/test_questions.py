@@ -29,17 +29,17 @@ def test_every_kind_of_line(tmp_path):
     [
         ([], "holds no question"),
         (["{"], r"line 1: .*"),
-        (["[1]"], "line 1: is a JSON list, expected an object"),
+        (["[1]"], "line 1: holds a JSON list, expected an object"),
         ([{"text": "x"}, {"speech": "x"}], "line 2: unknown: speech"),
         ([{"text": "x", "audio": "none.wav"}], "line 1: audio none.wav: no such file"),
-        ([{"audio": 3}], "line 1: audio is int"),
+        ([{"audio": 3}], "line 1: audio is 3, expected a file name"),
         ([{"text": " "}], "line 1: turns: the user turn at 0 has empty text"),
         ([{"turns": "x"}], "'turns' is a list"),
         ([{"turns": [], "text": "x"}], "there is only 'id' beside it"),
-        ([{"turns": [3]}], "a turn is a JSON int"),
+        ([{"turns": [3]}], "a turn is 3, expected an object"),
         ([{"turns": [{"role": "assistant", "text": "x"}]}], "the last turn is of assistant"),
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "x"}], "line 2: the id 'a' is there twice"),
-        ([{"id": "../a", "text": "x"}], "is no plain file name"),
+        ([{"id": "../a", "text": "x"}], "is not a plain file name"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, lines, message):
@@ -52,5 +52,5 @@ def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(MossError, match="no such file"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(MossError, match="cannot be read"):
+    with pytest.raises(MossError, match="binary line 1: not UTF-8 text"):
         read_questions(tmp_path / "binary")

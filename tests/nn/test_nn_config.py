@@ -3,8 +3,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED, read_config, read_json, write_config
+from moss_jax.nn.config import ADDED, read_config, write_config
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from moss_jax.checkpoint import open_tensors
 from moss_jax.convert.language_model import import_language_model
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.dialogue.folder import FORMAT
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json
+from moss_jax.nn.config import read_config
 from moss_jax.train.initial import initial_params, initial_split
 from moss_jax.train.stages import STAGE_1
 from moss_jax.transformer import TINY, TransformerConfig

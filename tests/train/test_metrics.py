@@ -119,3 +119,31 @@ def test_curves(tmp_path, capsys):
     (tmp_path / "one/metrics.jsonl").write_text("")
     assert main(["plot", str(tmp_path / "one"), "-o", str(target)]) == 2
     assert "no step in it yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "steps"),
+    [
+        (b'{"step": 1}\n{"step": 2', [1]),
+        (b'\xff\n{"step": 1}\n' + b"[" * 1000 + b'\n{"step": ' + b"9" * 400 + b'}\n{"step": "2"}\n{"step": -1}\n', [1]),
+        (b'{"step": 1, "name": "a\xc2\x85b\xe2\x80\xa8c"}\r\n[1]\nnull\n\n{"step": 2}\n', [1, 2]),
+    ],
+)
+def test_damaged_lines_are_passed_over(tmp_path, content, steps):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert [entry["step"] for entry in read_entries(tmp_path / "metrics.jsonl")] == steps
+
+
+def test_a_plot_of_losses_that_are_no_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    from moss_jax.train.plot import plot_runs
+
+    (tmp_path / "run.json").write_text('{"stage": [1], "name": {}}')
+    lines = [{"step": 1, "text_loss": "abc"}, {"step": 2, "text_loss": [1]}, {"step": 3, "text_loss": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 3, "text_loss": {}}\n')
+    plot_runs([tmp_path], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size
+    (tmp_path / "run.json").write_text('{"kind": []}')
+    with pytest.raises(MossError, match=r"run\.json: kind is \[\], expected one of"):
+        plot_runs([tmp_path], tmp_path / "loss.png")

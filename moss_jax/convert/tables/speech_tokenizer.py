@@ -1,11 +1,30 @@
 """Tensor names of the released codec's `model.safetensors`: the Whisper-VQ encoder."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
+from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+
+
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """The keys of the released codec's config.json that are used."""
+
+    d_model: int = within(1, MAX_SIZE)
+    encoder_attention_heads: int = within(1, MAX_SIZE)
+    encoder_ffn_dim: int = within(1, MAX_SIZE)
+    num_mel_bins: int = within(1, MAX_SIZE)
+    max_source_positions: int = within(1, MAX_SIZE)
+    pooling_kernel_size: int = within(1, MAX_SIZE)
+    quantize_vocab_size: int = within(1, MAX_SIZE)
+    quantize_position: int = within(1, MAX_LAYERS)
+    pooling_position: int | None = None
+    encoder_layers: int | None = None
 
 
 def config_from_released(released: Mapping[str, Any], where: str) -> SpeechTokenizerConfig:
@@ -20,28 +39,32 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
     }  # fmt: skip
     for key, value in fixed.items():
         if released.get(key, value) != value:
-            raise MossError(f"{where}: {key} is {released[key]!r}, this encoder has {value!r}")
-    names = (
-        "d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
-        "pooling_kernel_size", "quantize_vocab_size", "quantize_position",
-    )  # fmt: skip
-    missing = [name for name in names if name not in released]
-    if missing:
-        raise MossError(f"{where}: {', '.join(missing)} missing, expected the config of the speech tokenizer")
-    sizes = {name: released[name] for name in names}
-    layers = sizes.pop("quantize_position")
-    if released.get("pooling_position", layers) != layers:
+            raise MossError(f"{where}: {key} is {shown(released[key])}, this encoder has {value!r}")
+    config = read_config(ReleasedConfig, released, where, foreign=True)
+    layers = config.quantize_position
+    if config.pooling_position not in (None, layers):
+        raise MossError(f"{where}: pooling_position is {config.pooling_position}, expected quantize_position, {layers}")
+    if config.encoder_layers is not None and config.encoder_layers < layers:
         raise MossError(
-            f"{where}: pooling_position is {released['pooling_position']}, expected quantize_position, {layers}"
+            f"{where}: encoder_layers is {config.encoder_layers}, expected at least quantize_position, {layers}"
         )
-    if released.get("encoder_layers", layers) < layers:
-        raise MossError(
-            f"{where}: encoder_layers is {released['encoder_layers']}, expected at least quantize_position, {layers}"
+    with located(where):
+        return SpeechTokenizerConfig(
+            sample_rate=16000,
+            n_fft=400,
+            hop_length=160,
+            num_mel_bins=config.num_mel_bins,
+            d_model=config.d_model,
+            num_layers=layers,
+            encoder_attention_heads=config.encoder_attention_heads,
+            encoder_ffn_dim=config.encoder_ffn_dim,
+            max_source_positions=config.max_source_positions,
+            pooling_kernel_size=config.pooling_kernel_size,
+            quantize_vocab_size=config.quantize_vocab_size,
+            code_dim=config.d_model,
+            normalize_codes=False,
+            layer_norm_epsilon=1e-5,
         )
-    return SpeechTokenizerConfig(
-        sample_rate=16000, n_fft=400, hop_length=160, num_layers=layers, code_dim=sizes["d_model"],
-        normalize_codes=False, layer_norm_epsilon=1e-5, **sizes,
-    )  # fmt: skip
 
 
 def table(config: SpeechTokenizerConfig) -> Table:

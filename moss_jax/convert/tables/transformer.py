@@ -1,10 +1,13 @@
 """fnlp/MOSS-Speech: 446 tensors, 40 layers of 11 and six more. Source: the released checkpoint's documented layout."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moss_jax.convert.table import LINEAR, Row, Table, heads_in, heads_out, prefixed
+from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
+from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.transformer.config import TransformerConfig
 
 SAME_KEY = (
@@ -23,6 +26,32 @@ ID_KEYS = {
 }  # the released config.json lacks the first three: they are Qwen3's own, our defaults
 
 
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """The keys of a released config.json that are used."""
+
+    hidden_size: int = within(1, MAX_SIZE)
+    intermediate_size: int = within(1, MAX_SIZE)
+    num_attention_heads: int = within(1, MAX_SIZE)
+    num_key_value_heads: int = within(1, MAX_SIZE)
+    head_dim: int = within(2, MAX_SIZE)
+    num_shared_layers: int = within(0, MAX_LAYERS)
+    num_modality_layers: int = within(0, MAX_LAYERS)
+    vocab_size: int = within(1, MAX_SIZE)
+    audio_vocab_size: int = within(0, MAX_SIZE)
+    rope_theta: float = within(1, 1e12)
+    rms_norm_eps: float = within(0, 1)
+    max_position_embeddings: int = within(1, MAX_SIZE)
+    num_hidden_layers: int | None = within(0, 2 * MAX_LAYERS, None)
+    endoftext_token_id: int | None = within(0, MAX_SIZE, None)
+    im_start_token_id: int | None = within(0, MAX_SIZE, None)
+    im_end_token_id: int | None = within(0, MAX_SIZE, None)
+    sosp_token_id: int | None = within(0, MAX_SIZE, None)
+    modality_pad_token_id: int | None = within(0, MAX_SIZE, None)
+    eosp_token_id: int | None = within(0, MAX_SIZE, None)
+    audio_pad_token_id: int | None = within(0, MAX_SIZE, None)
+
+
 def config_from_released(released: Mapping[str, Any], where: str) -> TransformerConfig:
     """Our config from the keys of a released `config.json`; keys that we do not know are left alone.
 
@@ -30,20 +59,19 @@ def config_from_released(released: Mapping[str, Any], where: str) -> Transformer
         MossError: a key is missing, or asks for something that the model does not have (biases, tied embeddings,
             another activation, scaled RoPE).
     """
-    missing = [key for key in CONFIG_KEYS.values() if key not in released]
-    if missing:
-        raise MossError(f"{where}: config lacks {', '.join(missing)}")
+    config = read_config(ReleasedConfig, released, where, foreign=True)
     for key, expected in {"attention_bias": False, "hidden_act": "silu", "rope_scaling": None}.items():
         if released.get(key, expected) != expected:
-            raise MossError(f"{where}: config has {key} = {released[key]!r}, expected {expected!r}")
-    depth = released["num_shared_layers"] + released["num_modality_layers"]
-    if released.get("num_hidden_layers", depth) != depth:
+            raise MossError(f"{where}: config has {key} = {shown(released[key])}, expected {expected!r}")
+    depth = config.num_shared_layers + config.num_modality_layers
+    if config.num_hidden_layers not in (None, depth):
         raise MossError(
-            f"{where}: config has num_hidden_layers = {released['num_hidden_layers']}, but {depth} shared and modality "
+            f"{where}: config has num_hidden_layers = {config.num_hidden_layers}, but {depth} shared and modality "
             "layers; the first must be the sum of the others"
         )
-    ids = {ours: released[theirs] for ours, theirs in ID_KEYS.items() if theirs in released}
-    return TransformerConfig(**{ours: released[theirs] for ours, theirs in CONFIG_KEYS.items()}, **ids)
+    ids = {ours: i for ours, theirs in ID_KEYS.items() if (i := getattr(config, theirs)) is not None}
+    with located(where):
+        return TransformerConfig(**{ours: getattr(config, theirs) for ours, theirs in CONFIG_KEYS.items()}, **ids)
 
 
 def layer_rows(config: TransformerConfig) -> tuple[Row, ...]:

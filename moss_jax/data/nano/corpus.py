@@ -37,6 +37,7 @@ from moss_jax.data.nano import domain
 from moss_jax.data.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
 from moss_jax.dialogue.byte_level import byte_level, learn_merges
 from moss_jax.dialogue.conversation import SYSTEM
+from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
@@ -315,7 +316,7 @@ def _begin(part: Path, about: dict) -> None:
         raise MossError(f"{part}: cannot be written ({error.strerror})") from error
     path = part / "about.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if any(found.get(key) != value for key, value in about.items()):
             raise MossError(f"{part}: is there already, of another seed or scale; remove it or choose another folder")
     write_text(path, json.dumps(about, indent=1) + "\n")
@@ -343,11 +344,7 @@ def _say_all(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [
-        json.loads(line)
-        for place in places
-        for line in (part / place / "said.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [parse_object(line.content) for place in places for line in read_lines(part / place / "said.jsonl")]
 
 
 def _leave_with_parent() -> None:
@@ -417,7 +414,7 @@ def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.
             "documents": plan.documents, "rows": plan.rows,
         }.items()
     }  # fmt: skip
-    about = json.loads((part / "about.json").read_text())
+    about = read_json(part / "about.json")
     write_text(part / "about.json", json.dumps({**about, "hours": hours}, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ from moss_jax.data.corpus import write_manifest
 from moss_jax.data.nano import domain
 from moss_jax.data.nano.corpus import Utterance, say
 from moss_jax.data.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, Question
+from moss_jax.documents import parse_object, read_lines
 from moss_jax.errors import MossError
 
 FOLDER = Path(__file__).with_name("items")
@@ -137,7 +138,7 @@ def read_items(group: str, folder: Path = FOLDER) -> list[Item]:
     """The frozen items of a set, a key of SETS."""
     if group not in SETS:
         raise MossError(f"items {group!r}: unknown, there are {', '.join(SETS)}")
-    return [Item.from_json(json.loads(line)) for line in (folder / f"{group}.jsonl").read_text().splitlines()]
+    return [Item.from_json(parse_object(line.content)) for line in read_lines(folder / f"{group}.jsonl")]
 
 
 def write_items(folder: Path) -> None:

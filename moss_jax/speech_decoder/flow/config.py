@@ -1,10 +1,10 @@
 """Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin mel at 50 Hz out."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED
+from moss_jax.nn.config import ADDED, check_sizes
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EncoderConfig:
     num_up_layers: int = 4  # at the rate of the mel; fixed in the reference
 
     def __post_init__(self):
-        _require_positive(self, "flow.encoder")
+        check_sizes(self, "flow.encoder", layers=("num_layers", "num_up_layers"))
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise MossError(
                 f"flow.encoder config: hidden_size {self.hidden_size} is not an even multiple of {self.num_heads} heads"
@@ -38,7 +38,7 @@ class EstimatorConfig:
     time_size: int = 1024  # width of the time embedding
 
     def __post_init__(self):
-        _require_positive(self, "flow.estimator")
+        check_sizes(self, "flow.estimator", layers=("num_blocks", "num_mid_stages"))
 
     @property
     def num_stages(self) -> int:
@@ -70,7 +70,7 @@ class FlowConfig:
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
     def __post_init__(self):
-        _require_positive(self, "flow")
+        check_sizes(self, "flow", zero=("lookahead",), layers=("euler_steps", "frames_per_code"))
         if self.codebook_size > self.vocab_size:
             raise MossError(
                 f"flow config: codebook_size {self.codebook_size} is more than the {self.vocab_size} rows of vocab_size"
@@ -105,13 +105,6 @@ class FlowConfig:
     def estimator_inputs(self) -> int:
         """Channels that enter the estimator: state, mu, speaker and prompt mel; also the size of the time sinusoids."""
         return 4 * self.mel_bins
-
-
-def _require_positive(config, name: str) -> None:
-    for entry in fields(config):
-        value, least = getattr(config, entry.name), int(entry.name != "lookahead")
-        if isinstance(value, int) and value < least:
-            raise MossError(f"{name} config: {entry.name} is {value}, expected at least {least}")
 
 
 RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes

@@ -1,6 +1,5 @@
 """Parity of the dialogue room: the state machine, prompt grids, sampling distributions and whole generations."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -12,6 +11,7 @@ from moss_jax.dialogue.generate import GenerationSettings, decode_chunk, new_sta
 from moss_jax.dialogue.sampling import ChannelSettings
 from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.dialogue.turns import Turn
+from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 from moss_jax.tools.parity.golden import Golden, Mismatch
 from moss_jax.tools.parity.transformer import read_config, split_params
@@ -145,8 +145,8 @@ def _turn(turn: dict) -> Turn:
 
 def _listed(golden: Golden, key: str) -> list[dict]:
     try:
-        return json.loads(golden.meta[key])
-    except (KeyError, ValueError) as error:
+        return parse_json(golden.meta[key])
+    except (KeyError, MossError) as error:
         raise Mismatch(f"metadata {key!r} is missing or not JSON") from error
 
 

@@ -1,6 +1,5 @@
 """Reading a golden file: one safetensors file with weights, inputs, outputs and the rules for comparing them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moss_jax.convert.table import Table
+from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 
 FORMAT = "golden-1"
@@ -23,6 +23,12 @@ class Config(dict):
 
     def __missing__(self, key: str):
         raise Mismatch(f"config has no {key!r}, only {', '.join(sorted(self)) or 'nothing'}")
+
+
+def _config(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Config({key: _config(inner) for key, inner in value.items()})
+    return [_config(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def read_golden(path: str | Path) -> Golden:
     if meta.get("format") != FORMAT:
         raise MossError(f"{path}: metadata 'format' is {meta.get('format')!r}, expected {FORMAT!r}")
     try:
-        decoded = {key: json.loads(meta.get(key, "{}"), object_hook=Config) for key in ("config", "final", "contract")}
+        decoded = {key: _config(parse_json(meta.get(key, "{}"))) for key in ("config", "final", "contract")}
         final = {name: (float(atol), float(rtol)) for name, (atol, rtol) in decoded["final"].items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise MossError(

@@ -1,6 +1,5 @@
 """Parity of training: losses, gradient norms and one stage-1 update of a packed batch."""
 
-import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.convert.tables import transformer as released
+from moss_jax.documents import parse_json, parse_object
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
 from moss_jax.tools.parity.golden import Golden, Mismatch
@@ -131,7 +131,7 @@ def _stage_1(golden: Golden, config, table, params, batch) -> tuple[dict, dict[s
 def _optimizer(golden: Golden) -> OptimizerConfig:
     """The file's AdamW: constant rate, no clipping unless it says so."""
     try:
-        given = json.loads(golden.meta["optimizer"])
+        given = parse_object(golden.meta["optimizer"])
         return OptimizerConfig(
             learning_rate=given["lr"], schedule="constant", betas=tuple(given["betas"]), eps=given["eps"],
             weight_decay=given["weight_decay"], clip_norm=given.get("clip_norm"),
@@ -145,7 +145,7 @@ def _check_selection(golden: Golden, table, trainable, frozen) -> None:
     for key, ours in (("trainable", trainable), ("frozen", frozen)):
         if key not in golden.meta:
             continue
-        listed, found = set(json.loads(golden.meta[key])), set(table.shapes(ours))
+        listed, found = set(parse_json(golden.meta[key])), set(table.shapes(ours))
         if listed != found:
             raise Mismatch(f"metadata {key!r}: {sorted(listed ^ found)[0]} is on one side only")
 

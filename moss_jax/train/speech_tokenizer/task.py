@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from moss_jax.checkpoint import load_tree, save_tree
 from moss_jax.convert.files import write_json
 from moss_jax.data.clips import LABELS_UNIT, ClipBatches, Clips
 from moss_jax.data.words import errors, words
+from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, read_json, write_config
+from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes, init_params
@@ -31,6 +33,15 @@ from moss_jax.train.state import TrainState, new_state, shardings_of
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 
 ROOM = "speech_tokenizer"  # of an export, as in a system
+
+
+@dataclass(frozen=True)
+class _WhisperIds:
+    """The keys of a Whisper's config.json that its text units need."""
+
+    vocab_size: int
+    eos_token_id: int
+    decoder_start_token_id: int
 
 
 class SpeechTokenizerTask:
@@ -53,9 +64,11 @@ class SpeechTokenizerTask:
         self._clips = self._open(run.data)
         begin, end = (BLANK,), BLANK
         if run.objective.units == "whisper":
-            about = read_json(Path(run.init) / "config.json")
-            self._units = WhisperUnits(run.init, about["vocab_size"])
-            begin, end = run.objective.prompt or (about["decoder_start_token_id"],), about["eos_token_id"]
+            path = Path(run.init) / "config.json"
+            about = read_config(_WhisperIds, read_json(path), path, foreign=True)
+            self._units = WhisperUnits(run.init, about.vocab_size)
+            begin = run.objective.prompt or (about.decoder_start_token_id,)
+            end = about.eos_token_id
         else:
             self._units = Units(self._clips.texts, run.objective.units, run.objective.vocabulary)
         self._recogniser = Recogniser(run.model, run.objective, self._units.count, begin, end)

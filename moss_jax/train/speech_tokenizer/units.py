@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moss_jax.data.words import words
+from moss_jax.dialogue.text_tokenizer import build_tokenizer
+from moss_jax.documents import located, read_text
 from moss_jax.errors import MossError
 
 BLANK, UNKNOWN = 0, 1  # of words and characters; for the attention head, 0 begins and ends a transcript
@@ -43,12 +45,12 @@ class WhisperUnits:
     """The units of a Whisper's tokenizer.json."""
 
     def __init__(self, folder: str | Path, count: int):
-        from tokenizers import Tokenizer
-
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise MossError(f"{path}: no such file, expected it for units 'whisper'")
-        self._tokenizer, self.count = Tokenizer.from_file(str(path)), count
+        with located(path):
+            self._tokenizer = build_tokenizer(read_text(path))
+        self.count = count
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids

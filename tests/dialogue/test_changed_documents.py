@@ -1,0 +1,76 @@
+"""Lines of questions, system.json and config.json in which something was changed: read or refused, never a crash."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.dialogue.questions import read_questions
+from moss_jax.errors import MossError
+from moss_jax.nn.config import read_config, write_config
+from moss_jax.speech_decoder import config as speech_decoder
+from moss_jax.speech_decoder.codes import read_codes
+from moss_jax.speech_decoder.flow.model import flow_shapes
+from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_tokenizer import config as speech_tokenizer
+from moss_jax.speech_tokenizer.encoder import encoder_shapes
+from moss_jax.transformer import TransformerConfig, model_shapes
+from moss_jax.transformer import config as transformer
+from tests.checkpoint.test_changed_headers import changed
+
+LINES = [
+    {"id": "a", "text": "Hello"},
+    {"id": 3, "codes": [1, 2, 3]},
+    {"turns": [{"role": "system", "text": "Be kind."}, {"role": "user", "codes": [5]}]},
+    {"audio": "none.wav"},
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_changed_line(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_text(json.dumps(changed(data, data.draw(st.sampled_from(LINES)))) + "\n")
+    for read in (read_questions, read_codes):
+        try:
+            read(path)
+        except MossError as error:
+            assert "lines.jsonl" in str(error).splitlines()[0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_changed_system_json(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "changed-system"
+    folder.mkdir(exist_ok=True)
+    settings = {"format": "moss-jax-1", "default_voice": "anna", "sampling": {"temperature": 0.5}}
+    (folder / "system.json").write_text(json.dumps(changed(data, settings)))
+    try:
+        found = SystemFolder(folder).settings
+        assert isinstance(found.get("default_voice"), str | None)
+    except MossError as error:
+        assert "system.json" in str(error).splitlines()[0]
+
+
+CONFIGS = {
+    "transformer": (TransformerConfig, transformer.TINY, model_shapes),
+    "speech_tokenizer": (type(speech_tokenizer.TINY), speech_tokenizer.TINY, encoder_shapes),
+    "flow": (type(speech_decoder.TINY.flow), speech_decoder.TINY.flow, flow_shapes),
+    "vocoder": (type(speech_decoder.TINY.vocoder), speech_decoder.TINY.vocoder, vocoder_shapes),
+}
+
+
+@pytest.mark.parametrize("part", CONFIGS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_changed_config(part, data):
+    """A config that is accepted describes a model: its parameters have shapes."""
+    cls, config, shapes = CONFIGS[part]
+    try:
+        found = read_config(cls, changed(data, write_config(config)), "config.json")
+    except MossError as error:
+        assert str(error).startswith("config.json: ")
+        return
+    assert shapes(found)
