@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moss_jax.arguments import check_seed
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder import reference_stream
@@ -55,10 +56,11 @@ class SpeechDecoder:
         Other lengths in the same bucket compile nothing. The same seed gives the same speech.
 
         Raises:
-            MossError: no codes, codes out of range, more than the flow's noise reaches with the voice's prompt, a
-                voice that does not fit, or no weights for it.
+            MossError: an invalid seed, no codes, codes out of range, more than the flow's noise reaches with the
+                voice's prompt, a voice that does not fit, or no weights for it.
         """
         config = self.config
+        seed = check_seed(seed)
         check_voice(config, voice)
         flow, vocoder = self._part(flow_stem()), self.vocoder_params
         mel = sampler.decode(flow, config.flow, codes, voice)
@@ -74,8 +76,9 @@ class SpeechDecoder:
             chunk: codes, see `SpeechDecoderConfig.streaming`.
 
         Raises:
-            MossError: unknown mode, no weights for this chunk size, or a voice that does not fit.
+            MossError: an invalid seed, unknown mode, no weights for this chunk size, or a voice that does not fit.
         """
+        seed = check_seed(seed)
         check_voice(self.config, voice)
         stem, flow = self.config.streaming(chunk)
         config = replace(self.config, vocoder=self.vocoder_config)
