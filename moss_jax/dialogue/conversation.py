@@ -31,6 +31,7 @@ from moss_jax.dialogue.state_machine import AUDIO, next_mode
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.dialogue.turns import ROLES, Turn
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.transformer import TransformerConfig
 
@@ -73,6 +74,7 @@ class Conversation:
         if getattr(self.state.grid, "is_deleted", bool)():
             raise MossError("conversation: it has already gone on; take the one of the latest reply, or a saved one")
 
+    @in_32_bits
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all; `System.resume` reads it."""
         self.check()
@@ -107,6 +109,7 @@ class LanguageModel:
         sample = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
         self.fingerprint = f"{zlib.crc32(sample.tobytes()):08x}"
 
+    @in_32_bits
     def begin(
         self,
         turns: Sequence[Turn],
@@ -170,6 +173,7 @@ class LanguageModel:
         )  # fmt: skip
         return conversation, notices
 
+    @in_32_bits
     def begin_batch(
         self,
         questions: Sequence[Sequence[Turn]],
@@ -208,12 +212,14 @@ class LanguageModel:
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array(requests + [0] * spare)), 0)
         return self._prefill(self._new_state(len(grid), capacity), grid, valid, keys), grid.shape[1], notices
 
+    @in_32_bits
     def go_on(self, state: GenerationState, settings: GenerationSettings, k: int) -> GenerationState:
         """Up to `k` rows more. Returns before they are computed."""
         settings = settings.replace(text_size=self.text_tokenizer.size)
         with self._on_mesh():
             return decode_chunk(self.params, state, settings, k, config=self.config)
 
+    @in_32_bits
     def resume(self, path: str | Path) -> Conversation:
         """Reads what `Conversation.save` wrote.
 

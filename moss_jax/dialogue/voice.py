@@ -12,6 +12,7 @@ from moss_jax.audio.features import MEL_24K, MelConfig, mel_24k
 from moss_jax.audio.wave import resample
 from moss_jax.checkpoint import open_tensors, save_tensors
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import check_voice
 from moss_jax.speech_decoder.speaker import speaker_embedding
@@ -21,6 +22,7 @@ from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 FORMAT = "moss-jax-voice-1"
 
 
+@in_32_bits
 def enrol(
     wave: np.ndarray, rate: int, tokenizer: SpeechTokenizer, config: SpeechDecoderConfig, speaker_params: Any
 ) -> Voice:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moss_jax.arguments import check_seed
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
@@ -50,6 +51,7 @@ class SpeechDecoder:
         self._flows: dict[str, CachedFlow] = {}
         self._prompts: dict[tuple, Prompt] = {}
 
+    @in_32_bits
     def decode(self, codes: np.ndarray, voice: Voice, seed: int = 0) -> np.ndarray:
         """Codes int [N] -> speech float32 [samples_per_code * N] at `config.sample_rate`.
 
@@ -66,6 +68,7 @@ class SpeechDecoder:
         mel = sampler.decode(flow, config.flow, codes, voice)
         return vocode(vocoder, self.vocoder_config, np.asarray(mel[0]), seed)
 
+    @in_32_bits
     def stream(
         self, voice: Voice, seed: int = 0, mode: str = "cached", chunk: int | None = None
     ) -> CachedStream | ReferenceStream:
