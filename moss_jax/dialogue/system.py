@@ -165,13 +165,19 @@ class System:
         return self.speech_tokenizer.encode([resample(wave, own, rate) for wave, own in recordings])
 
     def enrol(self, recording: str | Path | tuple[np.ndarray, int]) -> Voice:
-        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz)."""
+        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz).
+
+        It may be as long as leaves the speech decoder room for a reply of the system's own max_new_tokens.
+        """
         wave, rate = recording if isinstance(recording, tuple) else load_audio(recording)
         config, parts = self._decoder_parts
         if config.speaker is None:
             raise MossError(f"{self.folder.path}: this system has one fixed voice, expected no recording of another")
+        if "speaker" not in parts:
+            raise MossError(f"{self.folder.path}: has no speech_decoder/speaker.safetensors, expected it for a voice")
         try:
-            return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"])
+            reply_codes = self.sampling["max_new_tokens"]
+            return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"], reply_codes)
         except MossError as error:
             raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
 

@@ -148,6 +148,11 @@ def check_voice(config: SpeechDecoderConfig, voice: Voice) -> None:
             f"voice: codes {list(codes)} and mel {list(mel)} do not fit, expected "
             f"[P] and [{flow.frames_per_code} P, {flow.mel_bins}]"
         )
+    if codes[0] >= flow.max_codes:
+        raise MossError(
+            f"voice: its recording has {codes[0]} codes ({codes[0] / config.code_rate:g} s), expected fewer than the "
+            f"{flow.max_codes} that the speech decoder takes for voice and reply together; enrol a shorter recording"
+        )
     if np.shape(voice.embedding) != (flow.speaker_size,):
         raise MossError(f"voice: embedding is {list(np.shape(voice.embedding))}, expected [{flow.speaker_size}]")
     if not (np.isfinite(voice.mel).all() and np.isfinite(voice.embedding).all()):
