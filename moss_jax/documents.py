@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from moss_jax import errors
 from moss_jax.errors import MossError
 
 MAX_FILE = 256 * 2**20  # bytes of a JSON file; the tokenizer.json of a large vocabulary has 11 MB
@@ -31,10 +31,6 @@ BOM = b"\xef\xbb\xbf"  # of UTF-8; editors on Windows write it
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a UTF-16 pair
 
 REFERENCE = re.compile(r"\s*<(\w+)>\s*")  # what follows `!ref` where it is a plain name
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 60
-_short.maxlevel = 3
 
 
 @dataclass(frozen=True)
@@ -208,8 +204,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, cut where it is long."""
-    return "null" if value is None else _short.repr(value)
+    """A value of a document for an error message, cut where it is long."""
+    return "null" if value is None else errors.shown(value)
 
 
 def short(name: Any) -> str:
