@@ -114,6 +114,7 @@ class _Work:
     def __init__(self, request: Request, say: Say):
         self.request, self.say = request, say
         folder = SystemFolder(request.model)
+        folder.check_codes()
         self.folder, self.config = folder, folder.config("transformer", TransformerConfig)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
