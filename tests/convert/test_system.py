@@ -31,22 +31,6 @@ def quiet(line):
     pass
 
 
-@pytest.fixture(scope="module")
-def random(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random") / "system"
-    init_random(folder, say=quiet)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    pytest.importorskip("torch")
-    pytest.importorskip("onnx")
-    folder = tmp_path_factory.mktemp("released") / "both"
-    init_random(folder, layout="released", say=quiet)
-    return folder
-
-
 def same_files(one, two, skip=()):
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()) for f in (one, two)]
     names = [[name for name in each if not name.startswith(skip)] for each in names]
