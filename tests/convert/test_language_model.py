@@ -210,6 +210,8 @@ def test_an_impossible_split_is_refused(tmp_path, split, message):
 
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("text/embed", "text/head", "text/layers", "shared/layers", "text/norm", "audio/")
+MIXED = st.tuples(*[st.sampled_from(DTYPES)] * len(PARTS))
+UNIFORM = st.sampled_from(DTYPES).map(lambda dtype: (dtype,) * len(PARTS))
 
 
 def with_dtypes(system, dtypes):
@@ -242,9 +244,10 @@ def qwen3_systems(tmp_path_factory):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    original=st.sampled_from(DTYPES), tied=st.booleans(),
-    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * len(PARTS)) | st.sampled_from(DTYPES).map(lambda d: (d,) * len(PARTS)),
-)  # fmt: skip
+    original=st.sampled_from(DTYPES),
+    tied=st.booleans(),
+    dtypes=MIXED | UNIFORM,
+)
 def test_a_trained_qwen3_is_exported_whatever_its_dtypes(qwen3_systems, original, tied, dtypes):
     source, _ = qwen3_systems[original, tied]
     with tempfile.TemporaryDirectory() as name:
