@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from moss_jax.convert import system
-from moss_jax.files import folder_lock
 
 # Resolves a pair; stops in the middle of the conversion until a file appears.
 RESOLVE = """
@@ -137,6 +136,8 @@ def test_a_conversion_that_is_running_is_not_removed(tmp_path):
 
 def test_a_finished_conversion_needs_no_lock(tmp_path):
     """It can be used while another process converts something else, and in a cache that cannot be written."""
+    from moss_jax.files import folder_lock
+
     target = tmp_path / "model-0123456789ab"
     target.mkdir()
     (target / "system.json").write_text('{"format": "moss-jax-1"}')

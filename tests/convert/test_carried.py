@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moss_jax.cli import main
+from moss_jax.convert import files as convert_files
 from moss_jax.convert import system
-from moss_jax.convert.files import carry_files, files_to_carry
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import write_language_model, write_qwen3
@@ -203,12 +203,12 @@ def test_links_inside_a_release_are_followed(tmp_path):
     (release / "v2" / "a").write_text("a")
     (release / "b").symlink_to("v2/a")
     (release / "latest").symlink_to("v2", target_is_directory=True)
-    carry_files(release, tmp_path / "out")
+    convert_files.carry_files(release, tmp_path / "out")
     assert files(tmp_path / "out") == {"v2/a", "b", "latest/a"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     (release / "v2" / "again").symlink_to("../v2", target_is_directory=True)
     with pytest.raises(MossError, match="inside a linked folder"):
-        files_to_carry(release)
+        convert_files.files_to_carry(release)
 
 
 def test_a_snapshot_may_not_lead_past_its_blobs(tmp_path, secret):
@@ -216,27 +216,27 @@ def test_a_snapshot_may_not_lead_past_its_blobs(tmp_path, secret):
     source.mkdir()
     (source / "a").write_text("a")
     snapshot = hub_like(source, tmp_path / "models--owner--name")
-    assert files_to_carry(snapshot) == [Path("a")]
+    assert convert_files.files_to_carry(snapshot) == [Path("a")]
     other = tmp_path / "models--other--name" / "blobs"
     other.mkdir(parents=True)
     (other / "1").write_text("of another repository")
     (snapshot / "b").symlink_to(other / "1")
     with pytest.raises(MossError, match="b: a symbolic link to"):
-        files_to_carry(snapshot)
+        convert_files.files_to_carry(snapshot)
     (snapshot / "b").unlink()
     shutil.rmtree(tmp_path / "models--owner--name" / "blobs")
     (tmp_path / "models--owner--name" / "blobs").symlink_to(secret, target_is_directory=True)
     (snapshot / "a").unlink()
     (snapshot / "a").symlink_to("../../blobs/key")
     with pytest.raises(MossError, match="a: a symbolic link to"):
-        files_to_carry(snapshot)
+        convert_files.files_to_carry(snapshot)
 
 
 def test_hidden_files_are_not_looked_at(tmp_path, secret):
     (tmp_path / "release" / ".git").mkdir(parents=True)
     (tmp_path / "release" / ".git" / "x").symlink_to(secret / "key")
     (tmp_path / "release" / ".hidden").symlink_to(secret / "key")
-    assert files_to_carry(tmp_path / "release") == []
+    assert convert_files.files_to_carry(tmp_path / "release") == []
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -250,9 +250,9 @@ def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", refuse)
         with pytest.raises(MossError, match=r"closed/a: cannot be read \(Input/output error\)"):
-            carry_files(tmp_path / "release", tmp_path / "out")
+            convert_files.carry_files(tmp_path / "release", tmp_path / "out")
     iterdir = Path.iterdir
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", lambda path: refuse(path) if path == closed else iterdir(path))
         with pytest.raises(MossError, match=r"closed: cannot be read \(Input/output error\)"):
-            carry_files(tmp_path / "release", tmp_path / "out")
+            convert_files.carry_files(tmp_path / "release", tmp_path / "out")
