@@ -26,13 +26,14 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 MODEL_FOLDER, CODEC_FOLDER = "MOSS-Speech", "MOSS-Speech-Codec"  # what an export to the released layouts makes
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What is downloaded of a repository on the Hugging Face Hub: no code, and no weights in other formats.
-MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.jinja", "LICENSE*")
+MODEL_FILES = (
+    "*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja", "LICENSE", "LICENSE.txt",
+    "LICENSE.md",
+)  # fmt: skip
 CODEC_FILES = (*MODEL_FILES, "*.pt", "*.onnx", "*.yaml")
 # Of a system: what belongs to its codec, and the voices, which are prompts in its codes.
 CODEC_PARTS = ("speech_tokenizer", "speech_decoder", "voices", "carried/codec", "carried/unused")
-NAME_LENGTH = (
-    40  # of a model's name in the name of its conversion, which atomic_folder cuts at 64 for the unfinished one
-)
+NAME_LENGTH = 40  # of a model's name in the name of its conversion; atomic_folder shortens names of more than 64
 PART = re.compile(r"\..*-[0-9a-f]{12}\.[0-9a-z_]{8}\.part")  # an unfinished conversion in a cache
 
 
@@ -193,7 +194,6 @@ def _begin(folder: Path, codec: str | Path | None, say: Say) -> int:
     codes = CODES
     if codec is not None and (Path(codec) / SYSTEM).is_file():
         system = SystemFolder(codec)
-        system.check_codes()
         for room in ("speech_tokenizer", "speech_decoder"):
             system.room(room)  # raises where it is missing
         for name in CODEC_PARTS:
@@ -207,6 +207,7 @@ def _begin(folder: Path, codec: str | Path | None, say: Say) -> int:
         codes = import_codec(codec, folder, say).tokenizer.quantize_vocab_size
     (folder / "voices").mkdir(exist_ok=True)
     write_json(folder / SYSTEM, settings)
+    SystemFolder(folder).check_codes(where=str(codec))
     return codes
 
 

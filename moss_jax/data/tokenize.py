@@ -139,12 +139,7 @@ class _Work:
         asked = asdict(self.request)
         settings = {name: asked[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
         if self.encodes:
-            room, codes = self.folder.room("speech_tokenizer"), self.ear.quantize_vocab_size
-            if codes > self.config.eosp_id:
-                raise MossError(
-                    f"{self.folder.path}: the vocabularies do not match, the speech tokenizer has {codes} codes, the "
-                    f"transformer's end at eosp_id {self.config.eosp_id}"
-                )
+            room = self.folder.room("speech_tokenizer")
             settings["speech_tokenizer"] = [_digest(path) for path in sorted(room.iterdir()) if path.is_file()]
         if self.request.aligner is not None:
             settings["aligner"] = str(self.request.aligner)

@@ -120,6 +120,17 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     assert main(["tokenize", *arguments]) == 2
 
 
+def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched, qwen, tmp_path):
+    system.convert_qwen3(qwen, tmp_path / "one", quiet, 2, mismatched)
+    assert read_transformer_config(tmp_path / "one").eosp_id == 256
+    path = mismatched / "speech_decoder" / "config.json"
+    config = json.loads(path.read_text())
+    config["flow"]["codebook_size"] = OTHER
+    path.write_text(json.dumps(config))
+    with pytest.raises(MossError, match="mismatched: different numbers of speech codes"):
+        system.convert_qwen3(qwen, tmp_path / "two", quiet, 2, mismatched)
+
+
 @pytest.mark.parametrize("room", ["speech_tokenizer", "speech_decoder"])
 def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, room, capsys):
     folder = shutil.copytree(other, tmp_path / "half")

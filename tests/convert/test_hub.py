@@ -18,7 +18,7 @@ WANTED = {
 }  # fmt: skip
 OTHERS = {
     "modeling_moss_speech.py", "pytorch_model.bin", "consolidated.pth", "tf_model.h5", "run.sh", "demo.mp4",
-    "model.gguf", "data.tar.gz", "weights.pkl", "flow/setup.py",
+    "model.gguf", "tokenizer.py", "vocab.exe", "data.tar.gz", "weights.pkl", "flow/setup.py",
 }  # fmt: skip
 
 
