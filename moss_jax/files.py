@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -93,13 +93,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+def folder_lock(
+    folder: str | Path, *, wait: bool = False, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Keeps other processes out of `folder` while the block runs; the folder is created if it does not exist.
 
     The operating system releases the lock when the process ends, however it ends.
 
     Args:
         wait: wait until the other process has finished, instead of failing at once.
+        on_wait: called once when there is another process to wait for.
 
     Raises:
         MossError: another process holds the lock, or the folder cannot be written.
@@ -109,11 +112,15 @@ def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=0)
         except Timeout:
-            raise MossError(
-                f"{folder}: another process is writing to this folder; wait for it to finish or choose another folder"
-            ) from None
+            if not wait:
+                raise MossError(
+                    f"{folder}: another process is writing to this folder; wait for it to finish or choose another "
+                    "folder"
+                ) from None
+            on_wait()
+            lock.acquire()
     try:
         yield
     finally:

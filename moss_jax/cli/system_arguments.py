@@ -15,13 +15,22 @@ def add_system_arguments(parser, nano: bool = False) -> None:
     parser.add_argument(
         "--model", required=not nano, default=None, metavar="FOLDER",
         help="a system folder (moss-jax convert, moss-jax init-random), or a released language model: "
-        "a folder or a hub name such as fnlp/MOSS-Speech" + ("; without it nano, which comes along" if nano else ""),
+        "a folder or a hub name such as fnlp/MOSS-Speech" + ("; default: the bundled nano model" if nano else ""),
     )  # fmt: skip
     parser.add_argument(
         "--codec", metavar="FOLDER",
         help="the released codec, a folder or a hub name such as fnlp/MOSS-Speech-Codec; only beside a released "
         "language model. The pair is converted once, into MOSS_JAX_CACHE or ~/.cache/moss_jax",
     )  # fmt: skip
+    add_revision_arguments(parser)
+
+
+def add_revision_arguments(parser) -> None:
+    """Which version of a repository on the Hugging Face Hub is taken."""
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a model on the Hugging Face Hub (default: main)"
+    )
+    parser.add_argument("--codec-revision", metavar="REV", help="the same for --codec")
 
 
 def system_folder(args) -> Path:
@@ -36,10 +45,18 @@ def system_folder(args) -> Path:
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     if args.model is None:
-        if args.codec is not None:
-            raise MossError("--codec: stands beside --model, expected both or none")
+        for name in ("codec", "revision", "codec_revision"):
+            if getattr(args, name) is not None:
+                raise MossError(f"--{name.replace('_', '-')}: is used together with --model, which is missing")
         return NANO
-    return resolve(args.model, args.codec, cache_folder(), progress)
+    check_revisions(args)
+    return resolve(args.model, args.codec, cache_folder(), progress, args.revision, args.codec_revision)
+
+
+def check_revisions(args) -> None:
+    """Raises MossError when there is a revision of a codec and no codec."""
+    if args.codec_revision is not None and args.codec is None:
+        raise MossError("--codec-revision: is used together with --codec, which is missing")
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,7 @@ from moss_jax.convert.codec_config import (
     released_yaml,
     vocoder_config,
 )
-from moss_jax.convert.files import carry_files, need_folder, tell_unknown, write_json
+from moss_jax.convert.files import carry_files, files_to_carry, need_folder, tell_unknown, write_json
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.onnx_write import write_speaker_graph
 from moss_jax.convert.stream import Say, Source, Union, exported, found_shapes, import_tensors, write_source
@@ -85,11 +85,16 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
             missing = []
         if missing:
             raise MossError(f"{folder}: not a whole released codec, missing: {', '.join(missing)}")
-    carried, unused = system / "carried", system / "carried" / "unused"
+    carried = system / "carried"
+    unused = carried / "unused"
+    reader = open_tensors(folder)
+    chunks = _chunks(folder / "flow")
+    files = {None: "flow.pt", **{chunk: f"flow-chunk-{chunk}.pt" for chunk in chunks}}
+    used = [*reader.files(), *(folder / "flow" / file for file in (*files.values(), "hift.pt"))]
+    files_to_carry(folder, used)  # reports links that are not followed before the long work
     tokenizer = tokenizer_table.config_from_released(read_json(folder / "config.json"), str(folder / "config.json"))
     target = system / "speech_tokenizer"
     target.mkdir(parents=True)
-    reader = open_tensors(folder)
     import_tensors(
         reader, tokenizer_table.table(tokenizer), encoder_shapes(tokenizer), target,
         carried=unused / "speech_tokenizer.safetensors", say=say,
@@ -101,9 +106,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     target.mkdir()
     yaml_file = folder / "flow" / "config.yaml"
     yaml = read_released_yaml(yaml_file) if is_file(yaml_file) else ReleasedYaml()
-    chunks = _chunks(folder / "flow")
     flow = None
-    files = {None: "flow.pt", **{chunk: f"flow-chunk-{chunk}.pt" for chunk in chunks}}
     for stem, file in files.items():
         source, extras = read_torch(folder / "flow" / file)
         shapes = found_shapes(source)
@@ -132,8 +135,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     if not chunks:
         say(f"note: {folder / 'flow'} has no flow-chunk-*.pt: streams will use the offline flow")
-    used = [f"flow/{file}" for file in (*files.values(), "hift.pt")]
-    carry_files(folder, carried / "codec", [*reader.files(), *used])
+    carry_files(folder, carried / "codec", used)
     write_json(system / NOTES, notes)
     return Codec(tokenizer, decoder)
 
@@ -145,7 +147,7 @@ def export_codec(system: str | Path, folder: Path, say: Say) -> None:
     (folder / "flow").mkdir(exist_ok=True)
     notes: dict[str, Any] = {}
     if carried.is_dir():
-        carry_files(carried, folder)
+        carry_files(carried, folder, within=system)
         notes = read_json(system / NOTES)
     else:
         write_json(folder / "config.json", released_tokenizer_config(codec.tokenizer))

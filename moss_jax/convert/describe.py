@@ -23,7 +23,7 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch
-from moss_jax.dialogue.folder import SYSTEM
+from moss_jax.dialogue.folder import SYSTEM, SystemFolder
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import RELEASED
@@ -119,6 +119,7 @@ def _system(folder: Path) -> Iterator[str]:
     carried = [path for path in (folder / "carried").rglob("*") if path.is_file()]
     if carried:
         yield f"carried for an export, unused: {len(carried)} files, {_size(sum(p.stat().st_size for p in carried))}"
+    SystemFolder(folder).check_codes()
 
 
 def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:

@@ -11,24 +11,109 @@ from moss_jax.errors import MossError
 from moss_jax.files import is_folder
 
 
-def carry_files(source: Path, target: Path, used: Iterable[str | Path] = ()) -> None:
-    """Copies every file below `source` but hidden ones and the `used` (paths in it); nothing in them is looked at."""
-    skip = {source / path for path in used}
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_file() and path not in skip and not any(part.startswith(".") for part in relative.parts):
-            copy_file(path, target / relative)
+def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None = None) -> list[Path]:
+    """The files below `source` that a conversion copies: all but hidden ones and the used ones.
+
+    Symbolic links are followed to files and folders below `within` only. In a snapshot of the Hugging Face cache, where
+    every file is a link into the repository's `blobs` folder, that folder is allowed as well. A link to a folder is
+    not followed inside a folder that was itself reached through a link, which rules out endless and repeated descents.
+
+    Args:
+        source: the folder of a release, or of what a system carries.
+        within: the folder that no link may lead out of, `source` by default; a folder that contains `source`.
+        used: paths of the files that are converted, relative to the current folder as `source` is, or absolute.
+
+    Returns:
+        Paths relative to `source`, sorted.
+
+    Raises:
+        MossError: a link leads out of the release or nowhere, something is neither a file nor a folder, or a folder
+            cannot be read.
+    """
+    within = source if within is None else within
+    allowed = _allowed_roots(within)
+    _check_link(source, within, allowed)
+    # The name itself is not resolved: in a snapshot two names with equal contents are links to the same file.
+    skip = {_located(path) for path in used}
+    found: list[Path] = []
+
+    def walk(folder: Path, linked: bool) -> None:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or _located(path) in skip:
+                continue
+            link = path.is_symlink()
+            if link:
+                _check_link(path, within, allowed)
+            if path.is_dir():
+                if link and linked:
+                    raise MossError(f"{path}: a link to a folder inside a linked folder, which is not followed")
+                walk(path, linked or link)
+            elif path.is_file():
+                found.append(path.relative_to(source))
+            else:
+                raise MossError(f"{path}: neither a file nor a folder; remove it from the release")
+
+    try:
+        walk(source, False)
+    except OSError as error:
+        raise MossError(f"{error.filename or source}: cannot be read ({error.strerror})") from error
+    return found
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies one file, making the folders above it."""
+def carry_files(source: Path, target: Path, used: Iterable[Path] = (), within: Path | None = None) -> None:
+    """Copies `files_to_carry(source, used, within)` verbatim into `target`; nothing in them is looked at."""
+    for path in files_to_carry(source, used, within):
+        copy_file(source / path, target / path)
+
+
+def copy_file(source: Path, target: Path, within: Path | None = None) -> None:
+    """Copies one file, making the folders above it.
+
+    Args:
+        within: folder that a symbolic link must not lead out of; None allows any link.
+
+    Raises:
+        MossError: the file cannot be read, or it is a link that leads out of `within`.
+    """
+    if within is not None:
+        _check_link(source, within, _allowed_roots(within))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copyfile(source, target)
-    except PermissionError as error:
+    except OSError as error:
         if error.filename == str(source):
             raise MossError(f"{source}: cannot be read ({error.strerror})") from error
         raise
+
+
+def _located(path: Path) -> Path:
+    return path.parent.resolve() / path.name
+
+
+def _allowed_roots(folder: Path) -> list[Path]:
+    """The real folders that links in `folder` may lead into."""
+    root = folder.resolve()
+    roots = [root]
+    for part in (root, *root.parents):
+        if part.parent.name == "snapshots":  # REPOSITORY/snapshots/COMMIT
+            roots.append(part.parent.parent / "blobs")
+            break
+    return roots
+
+
+def _check_link(path: Path, within: Path, allowed: list[Path]) -> None:
+    """Refuses a path that links lead out of the allowed folders; a path without links passes."""
+    try:
+        target = path.resolve(strict=True)
+    except FileNotFoundError:
+        missing = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
+        raise MossError(f"{path}: {missing}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise MossError(f"{path}: a link that cannot be followed ({error})") from error
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise MossError(
+            f"{path}: a symbolic link to {target}, outside {within}; only links inside that folder are followed"
+        )
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.convert.files import carry_files, copy_file, need_folder, tell_unknown, update_json, write_json
+from moss_jax.convert.files import (
+    carry_files,
+    copy_file,
+    files_to_carry,
+    need_folder,
+    tell_unknown,
+    update_json,
+    write_json,
+)
 from moss_jax.convert.stream import Say, exported, import_tensors, write_source
 from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, token_ids
@@ -40,6 +48,7 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
     """
     folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
     config, reader = language_config(folder), open_tensors(folder)
+    files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
     config = replace(config, **compute_dtypes(reader))
     target = system / "transformer"
     target.mkdir(parents=True)
@@ -57,7 +66,7 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
     config, carried = read_transformer_config(system), system / "carried" / "model"
     source = exported(open_tensors(system / "transformer"), table(config), model_shapes(config))
     if carried.is_dir():
-        carry_files(carried, folder)
+        carry_files(carried, folder, within=system)
         original = language_config(folder)
         keys = {ours: key for ours, key in KEYS.items() if getattr(config, ours) != getattr(original, ours)}
         changed = {key: getattr(config, ours) for ours, key in keys.items()}
@@ -66,7 +75,7 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
         if changed:
             update_json(folder / "config.json", changed)
     else:
-        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json", within=system)
         write_json(folder / "config.json", released_config(config))
     write_source(source, folder, metadata={"format": "pt"}, say=say)
 
@@ -129,7 +138,7 @@ def check_special(config: TransformerConfig, special: Mapping[str, int], folder:
 
 
 def copy_text_tokenizer(folder: Path, system: Path) -> None:
-    copy_file(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json")
+    copy_file(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json", within=folder)
 
 
 def tokenizer_size(path: Path) -> int:

@@ -8,6 +8,7 @@ A folded BatchNorm is represented by one that does nothing but add the folded bi
 with epsilon makes 1. Sources: the ONNX operator specification; 3D-Speaker's CAM++ for the layers.
 """
 
+import graphlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ INPUTS = {"Identity": 1, "Conv": 2, "Gemm": 2, "BatchNormalization": 5}  # at le
 EPSILON = 1e-5  # of every BatchNorm
 SEGMENT = 100  # frames that a segment mean covers, where the graph does not say it in a pooling operator
 BN_INPUTS = ("weight", "bias", "running_mean", "running_var")
+LONGEST = 10_000  # frames that a dilation or a segment mean may cover
+# TensorProto's types that parameters and shapes have: bytes of an element, and its field where there is no raw data.
+STORED = {
+    1: (4, "float_data"), 6: (4, "int32_data"), 7: (8, "int64_data"), 10: (2, "int32_data"), 11: (8, "double_data"),
+    16: (2, "int32_data"),
+}  # fmt: skip
 UNIT_VARIANCE = np.float32(1 - EPSILON)
 
 
@@ -102,6 +109,8 @@ class SpeakerGraph:
                 raise ValueError("it has no graph")
         except Exception as error:  # protobuf raises its own DecodeError
             raise MossError(f"{path}: not a readable ONNX file ({error})") from error
+        self._check_tensors()
+        self._check_order()
         graph = self.model.graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._alias: dict[str, str] = {}
@@ -154,6 +163,34 @@ class SpeakerGraph:
         with atomic_file(path) as part:
             part.write_bytes(self.model.SerializeToString())
 
+    def _check_tensors(self) -> None:
+        """Refuses tensors whose data is in another file, or is not what their shape needs."""
+        for tensor in _stored_tensors(self.model):
+            where = f"{self.path}: tensor {tensor.name!r}"
+            if tensor.data_location == self._onnx.TensorProto.EXTERNAL or tensor.external_data:
+                raise MossError(f"{where} is stored in another file (external data), expected it in this one")
+            if any(size < 0 for size in tensor.dims):
+                raise MossError(f"{where} has the shape {list(tensor.dims)}, expected no negative sizes")
+            if tensor.HasField("segment"):
+                raise MossError(f"{where} is a segment of a larger one, expected whole tensors")
+            if tensor.data_type in STORED:
+                size, field = STORED[tensor.data_type]
+                raw = tensor.HasField("raw_data")
+                found = len(tensor.raw_data) / size if raw else len(getattr(tensor, field))
+                if found != math.prod(tensor.dims):
+                    raise MossError(f"{where} has the shape {list(tensor.dims)} and {found:g} values")
+
+    def _check_order(self) -> None:
+        """Refuses a graph in which a value depends on itself."""
+        needs: dict[str, set[str]] = {}
+        for node in self.model.graph.node:
+            for output in filter(None, node.output):
+                needs.setdefault(output, set()).update(filter(None, node.input))
+        try:
+            graphlib.TopologicalSorter(needs).prepare()
+        except graphlib.CycleError as error:
+            raise MossError(f"{self.path}: values depend on themselves: {' <- '.join(error.args[1][:6])}") from None
+
     def _same(self, place: str, values: Mapping[str, np.ndarray], value: np.ndarray, name: str) -> np.ndarray:
         other = values.get(place)
         if other is not None and other.tobytes() != value.tobytes():
@@ -202,15 +239,19 @@ class SpeakerGraph:
                     i += 1
             inner, growth = shapes[count + 1][0], shapes[count + 2][0]
             pools = [n for n in self.model.graph.node if n.op_type == "AveragePool"]
-            return SpeakerConfig(
+            segment = _ints(pools[0], "kernel_shape", [SEGMENT])[-1] if pools else SEGMENT
+            config = SpeakerConfig(
                 num_mel_bins=shapes[count][1] // shapes[0][0] * 2 ** (len(head) + 1), embedding_size=shapes[-1][0],
                 head_channels=shapes[0][0], head_blocks=head, init_channels=shapes[count][0], growth_rate=growth,
                 bottleneck=inner, context_reduction=inner // shapes[count + 3][0], dense_layers=tuple(layers[:-1]),
                 dense_dilations=tuple(dilations),
-                segment_frames=_ints(pools[0], "kernel_shape", [SEGMENT])[-1] if pools else SEGMENT,
+                segment_frames=segment,
             )  # fmt: skip
         except (StopIteration, IndexError, ValueError, ZeroDivisionError):
             raise MossError(f"{self.path}: its {len(shapes)} convolutions are not those of CAM++") from None
+        if wrong := [n for n in (*config.dense_dilations, config.segment_frames) if not 1 <= n <= LONGEST]:
+            raise MossError(f"{self.path}: a dilation or pooling of {wrong[0]} frames, expected 1 to {LONGEST}")
+        return config
 
     def _walk(self) -> None:
         nodes, extra, problems = list(self._nodes), None, []
@@ -271,6 +312,29 @@ class SpeakerGraph:
         """A constant of zeros or ones, such as the affine part of a BatchNorm that has none."""
         values = self._array(name)
         return bool(np.all(values == 0) or np.all(values == 1))
+
+
+def _stored_tensors(model: Any) -> Iterator[Any]:
+    """Every tensor in the file: initialisers, and attributes of operators, those of inner graphs too."""
+    graphs = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if not nodes:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes = list(graph.node)
+            continue
+        for attribute in nodes.pop().attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+            graphs += attribute.graphs
 
 
 def _has_affine(bn: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from moss_jax.checkpoint import TensorReader, TensorWriter, open_tensors, save_tensors
 from moss_jax.checkpoint.safetensors import TensorInfo
-from moss_jax.convert.files import carry_files, copy_file, need_folder, update_json, write_json
+from moss_jax.convert.files import carry_files, copy_file, files_to_carry, need_folder, update_json, write_json
 from moss_jax.convert.language_model import (
     check_special,
     compute_dtypes,
@@ -31,7 +31,7 @@ from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within, write_config
 from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import TransformerConfig
+from moss_jax.transformer.config import DTYPES, TransformerConfig
 
 SAME_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps",
@@ -85,6 +85,7 @@ def import_qwen3(
         raise MossError(f"audio branch {audio_branch!r}: unknown, there are {', '.join(AUDIO_BRANCH)}")
     folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
     reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
+    files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
     config, vocab = split_config(folder, special, modality_layers, codes)
     config = replace(config, **compute_dtypes(reader))
     source = qwen3_config(config, vocab)
@@ -140,18 +141,16 @@ def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None)
     system = Path(system)
     config, carried = read_transformer_config(system), system / "carried" / "qwen3"
     ours = open_tensors(system / "transformer")
-    rows = (
-        open_tensors(carried / "dropped_rows.safetensors") if (carried / "dropped_rows.safetensors").exists() else None
-    )
+    rows = open_tensors(carried / DROPPED) if (carried / DROPPED).exists() else None
     tied = False
     if carried.is_dir():
-        carry_files(carried, folder, [DROPPED])
+        carry_files(carried, folder, [carried / DROPPED], within=system)
         tied = bool(read_json(carried / "config.json").get("tie_word_embeddings"))
         if tied and not np.array_equal(ours.read(EMBED).view(np.uint8), _bytes(ours.read(HEAD).T)):
             say("note: the text table and head are no longer equal; the Qwen3 is written untied")
             tied = False
     else:
-        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+        copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json", within=system)
     source = TextPath(ours, config, rows, tied)
     values = {key: getattr(config, key) for key in (*SAME_KEYS, "head_dim")} | {
         "vocab_size": source.vocab_size, "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,
@@ -160,6 +159,11 @@ def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None)
     if carried.is_dir():
         original = {"head_dim": config.head_dim, "tie_word_embeddings": False} | qwen3_keys(folder / "config.json")
         values = {key: value for key, value in values.items() if original[key] != value}
+        dtypes = {str(tensor.dtype) for tensor in source.tensors.values()}
+        for key in ("dtype", "torch_dtype"):
+            if original.get(key) in DTYPES and original[key] not in dtypes:
+                values[key] = "float32" if len(dtypes) > 1 else dtypes.pop()
+                break
         if values:
             update_json(folder / "config.json", values)
     else:
@@ -189,12 +193,18 @@ def qwen3_keys(path: Path) -> dict[str, Any]:
 
 
 class TextPath:
-    """The text path of our file as a source of Qwen3 tensors, each layer from the block it lies in."""
+    """The text path of our file as a source of Qwen3 tensors, each layer from the block it lies in.
+
+    The dtypes of our file are kept, and padding rows get that of their table. Only where the shared block and the text
+    branch differ, as after training with a frozen part in fewer bits, everything is float32: a Qwen3 has one dtype.
+    """
 
     def __init__(self, ours: TensorReader, config: TransformerConfig, rows: TensorReader | None, tied: bool):
-        self.path, self._ours, self._config, self._rows = ours.path, ours, config, rows
-        extra = 0 if rows is None else rows.tensors[ROWS[EMBED]].shape[0]
-        self.vocab_size = config.text_vocab_size + extra
+        self.path = ours.path
+        self._ours = ours
+        self._config = config
+        self._rows = rows
+        self.vocab_size = config.text_vocab_size + self._extra_rows()
         source = qwen3_config(config, self.vocab_size)
         shapes = dict(model_shapes(source))
         if tied:
@@ -203,16 +213,19 @@ class TextPath:
         if lost := [path for path in expected if path not in ours.tensors]:
             raise MossError("\n  ".join([f"{ours.path}: parameters are missing", *lost]))
         self.tensors, self._places = {}, {}
-        for entry in table(source).entries(shapes):
-            known = entry.path if entry.path in ours.tensors else entry.path.replace("text/", "shared/", 1)
-            dtype = np.dtype(ours.tensors[known].dtype)
+        entries = table(source).entries(shapes)
+        dtypes = {entry.path: self._dtypes(entry) for entry in entries}
+        mixed = any(len(found) > 1 for found in dtypes.values())
+        for entry in entries:
+            dtype = np.dtype(np.float32) if mixed else dtypes[entry.path].pop()
             for index in np.ndindex(entry.names.shape):
                 self.tensors[str(entry.names[index])] = TensorInfo(ours.path, entry.source_shape, dtype, 0)
                 self._places[str(entry.names[index])] = (entry, index)
 
     def read(self, name: str) -> np.ndarray:
         entry, index = self._places[name]
-        return np.ascontiguousarray(entry.transform.to_theirs(self._value(entry, index)))
+        value = entry.transform.to_theirs(self._value(entry, index))
+        return np.ascontiguousarray(value, self.tensors[name].dtype)
 
     def _value(self, entry: Entry, index: tuple[int, ...]) -> np.ndarray:
         if index:
@@ -221,11 +234,28 @@ class TextPath:
             return self._ours.read(path)[depth - shared if depth >= shared else depth]
         value = self._ours.read(entry.path)
         if entry.path in ROWS and self._rows is not None:
-            more = self._rows.read(ROWS[entry.path])
+            # Where table and head were one tensor, only the table's rows are kept.
+            name = ROWS[entry.path] if ROWS[entry.path] in self._rows.tensors else ROWS[EMBED]
+            more = self._rows.read(name).astype(value.dtype)
             return np.concatenate(
                 [value, more] if entry.path == EMBED else [value, more.T], 0 if entry.path == EMBED else 1
             )
         return value
+
+    def _dtypes(self, entry: Entry) -> set[np.dtype]:
+        """Of one kind of parameter in the blocks that have it."""
+        paths = (entry.path, entry.path.replace("text/layers/", "shared/layers/", 1))
+        return {np.dtype(self._ours.tensors[path].dtype) for path in paths if path in self._ours.tensors}
+
+    def _extra_rows(self) -> int:
+        if self._rows is None:
+            return 0
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._rows.tensors.items()}
+        table_rows = shapes.get(ROWS[EMBED], ())
+        width = self._config.hidden_size
+        if len(table_rows) != 2 or any(shape != (table_rows[0], width) for shape in shapes.values()):
+            raise MossError(f"{self._rows.path}: padding rows of shapes {shapes}, expected {width} columns each")
+        return table_rows[0]
 
 
 def split_config(

@@ -115,6 +115,7 @@ class _Work:
     def __init__(self, request: Request, say: Say):
         self.request, self.say = request, say
         folder = SystemFolder(request.model)
+        folder.check_codes()
         self.folder, self.config = folder, folder.config("transformer", TransformerConfig)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
@@ -141,12 +142,7 @@ class _Work:
         if self.request.format == "chat" and not self.request.system:
             settings["default_system"] = DEFAULT_SYSTEM
         if self.encodes:
-            room, codes = self.folder.room("speech_tokenizer"), self.ear.quantize_vocab_size
-            if codes > self.config.eosp_id:
-                raise MossError(
-                    f"{self.folder.path}: the vocabularies do not match, the speech tokenizer has {codes} codes, the "
-                    f"transformer's end at eosp_id {self.config.eosp_id}"
-                )
+            room = self.folder.room("speech_tokenizer")
             settings["speech_tokenizer"] = [_digest(path) for path in sorted(room.iterdir()) if path.is_file()]
         if self.request.aligner is not None:
             settings["aligner"] = str(self.request.aligner)

@@ -31,6 +31,7 @@ from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.transformer import TransformerConfig, model_axes, model_shapes
 
 FORMAT = "moss-jax-1"
@@ -73,6 +74,34 @@ class SystemFolder:
         """The config of a room."""
         path = self.room(room) / "config.json"
         return read_config(cls, read_json(path), str(path))
+
+    def check_codes(self, language_model: TransformerConfig | None = None, where: str | None = None) -> None:
+        """Checks that language model, speech tokenizer and speech decoder have the same number of speech codes.
+
+        Only configs are read. A component that the folder does not have is not compared, nor is a language model
+        without an audio vocabulary.
+
+        Args:
+            language_model: config to compare with the codec instead of that of the folder's own language model.
+            where: what the message is about, the folder by default.
+
+        Raises:
+            MossError: the numbers differ, or a config cannot be read.
+        """
+        if language_model is None and (self.path / "transformer").is_dir():
+            language_model = self.config("transformer", TransformerConfig)
+        codes: dict[str, int] = {}
+        if language_model is not None and language_model.audio_vocab_size:
+            codes["the language model"] = language_model.eosp_id
+        if (self.path / "speech_tokenizer").is_dir():
+            tokenizer = self.config("speech_tokenizer", SpeechTokenizerConfig)
+            codes["the speech tokenizer"] = tokenizer.quantize_vocab_size
+        if (self.path / "speech_decoder").is_dir():
+            decoder = self.config("speech_decoder", SpeechDecoderConfig)
+            codes["the speech decoder"] = decoder.flow.codebook_size
+        if len(set(codes.values())) > 1:
+            found = ", ".join(f"{part} has {count}" for part, count in codes.items())
+            raise MossError(f"{where or self.path}: different numbers of speech codes, expected the same: {found}")
 
     @in_32_bits
     def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[TransformerConfig, dict[str, Any]]:

@@ -12,7 +12,7 @@ from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
-from moss_jax.convert.system import check_system
+from moss_jax.convert.system import NAME_LENGTH, check_system, converted_once
 from moss_jax.dialogue.folder import FORMAT, SYSTEM
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
@@ -103,10 +103,11 @@ def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[s
         raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a Qwen3 (config.json)")
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     mark = hashlib.sha256(repr((str(folder.resolve()), codes, status)).encode()).hexdigest()[:12]
-    target = cache / f"{folder.resolve().name}-{mark}"
-    if not target.is_dir():
-        say(f"converting into {target}, this once")
+    target = cache / f"{folder.resolve().name[:NAME_LENGTH]}-{mark}"
+
+    def convert() -> None:
         with atomic_folder(target) as part:
             import_qwen3(folder, part, codes=codes, say=say)
             write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
-    return check_system(target)
+
+    return converted_once(target, convert, say)

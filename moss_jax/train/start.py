@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.dialogue.folder import SYSTEM, SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.initial import initial_split
@@ -33,6 +33,9 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         init_folder(run.init), run.stage, run.model, mesh=mesh, frozen_dtype=run.frozen_dtype, seed=run.seed,
         modality_layers=run.split, say=say, **codes,
     )  # fmt: skip
+    system = Path(run.system or init_folder(run.init))
+    if (system / SYSTEM).is_file():
+        SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return dataclasses.replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
 

@@ -59,7 +59,7 @@ def write_language_model(folder: Path, config: TransformerConfig = TINY, shards=
     return tensors
 
 
-def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0):
+def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0, dtype="bfloat16"):
     """A plain Qwen3; returns its tensors and the text tokenizer's config."""
     folder.mkdir(parents=True)
     config = TransformerConfig(
@@ -69,14 +69,15 @@ def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0):
     shapes = dict(model_shapes(config))
     if tied:
         del shapes["text/head/kernel"]
-    tensors = random_tensors(qwen3_table.table(config).shapes(shapes), seed=seed)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    tensors = random_tensors(qwen3_table.table(config).shapes(shapes), kind, seed)
     write_shards(folder, tensors, shards)
     write_text_tokenizer(folder / "tokenizer.json", TINY)
     values = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": depth,
         "vocab_size": vocab, "tie_word_embeddings": tied, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 64, "hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16",
+        "max_position_embeddings": 64, "hidden_act": "silu", "attention_bias": False, "torch_dtype": dtype,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     return tensors, config

@@ -1,13 +1,19 @@
 """The released language model and Qwen3, in and out."""
 
 import json
+import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from moss_jax.checkpoint import load_tree
+from moss_jax.checkpoint import load_tree, open_tensors, save_tensors
 from moss_jax.convert.language_model import export_language_model, import_language_model
 from moss_jax.convert.qwen3 import export_qwen3, import_qwen3
 from moss_jax.errors import MossError
@@ -200,3 +206,93 @@ def test_an_impossible_split_is_refused(tmp_path, split, message):
     write_qwen3(tmp_path / "qwen", True)
     with pytest.raises(MossError, match=message):
         import_qwen3(tmp_path / "qwen", tmp_path / "system", split, codes=80)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("text/embed", "text/head", "text/layers", "shared/layers", "text/norm", "audio/")
+MIXED = st.tuples(*[st.sampled_from(DTYPES)] * len(PARTS))
+UNIFORM = st.sampled_from(DTYPES).map(lambda dtype: (dtype,) * len(PARTS))
+
+
+def with_dtypes(system, dtypes):
+    """The transformer of a system with other dtypes, as trainings leave it that keep a part in fewer bits."""
+    reader = open_tensors(system / "transformer")
+    prefix = dict(zip(PARTS, dtypes, strict=True))
+    tensors = {}
+    for path in reader.tensors:
+        dtype = next(dtype for part, dtype in prefix.items() if path.startswith(part))
+        tensors[path] = np.array(reader.read(path)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    for file in reader.files():
+        file.unlink()
+    save_tensors(system / "transformer" / "model.safetensors", tensors)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def qwen3_systems(tmp_path_factory):
+    """{(dtype, tied): (folder, tensors of the Qwen3)}; the vocabulary of the Qwen3 has padding rows."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    found = {}
+    for dtype in DTYPES:
+        for tied in (False, True):
+            name = f"{dtype}-{tied}"
+            tensors, _ = write_qwen3(folder / name / "qwen", tied, dtype=dtype)
+            import_qwen3(folder / name / "qwen", folder / name / "system", 2, codes=80)
+            found[dtype, tied] = (folder / name / "system", tensors)
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    original=st.sampled_from(DTYPES),
+    tied=st.booleans(),
+    dtypes=MIXED | UNIFORM,
+)
+def test_a_trained_qwen3_is_exported_whatever_its_dtypes(qwen3_systems, original, tied, dtypes):
+    source, _ = qwen3_systems[original, tied]
+    with tempfile.TemporaryDirectory() as name:
+        system = shutil.copytree(source, Path(name) / "system")
+        ours = with_dtypes(system, dtypes)
+        (Path(name) / "again").mkdir()
+        export_qwen3(system, Path(name) / "again")
+        found = read_tensors(Path(name) / "again")
+        config = json.loads((Path(name) / "again" / "config.json").read_text())
+    kinds = {}
+    for key, tensor in found.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", key), set()).add(str(tensor.dtype))
+    assert all(len(kind) == 1 for kind in kinds.values())
+    if len(set(dtypes)) == 1 or dtypes[2] != dtypes[3]:
+        assert len({str(tensor.dtype) for tensor in found.values()}) == 1
+    assert config["torch_dtype"] in {str(tensor.dtype) for tensor in found.values()}
+    assert found["model.embed_tokens.weight"].shape == (400, 32)
+    table = ours["text/embed/embedding"].astype(np.float32)
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"][:384].astype(np.float32), table)
+    if "lm_head.weight" in found:
+        head = ours["text/head/kernel"].astype(np.float32)
+        np.testing.assert_array_equal(found["lm_head.weight"][:384].astype(np.float32), head.T)
+
+
+def test_a_tied_qwen3_whose_head_was_trained_is_written_untied(qwen3_systems, tmp_path):
+    source, tensors = qwen3_systems["float32", True]
+    system = shutil.copytree(source, tmp_path / "system")
+    path = next(iter(open_tensors(system / "transformer").files()))
+    ours = load_file(path)
+    ours["text/head/kernel"] = ours["text/head/kernel"] + np.float32(1)
+    save_tensors(path, ours)
+    (tmp_path / "again").mkdir()
+    said = []
+    export_qwen3(system, tmp_path / "again", said.append)
+    assert any("written untied" in line for line in said)
+    found = read_tensors(tmp_path / "again")
+    rows = tensors["model.embed_tokens.weight"][384:]
+    np.testing.assert_array_equal(found["lm_head.weight"][384:], rows)
+    np.testing.assert_array_equal(found["lm_head.weight"][:384], ours["text/head/kernel"].T)
+
+
+def test_padding_rows_of_another_model_are_refused(qwen3_systems, tmp_path):
+    system = shutil.copytree(qwen3_systems["float32", False][0], tmp_path / "system")
+    path = system / "carried" / "qwen3" / "dropped_rows.safetensors"
+    save_tensors(path, {name: rows[:, :-1] for name, rows in load_file(path).items()})
+    (tmp_path / "again").mkdir()
+    with pytest.raises(MossError, match="expected 32 columns each"):
+        export_qwen3(system, tmp_path / "again")

@@ -174,3 +174,126 @@ def test_full_size_order():
     walked = {slot.name for slot in slots(CAMPPLUS.head_blocks, CAMPPLUS.dense_layers)}
     assert walked == {name.rpartition(".")[0] for name in names}
     assert SMALL["growth_rate"] == 4
+
+
+def changed(exports, path, change):
+    """A copy of an export after `change(model)`."""
+    graph = onnx.load(exports / "False.onnx")
+    change(graph)
+    path.write_bytes(graph.SerializeToString())
+    return path
+
+
+def weights(model):
+    return next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+
+
+def identities(*pairs):
+    """Identity operators; the first convolution reads the output of the last one."""
+
+    def change(model):
+        name = next(node for node in model.graph.node if node.op_type == "Conv").input[1]
+        for node in model.graph.node:
+            node.input[:] = [pairs[-1][1] if one == name else one for one in node.input]
+        for source, target in pairs:
+            model.graph.node.append(onnx.helper.make_node("Identity", [source.format(name)], [target]))
+
+    return change
+
+
+def through(operator):
+    """Two other operators that feed each other, which nothing reads."""
+
+    def change(model):
+        for source, target in (("p", "q"), ("q", "p")):
+            model.graph.node.append(onnx.helper.make_node(operator, [source, source], [target]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        identities(("b", "a"), ("a", "b")),
+        identities(("a", "a")),
+        identities(("c", "a"), ("a", "b"), ("b", "c")),
+        identities(("{0}", "a"), ("b", "a"), ("a", "b")),
+        through("Add"),
+    ],
+    ids=["two", "itself", "three", "two writers", "another operator"],
+)
+def test_a_graph_that_feeds_itself_is_refused(exports, tmp_path, change):
+    path = changed(exports, tmp_path / "cycle.onnx", change)
+    with pytest.raises(MossError, match=r"cycle\.onnx: values depend on themselves"):
+        SpeakerGraph(path)
+
+
+def test_a_chain_of_identities_is_followed(exports, tmp_path):
+    path = changed(exports, tmp_path / "chain.onnx", identities(("{0}", "a"), ("a", "b"), ("b", "c")))
+    expected, found = (SpeakerGraph(p).tensors().tensors for p in (exports / "False.onnx", path))
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+
+
+def external(tensor):
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights.bin"), ("offset", "0")):
+        tensor.external_data.add(key=key, value=value)
+
+
+def external_in_a_branch(model):
+    """In the inner graph of an operator, where an export would write it again."""
+    tensor = onnx.numpy_helper.from_array(np.ones(3, np.float32), "inner")
+    external(tensor)
+    graph = onnx.helper.make_graph([], "branch", [], [], [tensor])
+    model.graph.node.append(onnx.helper.make_node("If", ["condition"], ["unused"], then_branch=graph))
+
+
+def external_constant(model):
+    tensor = onnx.numpy_helper.from_array(np.ones(3, np.float32), "constant")
+    external(tensor)
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: external(weights(model)), external_constant, external_in_a_branch],
+    ids=["weight", "constant", "inner graph"],
+)  # fmt: skip
+def test_data_in_another_file_is_refused(exports, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(bytes(1 << 16))
+    path = changed(exports, tmp_path / "elsewhere.onnx", change)
+    with pytest.raises(MossError, match=r"is stored in another file \(external data\)"):
+        SpeakerGraph(path)
+
+
+@pytest.mark.parametrize("dims", [[2**62, 1, 3, 3], [-1, 1, 3, 3], [2**40, 2**40], [0, 1, 3, 3], [], [7] * 30])
+def test_a_shape_that_does_not_fit_its_values_is_refused(exports, tmp_path, dims):
+    def change(model):
+        weights(model).dims[:] = dims
+
+    with pytest.raises(MossError, match="has the shape"):
+        SpeakerGraph(changed(exports, tmp_path / "shape.onnx", change))
+
+
+def test_values_in_the_wrong_field_are_refused(exports, tmp_path):
+    def change(model):
+        tensor = weights(model)
+        tensor.ClearField("raw_data")
+        tensor.int32_data.extend([0] * int(np.prod(tensor.dims)))
+
+    with pytest.raises(MossError, match="and 0 values"):
+        SpeakerGraph(changed(exports, tmp_path / "field.onnx", change))
+
+
+@pytest.mark.parametrize(("name", "size"), [("dilations", 2**62), ("dilations", -1), ("kernel_shape", 0)])
+def test_an_impossible_number_of_frames_is_refused(exports, tmp_path, name, size):
+    def change(model):
+        operator = "AveragePool" if name == "kernel_shape" else "Conv"
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == operator and attribute.name == name:
+                    attribute.ints[:] = [size] * len(attribute.ints)
+
+    with pytest.raises(MossError, match=f"a dilation or pooling of {size} frames"):
+        SpeakerGraph(changed(exports, tmp_path / "frames.onnx", change))

@@ -31,22 +31,6 @@ def quiet(line):
     pass
 
 
-@pytest.fixture(scope="module")
-def random(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random") / "system"
-    init_random(folder, say=quiet)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    pytest.importorskip("torch")
-    pytest.importorskip("onnx")
-    folder = tmp_path_factory.mktemp("released") / "both"
-    init_random(folder, layout="released", say=quiet)
-    return folder
-
-
 def same_files(one, two, skip=()):
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()) for f in (one, two)]
     names = [[name for name in each if not name.startswith(skip)] for each in names]
@@ -137,16 +121,16 @@ def test_resolve(random, released, tmp_path):
     assert system.resolve(other, codec, tmp_path / "cache", said.append) != first
 
 
-def _offline(name):
+def _offline(name, revision, files):
     raise ConnectionError("no route to host\nmore")
 
 
 @pytest.mark.parametrize(
     ("model", "codec", "message"),
     [
-        ("nowhere", None, "no such folder, and not a hub name"),
-        ("a/b/c", None, "no such folder, and not a hub name"),
-        ("owner/name", None, r"not to be had from the Hugging Face hub \(ConnectionError: no route to host\)"),
+        ("nowhere", None, "no such folder, and not a name on the Hugging Face Hub"),
+        ("a/b/c", None, "no such folder, and not a name on the Hugging Face Hub"),
+        ("owner/name", None, r"not found locally or on the Hugging Face Hub \(ConnectionError: no route to host\)"),
         ("{random}", "x", "is a whole system with a codec of its own"),
         ("{released}/MOSS-Speech", None, "give the codec beside it"),
         ("{released}/MOSS-Speech", "{released}/MOSS-Speech", "not a whole released codec, missing: flow/flow.pt"),
@@ -161,18 +145,18 @@ def test_resolve_errors(random, released, tmp_path, monkeypatch, model, codec, m
     codec = codec and codec.format(**names)
     with pytest.raises(MossError, match=message):
         system.resolve(model.format(**names), codec, tmp_path / "cache", quiet)
-    assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists() or [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_hub_names_are_fetched(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(system, "_download", lambda name: str(tmp_path / "snapshot"))
+    monkeypatch.setattr(system, "_download", lambda name, revision, files: str(tmp_path / "snapshot"))
     assert system.locate("fnlp/MOSS-Speech", quiet) == tmp_path / "snapshot"
 
 
 def test_what_does_not_belong_together_is_refused(released, tmp_path):
     write_language_model(tmp_path / "lm")
-    with pytest.raises(MossError, match="do not belong together: eosp_id is 80"):
+    with pytest.raises(MossError, match="the language model has 80, the speech tokenizer has 256"):
         system.convert_released(tmp_path / "lm", released / system.CODEC_FOLDER, tmp_path / "out", quiet)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

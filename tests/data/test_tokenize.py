@@ -321,7 +321,7 @@ def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
     path = damaged / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eosp_id": 200}))
     assert main(command(corpus, damaged, tmp_path / "data", format="speech")) == 2
-    assert "the vocabularies do not match, the speech tokenizer has 256 codes" in capsys.readouterr().err
+    assert "the language model has 200, the speech tokenizer has 256" in capsys.readouterr().err
 
 
 def test_a_place_without_room(corpus, system, tmp_path):

@@ -50,7 +50,7 @@ def test_chat_without_a_model(tmp_path, capsys):
     assert main(["chat", "--text", "What is the capital of Peru?", "--reply", "text"]) == 0
     assert capsys.readouterr().out.strip() == "The capital of Peru is Lima."
     assert main(["chat", "--text", "Hello.", "--reply", "text", "--codec", str(tmp_path)]) == 2
-    assert "--codec: stands beside --model" in capsys.readouterr().err
+    assert "--codec: is used together with --model, which is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
