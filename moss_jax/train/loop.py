@@ -12,7 +12,7 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
+from moss_jax.files import folder_lock
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
 from moss_jax.train.export import placed
@@ -59,7 +60,7 @@ def train(run: BaseRun, say: Say = print) -> int:
     Raises:
         MossError: something that was given does not fit or cannot be read or written. What was saved stays.
     """
-    with Preemption() as preemption:
+    with _run_lock(Path(run.folder)), Preemption() as preemption:
         loop = Loop(run, preemption, say if jax.process_index() == 0 else _silent)
         try:
             with jax.set_mesh(loop.mesh):
@@ -70,6 +71,25 @@ def train(run: BaseRun, say: Say = print) -> int:
             raise
         loop.close()
         return code
+
+
+@contextlib.contextmanager
+def _run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder. The first process of a run takes the lock; all fail when it is taken."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except MossError as error:
+                problem = error
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.asarray(problem is not None))
+            if failed and problem is None:
+                problem = MossError(f"{folder}: the first process of the run cannot write to this folder")
+        if problem is not None:
+            raise problem
+        yield
 
 
 class Loop:
