@@ -33,10 +33,11 @@ from moss_jax.train.metrics import (
     METRICS_FILE,
     Board,
     MetricsFile,
+    Progress,
     duration,
     losses,
+    measured,
     memory_gib,
-    progress_line,
 )
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record, fingerprint
@@ -105,7 +106,6 @@ class Loop:
         self._metrics = self._evaluations = self._board = self._feed = None
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
         self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
-        self._untold = np.zeros(5)  # since the last line: steps, seconds, tokens, seconds of waiting, FLOPs
         self._profiling = False
 
     def run_to_the_end(self) -> int:
@@ -158,6 +158,7 @@ class Loop:
         self._compiled_step = task.make_step()
         peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()  # FLOP/s; None where it is not known
+        self._progress = Progress(run.shown, run.loss_weights, run.unit, self._peak)
         self._evaluation = task.evaluation()
         if self._first:
             self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
@@ -243,8 +244,8 @@ class Loop:
         run = self._run
         self._tokens += tokens
         entry = {
-            "step": step, **self._task.entry(metrics), "tokens": self._tokens, "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds,
+            "step": step, **measured(self._task.entry(metrics)), "tokens": self._tokens,
+            "tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds,
             "checkpoint_seconds": saving, "mfu": self._peak and flops / seconds / self._peak,
             "memory_gib": memory_gib(),
         }  # fmt: skip
@@ -256,17 +257,9 @@ class Loop:
             self._say(
                 f"step {step}: skipped, its loss is {entry['loss']:.4g} and its gradient norm {entry['grad_norm']:.4g}"
             )
-        self._untold += 1, seconds, tokens, waited, flops
+        self._progress.add(entry, flops)
         if step % run.log_every == 0 or step in (1, run.steps):
-            self._say(progress_line(entry | self._rates(), run.steps, run.shown, run.unit))
-
-    def _rates(self) -> dict[str, float | None]:
-        """Means over the steps since the last line: a single one before a pause is told at once with the one before."""
-        (steps, seconds, tokens, waited, flops), self._untold = self._untold, np.zeros(5)
-        return {
-            "step_seconds": seconds / steps, "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
-            "mfu": self._peak and flops / seconds / self._peak,
-        }  # fmt: skip
+            self._say(self._progress.line(entry, run.steps))
 
     # between updates
 
