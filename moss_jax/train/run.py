@@ -223,7 +223,8 @@ def override(run: BaseRun, assignments: Sequence[str]) -> BaseRun:
     """The run with fields changed: "steps=100", "optimizer.learning_rate=1e-4", "data.seed=1".
 
     Values are read as their field's type: numbers, true, false, none, plain strings; lists and dictionaries as Python
-    writes them. In a dictionary that stands for a group of fields, those that are not named have their defaults. Where the schedule ends with the run, changing `steps` moves both.
+    writes them. In a dictionary that stands for a group of fields, those that are not named have their defaults.
+    Where the schedule ends with the run, changing `steps` moves both.
 
     Raises:
         MossError: no such field (those that there are follow), a value of the wrong type, or fields that contradict
