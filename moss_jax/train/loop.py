@@ -246,8 +246,8 @@ class Loop:
         entry = {
             "step": step, **measured(self._task.entry(metrics)), "tokens": self._tokens,
             "tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_seconds": waited,
-            "data_share": waited / seconds, "checkpoint_seconds": saving, "mfu": self._peak and flops / seconds / self._peak,
-            "memory_gib": memory_gib(),
+            "data_share": waited / seconds, "checkpoint_seconds": saving,
+            "mfu": self._peak and flops / seconds / self._peak, "memory_gib": memory_gib(),
         }  # fmt: skip
         self._stop = self._stop or self._watch.add(step, entry["grad_norm"], entry["skipped"] > 0)
         if self._first:
