@@ -28,17 +28,26 @@ def system_folder(args) -> Path:
 
     What is compiled is kept beside the conversions, so that the next run starts sooner.
     """
-    import jax
-
     from moss_jax.convert.system import resolve
     from moss_jax.dialogue.folder import NANO
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     if args.model is None:
         if args.codec is not None:
             raise MossError("--codec: stands beside --model, expected both or none")
         return NANO
     return resolve(args.model, args.codec, cache_folder(), progress)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs beside the conversions, so that the next start of a verb finds them.
+
+    A folder that the user has named to JAX (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, 
 input (one line says what), 3 stopped by the guard over NaN or spikes, 75 preempted. See docs/training_loop.md.
 """
 
-from moss_jax.cli.system_arguments import cache_folder, say
+from moss_jax.cli.system_arguments import keep_compiled, say
 from moss_jax.train.host_memory import keep_freed_memory
 
 
@@ -40,7 +40,7 @@ def run(args) -> int:
         return 0
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     if args.distributed:
         from moss_jax.train.processes import join
 
