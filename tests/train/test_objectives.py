@@ -68,6 +68,7 @@ def test_every_loss_of_the_speech_tokenizer_has_its_weight():
     assert float(loss) == 3.0 + 2.0 + 0.25 * 4.0
 
 
+@pytest.mark.slow
 def test_commitment_draws_the_vectors_to_their_codes():
     config = replace(tones.MODEL, normalize_codes=False)
     objective = Objective(layers=1, mel_hidden=8)
