@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import write_text
-from moss_jax.cli.system_arguments import cache_folder
+from moss_jax.cli.system_arguments import keep_compiled
 from moss_jax.data.nano.items import read_items
 from moss_jax.dialogue.grid import text_rows
 from moss_jax.errors import MossError
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     about = {name: getattr(args, name) for name in ("seeds", "share", "items", "no_answers", "quick")}
     keep_freed_memory()  # as moss-jax train-nano does
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))  # nine runs of a few programs
+    keep_compiled()  # nine runs of a few programs
     try:
         if code := run_recipe(PLACE, steps_of(args), about, args.from_step, say=say):
             return code

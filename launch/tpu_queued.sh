@@ -60,7 +60,7 @@ case "$verb" in
     [[ -n "$url" ]] || fail "set REPOSITORY_URL: this checkout has no remote 'origin'"
     commit=${COMMIT:-$(git -C "$here" rev-parse HEAD)}
     everywhere "sudo apt-get -q update && sudo apt-get -q install -y nfs-common python3-pip && sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount $(quoted "$SHARE") /mnt/share) && sudo mkdir -p -m 1777 /mnt/share/systems /mnt/share/data /mnt/share/runs"
-    everywhere "(test -d moss_jax || git clone $(quoted "$url") moss_jax) && cd moss_jax && git fetch -q origin && git checkout -q $commit && ln -sfnt . /mnt/share/systems /mnt/share/data /mnt/share/runs && pip3 install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.12 ../venv && python3 -m uv pip install -q --python ../venv/bin/python '.[tpu,train]'"
+    everywhere "(test -d moss_jax || git clone $(quoted "$url") moss_jax) && cd moss_jax && git fetch -q origin && git checkout -q $commit && ln -sfnt . /mnt/share/systems /mnt/share/data /mnt/share/runs && pip3 install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 ../venv && python3 -m uv pip install -q --python ../venv/bin/python -c launch/constraints.txt '.[tpu,train]'"
     ;;
   train)
     [[ $# -gt 0 ]] || fail "train: expected the arguments of moss-jax train, such as --config configs/stage1.py"

@@ -5,7 +5,7 @@
     python3 launch/xla_flags.py --list            every set, flag and reason
 
 TPU flags go into LIBTPU_INIT_ARGS, the others into XLA_FLAGS; what is there already stays, behind ours, so that it
-wins. tests/test_launch.py hands every flag to the parser that reads it; libtpu 0.0.52 and jaxlib 0.10.2 know them all.
+wins. tests/test_launch.py hands every flag to the parser that reads it; libtpu 0.0.42.1 and jaxlib 0.10.2 know them.
 None has been timed on real chips by this project: measure a step with and without before you keep one.
 """
 

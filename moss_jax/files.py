@@ -4,6 +4,8 @@ A temporary file or folder is created next to its destination and renamed when i
 """
 
 import contextlib
+import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from moss_jax.errors import MossError
 
-LOCK = ".lock"  # file name of a folder's lock; it stays behind, empty and unlocked
+LOCK = ".lock"  # file name of a folder's lock, which stays behind, empty and unlocked; ending of an output's lock
 
 
 @contextlib.contextmanager
@@ -110,7 +112,47 @@ def folder_lock(
     folder = Path(folder)
     with _readable_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
+    with _locked(folder / LOCK, folder, wait):
+        yield
+
+
+@contextlib.contextmanager
+def output_lock(path: str | Path, share: int = 0, shares: int = 1, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes from making the folder `path` while the block runs; `path` itself need not exist.
+
+    The lock is a hidden file next to `path`, which is removed at the end. Several processes may make one folder
+    together, each a share of it: every share has a lock of its own.
+
+    Args:
+        share: which share this process makes, from 0.
+        shares: how many there are; processes that disagree about it exclude each other.
+        wait: wait until the other process has finished, instead of failing at once.
+
+    Raises:
+        MossError: another process holds the lock, or works with another number of shares, or the place cannot be
+            written.
+    """
+    path = Path(path)
+    # A long name is replaced by a digest: with the ending it could be too long for the file system.
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    with _readable_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.parent / f".{name}.{share}-of-{shares}{LOCK}"
+    with _locked(own, path, wait):
+        try:
+            for other in path.parent.glob(f".{glob.escape(name)}.*-of-*{LOCK}"):
+                if not other.name.endswith(f"-of-{shares}{LOCK}"):
+                    with _locked(other, path, wait=False):  # fails while its process runs
+                        other.unlink(missing_ok=True)
+            yield
+        finally:
+            own.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(file: Path, folder: Path, wait: bool) -> Iterator[None]:
+    with _readable_errors(folder):
+        lock = FileLock(file)
         try:
             lock.acquire(timeout=0)
         except Timeout:

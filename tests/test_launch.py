@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -140,6 +141,58 @@ except MossError as error:
         "[[0], [0], [1], [1]] {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 2}",
         "mesh: data is 1, expected a multiple of 2: it alone lies across the TPU slices",
     ], run.stderr
+
+
+def dockerfile():
+    """{instruction: [rest of the line, ...]} with continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", (LAUNCH / "Dockerfile").read_text())
+    lines = [line.partition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: [rest for other, _, rest in lines if other == name] for name, _, _ in lines}
+
+
+def test_the_image_runs_as_a_user_and_has_what_the_page_needs():
+    instructions = dockerfile()
+    assert instructions["USER"] == ["moss"]
+    (install,) = (line for line in instructions["RUN"] if line.startswith("pip install"))
+    assert "-c launch/constraints.txt" in install and ".[train,convert$(" in install
+    extras = re.search(r"--build-arg EXTRA=(\w+)", (ROOT / "docs/launch.md").read_text())[1]
+    assert f'"{extras}": ["jax[{extras}]' in (ROOT / "setup.py").read_text()
+
+
+def test_the_image_is_pinned():
+    instructions = dockerfile()
+    (python,) = (line.partition("=")[2] for line in instructions["ARG"] if line.startswith("PYTHON="))
+    assert re.fullmatch(r"3\.1[12]\.\d+", python)
+    assert re.fullmatch(r"python:\$\{PYTHON\}-slim-\w+", instructions["FROM"][0])
+    lines = (LAUNCH / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    setup = (ROOT / "setup.py").read_text()
+    blocks = [re.search(rf"^{name} = \[(.*?)\]", setup, re.S | re.M)[1] for name in ("CONVERT", "TRAIN")]
+    blocks.append(re.search(r"install_requires=\[(.*?)\]", setup, re.S)[1])
+    needed = [Requirement(text) for block in blocks for text in re.findall(r'"(.+?)"', block)]
+    assert len(needed) > 12
+    for requirement in needed:
+        version = pinned[requirement.name.lower().replace("_", "-")]
+        assert version in requirement.specifier, requirement
+    assert pinned["libtpu"] == pages_libtpu()
+
+
+def pages_libtpu():
+    """The one version of libtpu that the pages and scripts name."""
+    named = set()
+    for path in (ROOT / "docs/launch.md", LAUNCH / "xla_flags.py"):
+        named |= set(re.findall(r"libtpu (\d[\d.]*\d)", path.read_text()))
+    (version,) = named
+    return version
+
+
+def test_the_daemon_gets_what_is_copied_and_nothing_else():
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert ignored[0] == "*"
+    allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = {source.partition("/")[0] for line in dockerfile()["COPY"] for source in line.split()[:-1]}
+    assert allowed == copied
+    assert all((ROOT / name).exists() for name in allowed)
 
 
 @pytest.fixture

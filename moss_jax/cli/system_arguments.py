@@ -38,12 +38,10 @@ def system_folder(args) -> Path:
 
     What is compiled is kept beside the conversions, so that the next run starts sooner.
     """
-    import jax
-
     from moss_jax.convert.system import resolve
     from moss_jax.dialogue.folder import NANO
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     if args.model is None:
         for name in ("codec", "revision", "codec_revision"):
             if getattr(args, name) is not None:
@@ -57,6 +55,17 @@ def check_revisions(args) -> None:
     """Raises MossError when there is a revision of a codec and no codec."""
     if args.codec_revision is not None and args.codec is None:
         raise MossError("--codec-revision: is used together with --codec, which is missing")
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs beside the conversions, so that the next start of a verb finds them.
+
+    A folder that the user has named to JAX (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def cache_folder() -> Path:

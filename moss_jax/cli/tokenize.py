@@ -15,7 +15,8 @@ makes what the speech decoder is trained on: codes, mel, wave and F0 of recordin
 
 All bad lines are listed by number, and then the exit code is 2. Recordings are encoded on every local device. Killed or
 failed, the same command goes on where it was (in DATA.part); DATA appears when it is whole. On several hosts with a
-common file system run the same command everywhere with --process 0/4, 1/4, ... or with --distributed.
+common file system run the same command everywhere with --process 0/4, 1/4, ... or with --distributed. A second process
+that asks for the same share ends at once with exit code 2.
 """
 
 import sys

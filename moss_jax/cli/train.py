@@ -8,10 +8,11 @@
 
 --set changes any field of the config: steps=100, optimizer.learning_rate=1e-4, mesh.tensor=2, guard.action=stop.
 SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, exit code 75. Exit codes: 0 done, 2 bad
-input (one line says what), 3 stopped by the guard over NaN or spikes, 75 preempted. See docs/training_loop.md.
+input, or another process trains in the folder (one line says what), 3 stopped by the guard over NaN or spikes, 75
+preempted. See docs/training_loop.md.
 """
 
-from moss_jax.cli.system_arguments import cache_folder, say
+from moss_jax.cli.system_arguments import keep_compiled, say
 from moss_jax.train.host_memory import keep_freed_memory
 
 
@@ -40,7 +41,7 @@ def run(args) -> int:
         return 0
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     if args.distributed:
         from moss_jax.train.processes import join
 

@@ -13,7 +13,7 @@ Ctrl-C: what is being trained is saved, exit code 75.
 
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import cache_folder, say
+from moss_jax.cli.system_arguments import keep_compiled, say
 from moss_jax.errors import MossError
 from moss_jax.train.host_memory import keep_freed_memory
 
@@ -34,12 +34,10 @@ def add_arguments(parser):
 def run(args) -> int:
     import importlib.util
 
-    import jax
-
     from moss_jax.train.nano import CONFIGS, Recipe
 
     keep_freed_memory()  # before the backend has threads
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
     report = None if args.no_report else _report

@@ -71,8 +71,7 @@ class StepBatches:
             raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error
         if fingerprint != self._fingerprint:
             raise MossError(
-                f"data state: it belongs to other {self._what}; "
-                "expected those of the run that saved it (skip_to goes to a step regardless)"
+                f"data: the saved position belongs to other {self._what}, expected a position in the data of this run"
             )
         self.skip_to(step)
 

@@ -5,7 +5,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moss_jax.audio.wave import load_audio, resample
 from moss_jax.checkpoint import write_text
 from moss_jax.documents import code_list, located, parse_object, read_lines, read_text, shown
 from moss_jax.errors import MossError
-from moss_jax.files import is_file
+from moss_jax.files import folder_lock, is_file
 
 CODES = "codes.jsonl"
 GROUP = 64  # recordings that are read and encoded together
@@ -32,10 +32,9 @@ def encode_manifests(
 
     Raises:
         MossError: a manifest or a recording cannot be read, two manifests have one name, OUT/codes.jsonl is of another
-            speech tokenizer.
+            speech tokenizer, or another process is writing to OUT.
     """
     from moss_jax.dialogue.folder import SystemFolder
-    from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
     paths, out = [Path(path) for path in manifests], Path(out)
     if len({path.name for path in paths}) < len(paths):
@@ -43,7 +42,20 @@ def encode_manifests(
     lines = {path: _lines(path) for path in paths}
     wanted = list(dict.fromkeys(place for path in paths for place in _recordings(path, lines[path])))
     room = SystemFolder(model).room("speech_tokenizer")
-    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        _encode(paths, lines, wanted, room, out, say)
+
+
+def _encode(
+    paths: Sequence[Path],
+    lines: Mapping[Path, list[dict[str, Any]]],
+    wanted: Sequence[str],
+    room: Path,
+    out: Path,
+    say: Say,
+) -> None:
+    from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
     codes = _Journal(out / CODES, _mark(room))
     left = [place for place in wanted if place not in codes.known]
     # Neighbours in length share a bucket; the size of a file tells it.

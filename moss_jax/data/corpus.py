@@ -23,6 +23,7 @@ from moss_jax.checkpoint import atomic_folder
 from moss_jax.data.espeak import speak
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
+from moss_jax.files import output_lock
 
 VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")  # of those who ask
 ANSWERS = "en-us+klatt3"  # the voice that answers
@@ -98,8 +99,19 @@ def make_corpus(
     """
     if utterances < 1:
         raise MossError(f"utterances: {utterances}, expected at least 1")
-    if Path(folder).exists():
-        raise MossError(f"{folder}: is there already, expected a new folder")
+    with output_lock(folder):
+        if Path(folder).exists():
+            raise MossError(f"{folder}: is there already, expected a new folder")
+        _write_corpus(folder, utterances, seed, recordings, progress)
+
+
+def _write_corpus(
+    folder: str | Path,
+    utterances: int,
+    seed: int,
+    recordings: Sequence[str | Path],
+    progress: Callable[[int, int], None] | None,
+) -> None:
     draw, known = random.Random(seed), facts()
     with atomic_folder(folder) as part:
         (part / "wav").mkdir()

@@ -30,6 +30,7 @@ from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
+from moss_jax.files import output_lock
 from moss_jax.nn.config import read_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
@@ -142,6 +143,10 @@ class _Work:
         return self.folder.speech_decoder()[1]["speaker"]
 
     def run(self) -> dict[str, Any]:
+        with output_lock(self.request.out):
+            return self._run_locked()
+
+    def _run_locked(self) -> dict[str, Any]:
         out = self.request.out
         if (out / SOURCE).is_file():
             found = read_json(out / SOURCE)

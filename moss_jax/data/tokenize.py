@@ -31,6 +31,7 @@ from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
+from moss_jax.files import output_lock
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.transformer import TransformerConfig
 
@@ -172,7 +173,12 @@ class _Work:
         request, out = self.request, self.request.out
         if not out.name:
             raise MossError(f"{out}: no folder's name, expected one that is to be made")
-        whole = {"manifest": self.manifest.fingerprint(0, len(self.manifest)), **self.about}
+        with output_lock(out, request.process_index, request.process_count):
+            return self._run_share()
+
+    def _run_share(self) -> dict[str, Any] | None:
+        request, out = self.request, self.request.out
+        whole = self._source()
         if (out / SOURCE).is_file():
             if not self._is_whole(out, whole):
                 raise MossError(f"{out}: already there, of another manifest, model or settings; choose another folder")
@@ -181,7 +187,7 @@ class _Work:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise MossError(f"{out}: already there and no data set; choose another folder")
         self._begin_part()
-        if not request.process_index and self._is_whole(self.part, whole):  # killed after that, before its last name
+        if not request.process_index and self._is_whole(self.part, whole):  # killed just before the folder was renamed
             return self._finish()
         for index in range(request.process_index, self.shards, request.process_count):
             self._make_shard(index)
@@ -190,9 +196,16 @@ class _Work:
         if request.process_index:
             return None
         known = self._wait()
+        for index in range(1, request.process_count):
+            with output_lock(out, index, request.process_count, wait=True):
+                pass  # this process has finished with its last shard
         paths = [self.part / f"shard-{index:05d}" for index in range(self.shards)]
         seal(self.part, paths, known, whole)
         return self._finish()
+
+    def _source(self) -> dict[str, Any]:
+        """What source.json of the finished data set says about where it is from."""
+        return {"manifest": self.manifest.fingerprint(0, len(self.manifest)), **self.about}
 
     def _is_whole(self, folder: Path, whole: dict[str, Any]) -> bool:
         if not (folder / SOURCE).is_file():
@@ -205,9 +218,12 @@ class _Work:
         for path in self.part.glob("*"):
             if path.name == SETTINGS or path.name.startswith("shard-"):  # those of lines that are gone, too
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.replace(self.part, out)
+        try:
+            os.replace(self.part, out)  # an empty folder is replaced
+        except OSError as error:
+            # Locks do not reach every file system: the same data set may have been finished by another process.
+            if not self._is_whole(out, self._source()):
+                raise MossError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
         return read_json(out / SOURCE)
 
     def _begin_part(self) -> None:

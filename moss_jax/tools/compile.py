@@ -4,6 +4,7 @@ The compiler comes with libtpu and runs on any machine. It takes some environmen
 caller, so `compile_function` runs this module in a process of its own; `measure` is what runs in there.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -13,8 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,18 @@ class Request:
         if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", self.topology):
             raise MossError(f"unknown topology {self.topology!r}, expected one such as v5e:2x4, v6e:4x4 or v5p:2x2x1")
         if importlib.util.find_spec("libtpu") is None:
-            raise MossError("libtpu is not installed, expected it for compiling without a TPU: pip install libtpu")
+            raise MossError(
+                "libtpu is not installed, expected it for compiling without a TPU: pip install 'moss-jax[tpu]'"
+            )
 
 
-def compile_function(request: Request) -> dict[str, Any]:
+def compile_function(
+    request: Request, say: Callable[[str], None] = lambda line: None, every: float = 30.0
+) -> dict[str, Any]:
     """Compiles in a child process and returns what `measure` returns there.
+
+    Args:
+        say: gets a line of progress every `every` seconds.
 
     Raises:
         MossError: unknown function, size or topology, a mesh that does not fit, or no libtpu.
@@ -94,12 +103,32 @@ def compile_function(request: Request) -> dict[str, Any]:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
         command = [sys.executable, "-m", "moss_jax.tools.compile", json.dumps(dataclasses.asdict(request)), dump]
         environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        with _progress(f"compiling {request.function} for {request.topology}", say, every):
+            child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode == 2:
         raise MossError(child.stdout.strip())
     if child.returncode:
         raise RuntimeError(f"compiling failed with exit code {child.returncode}:\n{child.stderr[-4000:]}")
     return json.loads(child.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def _progress(what: str, say: Callable[[str], None], every: float) -> Iterator[None]:
+    """Says every `every` seconds for how long the block has been running."""
+    begun = time.monotonic()
+    done = threading.Event()
+
+    def report() -> None:
+        while not done.wait(every):
+            say(f"{what}: {time.monotonic() - begun:.0f} s so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def measure(request: Request, dump: Path) -> dict[str, Any]:
@@ -211,12 +240,14 @@ def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int
         called += [(callee.strip().lstrip("%"), 1, False) for callee in group.split(",")]
     loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
     if loop:
-        called.append((loop[2], _rounds(line, computations.get(loop[1], [])), True))
+        condition, body = computations.get(loop[1], []), computations.get(loop[2], [])
+        called.append((loop[2], _rounds(line, condition, body), True))
     return called
 
 
-def _rounds(line: str, condition: list[str]) -> int:
-    """Rounds of a loop: as the compiler notes them, or the N of a condition that is `counter < N` and nothing else."""
+def _rounds(line: str, condition: list[str], body: list[str]) -> int:
+    """Rounds of a loop: as the compiler notes them, or N / step where the condition is `counter < N` and nothing else
+    and the body adds a constant step to the counter."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
@@ -224,7 +255,31 @@ def _rounds(line: str, condition: list[str]) -> int:
     others = [text for text in condition if not re.search(rf" ({'|'.join(simple)})\(", text)]
     limits = [found[1] for text in condition if (found := re.search(r" constant\((\d+)\)", text))]
     counts_up = any("direction=LT" in text for text in condition)
-    return int(limits[0]) if counts_up and len(limits) == 1 and not others else 1
+    if not counts_up or len(limits) != 1 or others:
+        return 1
+    return -(-int(limits[0]) // _counter_step(condition, body))
+
+
+def _counter_step(condition: list[str], body: list[str]) -> int:
+    """What a round adds to the loop's counter; 1 where the body does not show it.
+
+    The rings in which XLA passes weights from chip to chip are loops whose rounds are unrolled by two.
+    """
+    index = _first(r"get-tuple-element\(.*index=(\d+)", condition)
+    result = _first(r"ROOT .* tuple\((.*?)\)(?:,|$)", body)
+    if index is None or result is None:
+        return 1
+    counter = dict(enumerate(re.findall(r"%([\w.\-]+)", result))).get(int(index), "")
+    for operand in re.findall(r"%([\w.\-]+)", _first(rf"%{re.escape(counter)} = .* add\(([^)]*)\)", body) or ""):
+        step = _first(rf"%{re.escape(operand)} = .* constant\((\d+)\)", body)
+        if step is not None:
+            return int(step)
+    return 1
+
+
+def _first(pattern: str, lines: list[str]) -> str | None:
+    """The group of a pattern in the first line that it matches."""
+    return next((found[1] for line in lines if (found := re.search(pattern, line))), None)
 
 
 def _bytes(shapes: str, kind: str, start: bool) -> int:

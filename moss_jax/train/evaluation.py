@@ -27,7 +27,10 @@ class Evaluation:
     def measure(
         self, trainable: dict[str, jax.Array], frozen: dict[str, jax.Array], preemption: Preemption
     ) -> dict[str, Any] | None:
-        """{"loss", "text_loss", "audio_loss", "sources"}; None when a notice to end came meanwhile."""
+        """{"loss", "text_loss", "audio_loss", "sources"}; None when a notice to end came meanwhile.
+
+        The loss of a target that the data does not have is left out.
+        """
         run, totals = self._run, {}
         self._feed.skip_to(0)
         try:
@@ -43,6 +46,7 @@ class Evaluation:
         losses = {}
         for name in CHANNELS:
             count = totals.get(f"source_{name}_count", np.zeros(1)).sum()
-            losses[f"{name}_loss"] = float(totals[f"source_{name}_sum"].sum() / count) if count else 0.0
-        loss = run.stage.text_weight * losses["text_loss"] + run.stage.audio_weight * losses["audio_loss"]
+            if count:
+                losses[f"{name}_loss"] = float(totals[f"source_{name}_sum"].sum() / count)
+        loss = sum((run.loss_weights[name] * value for name, value in losses.items()), 0.0)
         return {"loss": loss, **losses, "sources": by_source(totals, self._feed.source_names)}

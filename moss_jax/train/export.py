@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.errors import MossError
+from moss_jax.files import output_lock
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
@@ -37,16 +38,18 @@ def export_checkpoint(
         dtype: of the parameters that trained; None: as the run says.
 
     Raises:
-        MossError: no such run, checkpoint or dtype, a damaged checkpoint, or `output` is there or cannot be written.
+        MossError: no such run, checkpoint or dtype, a damaged checkpoint, or `output` is there, is being written by
+            another process, or cannot be written.
     """
     output = Path(output)
     read_run(folder)
     if dtype is not None and dtype not in DTYPES:
         raise MossError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MossError(f"{output}: already exists; remove it or choose another folder")
-    task, state = restored(folder, step, say)
-    task.export(state, output, dtype)
+    with output_lock(output):
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise MossError(f"{output}: already exists; remove it or choose another folder")
+        task, state = restored(folder, step, say)
+        task.export(state, output, dtype)
 
 
 def restored(folder: str | Path, step: int | None = None, say: Say = print) -> tuple[Task, TrainState]:

@@ -12,7 +12,7 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
+from moss_jax.files import folder_lock
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
@@ -33,10 +34,11 @@ from moss_jax.train.metrics import (
     METRICS_FILE,
     Board,
     MetricsFile,
+    Progress,
     duration,
     losses,
+    measured,
     memory_gib,
-    progress_line,
 )
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record
@@ -60,7 +62,7 @@ def train(run: BaseRun, say: Say = print) -> int:
     Raises:
         MossError: something that was given does not fit or cannot be read or written. What was saved stays.
     """
-    with Preemption() as preemption:
+    with _run_lock(Path(run.folder)), Preemption() as preemption:
         loop = Loop(run, preemption, say if jax.process_index() == 0 else _silent)
         try:
             with jax.set_mesh(loop.mesh):
@@ -71,6 +73,25 @@ def train(run: BaseRun, say: Say = print) -> int:
             raise
         loop.close()
         return code
+
+
+@contextlib.contextmanager
+def _run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder. The first process of a run takes the lock; all fail when it is taken."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except MossError as error:
+                problem = error
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.asarray(problem is not None))
+            if failed and problem is None:
+                problem = MossError(f"{folder}: the first process of the run cannot write to this folder")
+        if problem is not None:
+            raise problem
+        yield
 
 
 class Loop:
@@ -86,7 +107,6 @@ class Loop:
         self._metrics = self._evaluations = self._board = self._feed = None
         self._watch, self._pending, self._stop = Watch(run.guard), None, None
         self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
-        self._untold = np.zeros(5)  # since the last line: steps, seconds, tokens, seconds of waiting, FLOPs
         self._profiling = False
 
     def run_to_the_end(self) -> int:
@@ -139,6 +159,7 @@ class Loop:
         self._compiled_step = task.make_step()
         peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()  # FLOP/s; None where it is not known
+        self._progress = Progress(run.shown, run.loss_weights, run.unit, self._peak)
         self._evaluation = task.evaluation()
         if self._first:
             self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
@@ -224,10 +245,10 @@ class Loop:
         run = self._run
         self._tokens += tokens
         entry = {
-            "step": step, **self._task.entry(metrics), "tokens": self._tokens, "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds,
-            "checkpoint_seconds": saving, "mfu": self._peak and flops / seconds / self._peak,
-            "memory_gib": memory_gib(),
+            "step": step, **measured(self._task.entry(metrics)), "tokens": self._tokens,
+            "tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_seconds": waited,
+            "data_share": waited / seconds, "checkpoint_seconds": saving,
+            "mfu": self._peak and flops / seconds / self._peak, "memory_gib": memory_gib(),
         }  # fmt: skip
         self._stop = self._stop or self._watch.add(step, entry["grad_norm"], entry["skipped"] > 0)
         if self._first:
@@ -237,17 +258,9 @@ class Loop:
             self._say(
                 f"step {step}: skipped, its loss is {entry['loss']:.4g} and its gradient norm {entry['grad_norm']:.4g}"
             )
-        self._untold += 1, seconds, tokens, waited, flops
+        self._progress.add(entry, flops)
         if step % run.log_every == 0 or step in (1, run.steps):
-            self._say(progress_line(entry | self._rates(), run.steps, run.shown, run.unit))
-
-    def _rates(self) -> dict[str, float | None]:
-        """Means over the steps since the last line: a single one before a pause is told at once with the one before."""
-        (steps, seconds, tokens, waited, flops), self._untold = self._untold, np.zeros(5)
-        return {
-            "step_seconds": seconds / steps, "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
-            "mfu": self._peak and flops / seconds / self._peak,
-        }  # fmt: skip
+            self._say(self._progress.line(entry, run.steps))
 
     # between updates
 

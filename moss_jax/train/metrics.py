@@ -141,28 +141,81 @@ def losses(entry: Mapping[str, Any], shown: Sequence[str] = ("text_loss", "audio
     return f"loss {entry['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def progress_line(
-    entry: Mapping[str, Any], steps: int, shown: Sequence[str] = ("text_loss", "audio_loss"), unit: str = "tokens"
-) -> str:
-    """What a person reads of a step.
+def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry without the losses of targets that the batch does not have (a count of 0): they say nothing."""
+    missing = {
+        f"{name.removesuffix('_count')}_loss" for name, value in entry.items() if name.endswith("_count") and value == 0
+    }
+    return {name: value for name, value in entry.items() if name not in missing}
+
+
+class Progress:
+    """What the next progress line reports: means over the steps since the last line.
+
+    The loss of a target is a mean over the targets of these steps, and one that no step had is left out. Steps whose
+    update was skipped count for the speed only.
 
     Args:
         shown: the metrics that stand beside the loss, as far as there are any.
+        weights: {metric: weight} of the losses that the loss is the weighted sum of; empty: the mean loss of the steps
+            is shown.
         unit: of what the throughput counts.
+        peak: FLOP/s of all devices; None where it is not known.
     """
-    left = (steps - entry["step"]) * entry["step_seconds"]
-    words = [
-        f"step {entry['step']}/{steps}",
-        losses(entry, shown),
-        f"grad {entry['grad_norm']:.3g}",
-        f"lr {entry['learning_rate']:.2e}",
-        f"{_short(entry['tokens_per_second'])} {unit}/s",
-        f"{duration(entry['step_seconds'])} a step",
-        f"data {100 * entry['data_share']:.1f}%",
-    ]
-    if entry.get("mfu") is not None:
-        words.append(f"MFU {100 * entry['mfu']:.1f}%")
-    return "  ".join([*words, f"{duration(left)} left"])
+
+    def __init__(self, shown: Sequence[str], weights: Mapping[str, float], unit: str, peak: float | None):
+        self._shown, self._weights, self._unit, self._peak = shown, weights, unit, peak
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._totals = {"seconds": 0.0, "tokens": 0.0, "waited": 0.0, "flops": 0.0}
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, entry: Mapping[str, Any], flops: float) -> None:
+        """Takes a step in.
+
+        Args:
+            entry: its line of metrics.jsonl.
+            flops: FLOP of the model.
+        """
+        self._steps += 1
+        seconds = entry["step_seconds"]
+        new = {"seconds": seconds, "waited": entry["data_seconds"], "flops": flops}
+        for name, value in (new | {"tokens": entry["tokens_per_second"] * seconds}).items():
+            self._totals[name] += value
+        if entry["skipped"]:
+            return
+        for name in ("loss", "grad_norm", *self._shown):
+            if name in entry:
+                count = entry.get(f"{name.removesuffix('_loss')}_count", 1.0)
+                self._sums[name] = self._sums.get(name, 0.0) + count * entry[name]
+                self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def line(self, entry: Mapping[str, Any], steps: int) -> str:
+        """The line of the step that was added last, of `steps` in all; the next line begins anew."""
+        means = {name: self._sums[name] / count for name, count in self._counts.items() if count > 0}
+        weighed = [self._weights[name] * means[name] for name in self._weights if name in means]
+        if weighed:
+            means["loss"] = sum(weighed)
+        step_seconds = self._totals["seconds"] / self._steps
+        rate = self._totals["tokens"] / self._totals["seconds"]
+        words = [f"step {entry['step']}/{steps}"]
+        if means:
+            words += [losses(means, self._shown), f"grad {means['grad_norm']:.3g}"]
+        else:
+            words.append("every update was skipped")
+        words += [
+            f"lr {entry['learning_rate']:.2e}",
+            f"{_short(rate)} {self._unit}/s",
+            f"{duration(step_seconds)} a step",
+            f"data {100 * self._totals['waited'] / self._totals['seconds']:.1f}%",
+        ]
+        if self._peak:
+            words.append(f"MFU {100 * self._totals['flops'] / self._totals['seconds'] / self._peak:.1f}%")
+        self._clear()
+        return "  ".join([*words, f"{duration((steps - entry['step']) * step_seconds)} left"])
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from moss_jax.checkpoint import write_text
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
+from moss_jax.files import folder_lock
 from moss_jax.nn.config import read_config
 from moss_jax.train.lane import Lane
 from moss_jax.train.metrics import duration
@@ -62,14 +63,22 @@ def run_recipe(
         say: gets a line before and after each step.
 
     Raises:
-        MossError: the folder is of a recipe with another `about`, there is no such step, or a step failed.
+        MossError: the folder is of a recipe with another `about`, another process works in it, there is no such
+            step, or a step failed.
     """
     folder = Path(folder)
     names = [step.name for step in steps]
     for name in (from_step, to_step):
         if name is not None and name not in names:
             raise MossError(f"step {name!r}: unknown, there are {', '.join(names)}")
-    journal = _Journal(folder, about)
+    with folder_lock(folder):
+        return _run_locked(steps, _Journal(folder, about), from_step, to_step, say)
+
+
+def _run_locked(
+    steps: Sequence[RecipeStep], journal: "_Journal", from_step: str | None, to_step: str | None, say: Say
+) -> int:
+    names = [step.name for step in steps]
     if from_step is not None:
         journal.again = names[names.index(from_step) :]
         journal.write()

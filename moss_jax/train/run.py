@@ -133,6 +133,11 @@ class BaseRun:
             value = getattr(self, name)
             _require(value in values, f"{name} is {value!r}, expected one of {', '.join(map(str, values))}")
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """{metric: weight} of the losses that the loss is the weighted sum of; empty where it is another function."""
+        return {}
+
     def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
         """What the loop trains; see `moss_jax.train.task`."""
         raise NotImplementedError
@@ -169,6 +174,10 @@ class Run(BaseRun):
         )
         self._check_known(frozen_dtype=(*DTYPES, None), remat=REMAT, attention=ATTENTION)
         _require(bool(self.init), "init is empty")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"text_loss": self.stage.text_weight, "audio_loss": self.stage.audio_weight}
 
     def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
         from moss_jax.train.language_model import LanguageModel
@@ -216,7 +225,8 @@ def override(run: BaseRun, assignments: Sequence[str]) -> BaseRun:
     """The run with fields changed: "steps=100", "optimizer.learning_rate=1e-4", "data.seed=1".
 
     Values are read as their field's type: numbers, true, false, none, plain strings; lists and dictionaries as Python
-    writes them. Where the schedule ends with the run, changing `steps` moves both.
+    writes them. In a dictionary that stands for a group of fields, those that are not named have their defaults.
+    Where the schedule ends with the run, changing `steps` moves both.
 
     Raises:
         MossError: no such field (those that there are follow), a value of the wrong type, or fields that contradict
@@ -271,8 +281,33 @@ def _assign(cls: Any, values: dict[str, Any], name: str, text: str) -> None:
             raise MossError(f"--set {name}: {where} has no fields")
         values = values[parent]
         if values is None:
-            raise MossError(f"--set {name}: {where} is none in this config; set it there, or as a whole")
-    values[leaf] = _parse(text, _hint(cls, leaf, name, name))
+            raise MossError(
+                f"--set {name}: {where} is none in this config; set it as a whole before, such as --set {where}={{}} "
+                "for its defaults"
+            )
+    hint = _hint(cls, leaf, name, name)
+    value = _parse(text, hint)
+    inner = _dataclass_of(hint)
+    values[leaf] = _with_defaults(inner, value) if inner is not None and isinstance(value, dict) else value
+
+
+def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass as they are given, and those that are not given as their defaults."""
+    hints = typing.get_type_hints(cls)
+    filled = dict(values)
+    for field in dataclasses.fields(cls):
+        if field.name not in filled:
+            if field.default is not dataclasses.MISSING:
+                default = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            else:
+                continue  # it is reported as missing
+            filled[field.name] = write_config(default) if dataclasses.is_dataclass(default) else default
+        inner = _dataclass_of(hints[field.name])
+        if inner is not None and isinstance(filled[field.name], dict):
+            filled[field.name] = _with_defaults(inner, filled[field.name])
+    return filled
 
 
 def _hint(cls: type, key: str, where: str, name: str) -> Any:

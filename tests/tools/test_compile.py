@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
+import subprocess
+import threading
 
 import pytest
 
 from moss_jax.cli import main
-from moss_jax.tools.compile import collectives
+from moss_jax.tools.compile import Request, collectives, compile_function
 
 HLO = """HloModule jit_run, is_scheduled=true
 
@@ -69,6 +72,55 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
         "collective-permute": {"count": 6, "bytes": 6 * 12},
         "all-to-all": {"count": 1, "bytes": 20},
     }
+
+
+RING = """HloModule jit_step, is_scheduled=true
+
+%body (p: (bf16[1,512,16], u32[], /*index=2*/u32[])) -> (bf16[1,512,16], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (bf16[1,512,16], u32[], u32[]) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %one = (bf16[1,512,16], bf16[1,512,16], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %other = (bf16[1,512,16], bf16[1,512,16], u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1}}
+  %next = u32[]{:T(128)} add(%counter, STEP)
+  ROOT %out = (bf16[1,512,16]{2,1,0:T(8,128)(2,1)}, u32[], u32[]) tuple(%done, %next, /*index=2*/%rest), metadata={}
+}
+
+%below (p: (bf16[1,512,16], u32[], u32[])) -> pred[] {
+  %four = u32[]{:T(128)} constant(4)
+  %p = (bf16[1,512,16], u32[], u32[]) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %four), direction=LT
+}
+
+ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
+  %while = (bf16[1,512,16], u32[], u32[]) while(%p), condition=%below, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "rounds"), [("%two", 2), ("%unknown", 4)])
+def test_rounds_of_a_loop_whose_counter_grows_by_two(step, rounds):
+    size = 512 * 16 * 2
+    expected = {"collective-permute": {"count": 2 * rounds, "bytes": 2 * rounds * size}}
+    assert collectives(RING.replace("STEP", step)) == expected
+
+
+def test_progress_is_reported_while_the_compiler_works(monkeypatch):
+    def slow(*arguments, **keywords):
+        assert reported.wait(60)
+        return subprocess.CompletedProcess(arguments, 0, stdout='{"fits": true}\n', stderr="")
+
+    def say(line):
+        lines.append(line)
+        reported.set()
+
+    lines = []
+    reported = threading.Event()
+    monkeypatch.setattr(Request, "check", lambda self: None)
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert compile_function(Request("decode"), say, every=0.01) == {"fits": True}
+    assert re.fullmatch(r"compiling decode for v5e:2x4: \d+ s so far", lines[0])
 
 
 @pytest.mark.parametrize(

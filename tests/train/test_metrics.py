@@ -10,7 +10,7 @@ import pytest
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.train.guard import Watch
-from moss_jax.train.metrics import Board, MetricsFile, by_source, duration, progress_line, read_entries
+from moss_jax.train.metrics import Board, MetricsFile, Progress, by_source, duration, measured, read_entries
 from moss_jax.train.run import Guard, run_text
 from tests.train.test_run import stage1
 
@@ -19,7 +19,7 @@ def entry(step, loss=2.0):
     return {
         "step": step, "loss": loss, "text_loss": 1.5, "audio_loss": 0.5, "text_count": 3.0, "audio_count": 2.0,
         "grad_norm": 1.25, "learning_rate": 1e-3, "tokens_per_second": 12345.0, "step_seconds": 2.0, "data_share": 0.01,
-        "mfu": 0.41,
+        "data_seconds": 0.02, "skipped": 0.0, "mfu": 0.41,
     }  # fmt: skip
 
 
@@ -54,10 +54,35 @@ def test_a_full_disk_is_told(tmp_path):
 
 
 def test_the_progress_line():
-    line = progress_line(entry(30), 100)
+    progress = Progress(("text_loss", "audio_loss"), {}, "tokens", peak=1e12)
+    progress.add(entry(30), flops=8.2e11)
+    line = progress.line(entry(30), 100)
     assert line.startswith("step 30/100  loss 2.0000 (text 1.5000, audio 0.5000)  grad 1.25  lr 1.00e-03")
     assert "12.3k tokens/s" in line and "MFU 41.0%" in line and line.endswith("2 min left")
     assert [duration(s) for s in (0.0123, 3.44, 300, 27000)] == ["12 ms", "3.4 s", "5 min", "7 h 30 min"]
+
+
+def test_the_progress_line_has_means_by_target_over_the_steps_since_the_last_line():
+    progress = Progress(("text_loss", "audio_loss"), {"text_loss": 1.0, "audio_loss": 2.0}, "tokens", None)
+    steps = [
+        entry(1, loss=2.5),
+        entry(2, loss=1.5) | {"text_loss": 9.0, "text_count": 1.0, "audio_loss": 0.0, "audio_count": 0.0},
+        entry(3, loss=float("nan")) | {"text_loss": float("nan"), "grad_norm": float("inf"), "skipped": 1.0},
+    ]
+    for step in steps:
+        progress.add(measured(step), flops=0.0)
+    # Text: 3 targets of 1.5 and 1 of 9; audio: only the first step has targets; the third was skipped.
+    line = progress.line(steps[-1], 100)
+    assert "loss 4.3750 (text 3.3750, audio 0.5000)  grad 1.25" in line
+    progress.add(measured(steps[1]), flops=0.0)
+    assert "loss 9.0000 (text 9.0000)" in progress.line(steps[1], 100)
+    progress.add(measured(steps[2]), flops=0.0)
+    assert "every update was skipped" in progress.line(steps[2], 100)
+
+
+def test_losses_without_targets_are_left_out():
+    found = measured(entry(1) | {"text_count": 0.0, "prior_loss": 0.0})
+    assert "text_loss" not in found and found["audio_loss"] == 0.5 and found["prior_loss"] == 0.0
 
 
 def test_sources_by_name():

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from moss_jax.cli import main
+from moss_jax.data import Mixture
 from moss_jax.errors import MossError
 from moss_jax.train.run import MeshSizes, Run, load_run, override, read_run, run_text
+from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
 from moss_jax.transformer import model_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,32 @@ def test_set_changes_fields_with_their_types():
     assert run.tensorboard is True and run.folder == "runs/7" and run.profile == (3, 5) and run.frozen_dtype is None
     assert run.data.sources == (("a", "b", 2.0),)
     assert override(run, ["steps=3000", "optimizer.total_steps=4000"]).optimizer.total_steps == 4000
+
+
+def vocoder(*assignments):
+    return load_run(ROOT / "configs/nano/vocoder.py", assignments)
+
+
+def test_a_group_of_fields_is_set_with_its_defaults():
+    assert vocoder().objective.discriminators is None
+    assert vocoder("objective.discriminators={}").objective.discriminators == DiscriminatorConfig()
+    run = vocoder("objective.discriminators={'ffts': (256, 128)}", "objective.discriminators.fft_channels=8")
+    assert run.objective.discriminators == DiscriminatorConfig(ffts=(256, 128), fft_channels=8)
+    with pytest.raises(MossError, match=r"--set objective\.discriminators=\{\} for its defaults"):
+        vocoder("objective.discriminators.ffts=(256, 128)")
+    with pytest.raises(MossError, match=r"unknown: objective\.discriminators\.size"):
+        vocoder("objective.discriminators={'size': 3}")
+
+
+def test_data_is_set_on_the_command_line():
+    run = stage1("data.sources=[('talks', 'DATA/talks', 9), ('books', 'DATA/books', 1)]")
+    assert run.data.sources == (("talks", "DATA/talks", 9.0), ("books", "DATA/books", 1.0))
+    held = stage1("held_out={'sources': [('talks', 'DATA/talks-valid', 1)]}").held_out
+    assert held == Mixture((("talks", "DATA/talks-valid", 1.0),))
+    with pytest.raises(MossError, match=r"data\.sources\[0\] has 2 entries, expected 3"):
+        stage1("data.sources=[('talks', 'DATA/talks')]")
+    with pytest.raises(MossError, match=r"missing: held_out\.sources"):
+        stage1("held_out={}")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from moss_jax.dialogue.byte_level import byte_level, learn_merges
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
+from moss_jax.files import output_lock
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
 CHUNK = 100  # utterances that are made, and made again when interrupted, together
@@ -291,15 +292,23 @@ def make_nano_corpus(
         progress: called with how many utterances are there, and of how many.
 
     Raises:
-        MossError: espeak-ng is missing, the folder exists, FOLDER.part is of another seed or scale, or the place cannot
-            be written.
+        MossError: espeak-ng is missing, the folder exists, FOLDER.part is of another seed or scale, another process
+            makes this corpus, or the place cannot be written.
     """
     folder = Path(folder)
     if not 0 < scale <= 100:
         raise MossError(f"scale is {scale:g}, expected a number above 0, at most 100")
-    if folder.exists():
-        raise MossError(f"{folder}: is there already, expected a new folder")
-    plan, part = make_plan(seed, scale), folder.with_name(folder.name + ".part")
+    with output_lock(folder):
+        if folder.exists():
+            raise MossError(f"{folder}: is there already, expected a new folder")
+        _write_corpus(folder, scale, seed, processes, progress)
+
+
+def _write_corpus(
+    folder: Path, scale: float, seed: int, processes: int | None, progress: Callable[[int, int], None] | None
+) -> None:
+    plan = make_plan(seed, scale)
+    part = folder.with_name(folder.name + ".part")
     _begin(part, {"seed": seed, "scale": scale, "utterances": len(plan.utterances)})
     said = _say_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
     _write_manifests(part, plan, said, random.Random(f"nano manifests {seed}"))

@@ -67,7 +67,10 @@ class VocoderRun(SpeechDecoderRun):
     """Mel -> speech."""
 
     kind: ClassVar[str] = "vocoder"
-    shown: ClassVar[tuple[str, ...]] = ("mel_loss", "stft_loss", "f0_loss")
+    shown: ClassVar[tuple[str, ...]] = (
+        "mel_loss", "stft_loss", "f0_loss", "generator_loss", "feature_loss", "generator_relative_loss",
+        "discriminator_loss", "discriminator_relative_loss",
+    )  # fmt: skip
 
     frames: int = 32  # mel frames of a row
     objective: VocoderObjective = field(default_factory=VocoderObjective)

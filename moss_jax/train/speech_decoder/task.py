@@ -189,8 +189,11 @@ class FlowTask(SpeechDecoderTask):
         drawn = draw(key, self._run.objective, self.config.flow, batch["count"], codes)
         errors, priors, frames = self._errors(params, batch, drawn)
         masked, prior = drawn["chunk"] < codes, _mean(priors, frames)
-        terms = {"offline_loss": _mean(errors, frames, ~masked), "stream_loss": _mean(errors, frames, masked)}
-        return _mean(errors, frames) + self._run.objective.prior * prior, terms | {"prior_loss": prior}
+        terms = {"prior_loss": prior}
+        for name, chosen in (("offline", ~masked), ("stream", masked)):
+            terms[f"{name}_loss"] = _mean(errors, frames, chosen)
+            terms[f"{name}_count"] = jnp.where(chosen, frames, 0).sum()
+        return _mean(errors, frames) + self._run.objective.prior * prior, terms
 
     def _measured(self, params: Flat, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """With all conditions: the error offline and as a stream has it, and the mean of the two."""
