@@ -112,7 +112,7 @@ def folder_lock(
     folder = Path(folder)
     with _readable_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK, folder, wait):
+    with _locked(folder / LOCK, folder, wait, on_wait):
         yield
 
 
@@ -150,7 +150,7 @@ def output_lock(path: str | Path, share: int = 0, shares: int = 1, *, wait: bool
 
 
 @contextlib.contextmanager
-def _locked(file: Path, folder: Path, wait: bool) -> Iterator[None]:
+def _locked(file: Path, folder: Path, wait: bool, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     with _readable_errors(folder):
         lock = FileLock(file)
         try:
