@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "files", "audio", "nn", "checkpoint", "sharding"}
+GROUND = {"errors", "arguments", "files", "audio", "nn", "checkpoint", "sharding"}
 MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
+    "arguments": {"errors"},
     "files": {"errors"},
     "audio": {"errors", "files"},
     "nn": {"errors"},

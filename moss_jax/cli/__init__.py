@@ -64,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.verb is None:
         parser.print_help()
         return 2
+    if os.environ.get("JAX_ENABLE_X64"):
+        import jax
+
+        jax.config.update("jax_enable_x64", False)  # training too is defined in 32 bits, in every thread
     try:
         return args.run(args) or 0
     except MossError as error:

@@ -18,7 +18,9 @@ import os
 import sys
 from pathlib import Path
 
+from moss_jax.arguments import check_seed, check_whole
 from moss_jax.cli.system_arguments import add_system_arguments, progress, say, system_folder
+from moss_jax.dialogue.settings import SAMPLING, check_sampling
 from moss_jax.errors import MossError
 
 
@@ -33,24 +35,32 @@ def add_arguments(parser):
     parser.add_argument("--system", metavar="TEXT", help="the system turn, in place of the released driver's")
     parser.add_argument("--stream", action="store_true", help="speak and write while the rest is being thought of")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time with --jsonl, default 8")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same reply, default 0")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same reply, default 0; the words of a greedy reply do not depend on it",
+    )
     sampling = parser.add_argument_group(
-        "sampling, for text and codes alike; the defaults are the released driver's unless the system has its own"
+        "sampling, for text and codes alike",
+        "A setting that is not given is the system's own, and where the system has none the default below. A given "
+        "--temperature, --top-p or --top-k also switches off the greedy of a system such as the bundled nano model.",
     )
-    sampling.add_argument("--max-new-tokens", type=int, help="rows at most, 12.5 a second, default 500")
-    sampling.add_argument("--min-new-tokens", type=int, help="speech does not end before, default 0")
-    sampling.add_argument("--temperature", type=float, help="default 0.6")
-    sampling.add_argument("--top-p", type=float, help="default 0.95; 1 is off")
-    sampling.add_argument("--top-k", type=int, help="default 20; 0 is off")
-    sampling.add_argument("--repetition-penalty", type=float, help="default 1.1; 1 is off")
+    sampling.add_argument("--max-new-tokens", type=int, help=f"rows at most, 12.5 a second; {_range('max_new_tokens')}")
+    sampling.add_argument("--min-new-tokens", type=int, help=f"speech does not end before; {_range('min_new_tokens')}")
+    sampling.add_argument("--temperature", type=float, help=_range("temperature"))
+    sampling.add_argument("--top-p", type=float, help=f"{_range('top_p')}; 1 is off")
+    sampling.add_argument("--top-k", type=int, help=f"{_range('top_k')}; 0 is off")
+    sampling.add_argument("--repetition-penalty", type=float, help=f"{_range('repetition_penalty')}; 1 is off")
     sampling.add_argument(
-        "--greedy", action=argparse.BooleanOptionalAction, default=None, help="always the likeliest, no sampling"
+        "--greedy", action=argparse.BooleanOptionalAction, default=None, help="always the most likely, no sampling"
     )
 
 
-SAMPLING = (
-    "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "greedy",
-)  # fmt: skip
+def _range(name: str) -> str:
+    setting = SAMPLING[name]
+    limits = f"at least {setting.lowest}" if setting.whole else f"{setting.lowest:g} to {setting.highest:g}"
+    return f"{limits}, default {setting.default}"
 
 
 def run(args) -> int:
@@ -59,13 +69,13 @@ def run(args) -> int:
     _check_out(args)
     from moss_jax.audio.wave import load_audio
     from moss_jax.dialogue.questions import read_questions
-    from moss_jax.dialogue.system import generation_settings, load
+    from moss_jax.dialogue.system import System
     from moss_jax.dialogue.turns import Turn, check_turns
 
-    generation_settings(**_sampling(args))
+    check_sampling(_sampling(args))
     if args.jsonl is not None:
         questions = read_questions(args.jsonl, args.system)
-        return _batch(load(system_folder(args)), questions, args)
+        return _batch(System(system_folder(args)), questions, args)
     if args.question is None:
         turns = [Turn("user", text=args.text)]
     else:
@@ -74,7 +84,7 @@ def run(args) -> int:
     if args.system is not None:
         turns.insert(0, Turn("system", text=args.system))
     check_turns(turns)
-    system = load(system_folder(args))
+    system = System(system_folder(args))
     if args.stream:
         return _stream(system, turns, args)
     reply = system.reply(turns, progress=_progress, **_options(args))
@@ -141,10 +151,8 @@ def _check_out(args) -> None:
     """Before anything is loaded: a place where the reply can go."""
     if args.reply not in ("speech", "text"):
         raise MossError(f"--reply {args.reply}: expected speech or text")
-    if not 0 <= args.seed < 2**32:
-        raise MossError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
-    if args.batch_size < 1:
-        raise MossError(f"--batch-size {args.batch_size}: expected at least 1")
+    check_seed(args.seed, "--seed")
+    check_whole("--batch-size", args.batch_size, 1)
     if args.out is None:
         if args.reply == "speech":
             what = "a folder" if args.jsonl is not None else "a wav or flac file, or - for raw samples on stdout"

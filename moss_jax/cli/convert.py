@@ -11,6 +11,7 @@ extra packages of `pip install 'moss-jax[convert]'`.
 back bit for bit. What does not fit is listed in full, and nothing is written then.
 """
 
+from moss_jax.arguments import check_seed
 from moss_jax.cli.system_arguments import progress
 from moss_jax.errors import MossError
 
@@ -37,6 +38,7 @@ def add_arguments(parser):
 def run(args) -> int:
     from moss_jax.convert import system
 
+    check_seed(args.seed, "--seed")
     if args.export:
         if args.model is None or args.codec or args.from_qwen3:
             raise MossError("--export: give the system as --model, without --codec and --from-qwen3")

@@ -10,6 +10,7 @@ and the same command goes on where it was stopped. Debian: apt install espeak-ng
 
 import sys
 
+from moss_jax.arguments import check_seed
 from moss_jax.cli.system_arguments import progress
 from moss_jax.errors import MossError
 
@@ -24,6 +25,8 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
+    check_seed(args.seed, "--seed")
+
     def told(done: int, total: int) -> None:
         if done == total or (sys.stderr.isatty() and done % 10 == 0):
             progress(f"{done} of {total} utterances")

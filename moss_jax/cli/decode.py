@@ -10,6 +10,7 @@ the codes are decoded chunk by chunk, as a conversation does it; it takes longer
 
 from pathlib import Path
 
+from moss_jax.arguments import check_seed
 from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
 from moss_jax.errors import MossError
 
@@ -32,8 +33,7 @@ def run(args) -> int:
     from moss_jax.speech_decoder.flow.sampler import check_codes
 
     items, out = read_codes(args.codes), Path(args.out)
-    if not 0 <= args.seed < 2**32:
-        raise MossError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
+    check_seed(args.seed, "--seed")
     if args.chunk is not None and not args.stream:
         raise MossError("--chunk: only a stream has chunks, give --stream too")
     if len(items) == 1 and out.suffix.lower() not in WRITABLE:

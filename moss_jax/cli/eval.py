@@ -12,6 +12,7 @@ table.json, and the sound that was made. The same command goes on where an inter
 number of items and the 95% interval of every figure.
 """
 
+from moss_jax.arguments import check_seed, check_whole
 from moss_jax.cli.system_arguments import add_system_arguments, progress, system_folder
 
 TASKS = {
@@ -113,7 +114,6 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from moss_jax.errors import MossError
     from moss_jax.evaluate import choice, pairs, resynthesis, spoken_qa
     from moss_jax.evaluate.judge import open_judge
     from moss_jax.evaluate.model import Model
@@ -123,8 +123,9 @@ def run(args) -> int:
 
         print(recognition(args.folder, args.files, progress))
         return 0
-    if args.batch_size < 1:
-        raise MossError(f"--batch-size is {args.batch_size}, expected at least 1")
+    check_whole("--batch-size", args.batch_size, 1)
+    if args.task in ("spoken-qa", "resynthesis"):
+        check_seed(args.seed, "--seed")
     judge = None
     if args.task == "resynthesis" or (args.task == "spoken-qa" and args.reply != "text"):
         judge = open_judge(args.judge, args.judge_command)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.convert.files import write_json
 from moss_jax.convert.stream import Progress, Say
@@ -94,6 +95,7 @@ def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed:
         seed: the same seed gives the same weights.
         say: gets lines of progress.
     """
+    seed = check_seed(seed)
     if size not in SIZES:
         raise MossError(f"size {size!r}: unknown, there are {', '.join(SIZES)}")
     if layout not in LAYOUTS:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from moss_jax.data.manifest import Document, Word
-from moss_jax.dialogue.grid import FALLBACK_SYSTEM, speech_rows, template_rows, text_rows, turn_rows
+from moss_jax.dialogue.grid import speech_rows, template_rows, text_rows, turn_rows, with_default_system
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
@@ -128,7 +128,7 @@ class Maker:
         code_rate: codes a second, for word times.
         seed: of cuts; a document's cuts depend on it, its name and the variant alone.
         system: a system turn for asr, tts and chat; without one asr and tts have none, and a chat that does not
-            begin with one gets the turn that generation puts there too.
+            begin with one gets the default of its last reply, as in generation.
     """
 
     format: str
@@ -192,9 +192,10 @@ class Maker:
             turn if said is None else Turn(turn.role, codes=said)
             for turn, said in zip(document.turns, codes, strict=True)
         ]
-        if turns[0].role != "system":
-            spoken = next(turn for turn in reversed(turns) if turn.role == "assistant").codes is not None
-            turns.insert(0, Turn("system", text=self.system or FALLBACK_SYSTEM["speech" if spoken else "text"]))
+        if self.system and turns[0].role != "system":
+            turns.insert(0, Turn("system", text=self.system))
+        spoken = next(turn for turn in reversed(turns) if turn.role == "assistant").codes is not None
+        turns = with_default_system(turns, "speech" if spoken else "text")
         return chat(turns, self.text_tokenizer, self.config)
 
 

@@ -28,6 +28,7 @@ from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
 from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_json
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -137,6 +138,8 @@ class _Work:
     def _settings(self) -> dict[str, Any]:
         asked = asdict(self.request)
         settings = {name: asked[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
+        if self.request.format == "chat" and not self.request.system:
+            settings["default_system"] = DEFAULT_SYSTEM
         if self.encodes:
             room, codes = self.folder.room("speech_tokenizer"), self.ear.quantize_vocab_size
             if codes > self.config.eosp_id:

@@ -5,17 +5,17 @@ the oldest turns after the system turn go, and what is left passes the model onc
 """
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from flax.serialization import from_state_dict, to_state_dict
 
-from moss_jax.checkpoint import open_tensors, save_tensors
 from moss_jax.dialogue.generate import (
     GenerationSettings,
     GenerationState,
@@ -25,22 +25,20 @@ from moss_jax.dialogue.generate import (
     prefill,
     with_capacity,
 )
-from moss_jax.dialogue.grid import pad_left, reply_header, template_rows, turn_rows
+from moss_jax.dialogue.grid import pad_left, prompt_pieces, template_rows, with_default_system
 from moss_jax.dialogue.sampling import request_keys
+from moss_jax.dialogue.saved import FORMAT, FORMAT_1, TURNS, fingerprint_1, read_conversation, write_conversation
 from moss_jax.dialogue.state_machine import AUDIO, next_mode
 from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.dialogue.turns import ROLES, Turn
 from moss_jax.errors import MossError
-from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.nn.fingerprint import fingerprint
+from moss_jax.nn.precision import in_32_bits
+from moss_jax.nn.tree import flatten
 from moss_jax.transformer import TransformerConfig
 
-SYSTEM = {
-    "speech": "You are a helpful voice assistant. Answer the user's questions with spoken responses.",
-    "text": "You are a helpful assistant. Answer the user's questions with text.",
-}  # the released driver's system turns, for conversations that begin without one
 CONTEXT = 10240  # rows; the longest examples that the released model was tuned on
 SMALLEST = 256  # columns; capacities are powers of two from here
-FORMAT = "moss-jax-conversation-1"
 
 
 @struct.dataclass
@@ -55,7 +53,7 @@ class Conversation:
     roles: np.ndarray  # int32 [turns], index in ROLES
     replies: np.ndarray  # int32 [], how many there are, the latest included
     begin: np.ndarray  # int32 [], first column that was generated for the latest reply
-    model: str = struct.field(pytree_node=False)  # fingerprint of the weights that the caches belong to
+    language_model: "LanguageModel" = struct.field(pytree_node=False)  # whose caches they are
 
     @property
     def rows(self) -> np.ndarray:
@@ -73,13 +71,12 @@ class Conversation:
         if getattr(self.state.grid, "is_deleted", bool)():
             raise MossError("conversation: it has already gone on; take the one of the latest reply, or a saved one")
 
+    @in_32_bits
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all; `System.resume` reads it."""
         self.check()
-        state = self.state.replace(logits={}, keys=jax.random.key_data(self.state.keys))
-        state = with_capacity(jax.tree.map(np.asarray, state), int(state.filled))
-        tensors = flatten(to_state_dict(self.replace(state=state)))
-        save_tensors(path, tensors, {"format": FORMAT, "model": self.model})
+        turns = {name: getattr(self, name) for name in TURNS}
+        write_conversation(path, self.state, turns, self.language_model.fingerprint)
 
 
 class LanguageModel:
@@ -104,9 +101,16 @@ class LanguageModel:
         if not 0 < self.context <= config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise MossError(f"context: {self.context} rows, expected 1 to the model's {limit}")
-        sample = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
-        self.fingerprint = f"{zlib.crc32(sample.tobytes()):08x}"
 
+    @functools.cached_property
+    @in_32_bits
+    def fingerprint(self) -> str:
+        """By which saved conversations know the weights: it changes with any bit of them, and with what else decides
+        the values in the caches."""
+        rest = (self.config.rope_theta, self.config.rms_norm_eps)
+        return f"{fingerprint(flatten(self.params)):08x}-{zlib.crc32(repr(rest).encode()):08x}"
+
+    @in_32_bits
     def begin(
         self,
         turns: Sequence[Turn],
@@ -131,16 +135,16 @@ class LanguageModel:
         Raises:
             MossError: the last turn and the reply do not fit the context, codes out of range.
         """
-        header = reply_header(reply, self.text_tokenizer, self.config)
-        pieces = [turn_rows(turn, self.text_tokenizer, self.config) for turn in turns]
+        if conversation is None:
+            turns = with_default_system(turns, reply)
+        *pieces, header = prompt_pieces(turns, reply, self.text_tokenizer, self.config)
         roles = [ROLES.index(turn.role) for turn in turns]
         if conversation is None:
-            if roles[:1] != [ROLES.index("system")]:
-                pieces.insert(0, turn_rows(Turn("system", text=SYSTEM[reply]), self.text_tokenizer, self.config))
-                roles.insert(0, ROLES.index("system"))
             said, replies, columns = [], 0, 0
         else:
             conversation.check()
+            if conversation.language_model is not self:
+                raise MossError("conversation: of another language model, expected one that began or resumed with this")
             replies, columns = int(conversation.replies), int(conversation.state.filled)
             closing = self._closing(conversation)
             said = np.split(np.concatenate([np.asarray(conversation.state.grid)[0, :columns], closing]),
@@ -166,10 +170,11 @@ class LanguageModel:
         state = self._prefill(state, new[None], np.ones((1, len(new)), bool), keys)
         conversation = Conversation(
             state, starts, np.array([*roles, ROLES.index("assistant")], np.int32), np.int32(replies + 1),
-            np.int32(columns + len(new)), self.fingerprint,
+            np.int32(columns + len(new)), self,
         )  # fmt: skip
         return conversation, notices
 
+    @in_32_bits
     def begin_batch(
         self,
         questions: Sequence[Sequence[Turn]],
@@ -188,13 +193,11 @@ class LanguageModel:
         Raises:
             MossError: as `begin` does; it says which question, counted from 1 as `requests` do from 0.
         """
-        header = reply_header(reply, self.text_tokenizer, self.config)
         requests = list(range(len(questions)) if requests is None else requests)
         grids, notices = [], []
         for request, turns in zip(requests, questions, strict=True):
-            if turns[0].role != "system":
-                turns = [Turn("system", text=SYSTEM[reply]), *turns]
-            pieces = [turn_rows(turn, self.text_tokenizer, self.config) for turn in turns]
+            turns = with_default_system(turns, reply)
+            *pieces, header = prompt_pieces(turns, reply, self.text_tokenizer, self.config)
             roles = [ROLES.index(turn.role) for turn in turns]
             try:
                 kept = self._fit([len(piece) for piece in pieces], roles, len(header) + settings.max_new_tokens)
@@ -208,45 +211,34 @@ class LanguageModel:
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array(requests + [0] * spare)), 0)
         return self._prefill(self._new_state(len(grid), capacity), grid, valid, keys), grid.shape[1], notices
 
+    @in_32_bits
     def go_on(self, state: GenerationState, settings: GenerationSettings, k: int) -> GenerationState:
         """Up to `k` rows more. Returns before they are computed."""
         settings = settings.replace(text_size=self.text_tokenizer.size)
         with self._on_mesh():
             return decode_chunk(self.params, state, settings, k, config=self.config)
 
+    @in_32_bits
     def resume(self, path: str | Path) -> Conversation:
         """Reads what `Conversation.save` wrote.
 
         Raises:
-            MossError: not such a file, one of another model, or longer than the context.
+            MossError: not such a file, one of another model, longer than the context, or with contents that no
+                conversation has.
         """
-        reader = open_tensors(path)
-        if reader.metadata.get("format") != FORMAT:
-            raise MossError(f"{path}: not a saved conversation, its 'format' is {reader.metadata.get('format')!r}")
-        if reader.metadata.get("model") != self.fingerprint:
-            raise MossError(f"{path}: was saved with other weights, expected a conversation with this model")
-        tensors = {name: np.array(reader.read(name)) for name in reader.tensors}
-        filled = int(tensors.get("state/filled", 0))
-        if filled > self.context:
-            raise MossError(f"{path}: has {filled} rows, expected at most the context of {self.context}")
-        empty = jax.eval_shape(lambda: new_state(self.config, 1, max(filled, 1)))
-        keys = jax.eval_shape(jax.random.key_data, empty.keys)
-        numbers = {name: np.zeros(tensors.get(name, np.zeros(0)).shape, np.int32) for name in ("starts", "roles")}
-        target = Conversation(
-            empty.replace(logits={}, keys=keys), **numbers, replies=np.int32(0), begin=np.int32(0),
-            model=self.fingerprint,
-        )  # fmt: skip
-        expected = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(to_state_dict(target)).items()}
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-            raise MossError(f"{path}: damaged conversation, these do not fit: {', '.join(sorted(wrong))}")
-        nested = unflatten(tensors)
-        nested["state"]["logits"] = {}
-        saved = from_state_dict(target, nested)
-        state = with_capacity(saved.state, capacity_for(filled, self.context))
-        logits = new_state(self.config, 1, 1).logits
-        keys = jax.random.wrap_key_data(state.keys)
-        return saved.replace(state=jax.device_put(state).replace(logits=logits, keys=keys))
+        models = {FORMAT: self.fingerprint, FORMAT_1: fingerprint_1(self.params, self.config)}
+        saved, turns, trusted = read_conversation(path, self.config, self.context, models)
+        keys = jax.random.wrap_key_data(jax.device_put(saved.keys))
+        filled = int(saved.filled)
+        capacity = capacity_for(filled, self.context)
+        if trusted:
+            logits = new_state(self.config, 1, 1).logits
+            state = jax.device_put(with_capacity(saved, capacity)).replace(logits=logits, keys=keys)
+        else:
+            state = self._prefill(self._new_state(1, capacity), saved.grid, saved.valid, keys)
+            kept = ("mode", "step", "running", "stop", "lengths")
+            state = state.replace(**{name: jnp.asarray(getattr(saved, name)) for name in kept})
+        return Conversation(state, **turns, language_model=self)
 
     def _prefill(self, state: GenerationState, rows: np.ndarray, valid: np.ndarray, keys) -> GenerationState:
         count = rows.shape[1]

@@ -22,6 +22,7 @@ from moss_jax.checkpoint import load_tree, write_text
 from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.errors import MossError
 from moss_jax.nn.config import read_config, read_json
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.model import flow_shapes
@@ -61,6 +62,7 @@ class SystemFolder:
         path = self.room(room) / "config.json"
         return read_config(cls, read_json(path), str(path))
 
+    @in_32_bits
     def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[TransformerConfig, dict[str, Any]]:
         """Config and nested parameters, on one device or laid out on a mesh."""
         config = self.config("transformer", TransformerConfig)
@@ -103,6 +105,7 @@ class DecoderParts(Mapping):
     def __init__(self, folder: Path, config: SpeechDecoderConfig):
         self._folder, self._config, self._loaded = folder, config, {}
 
+    @in_32_bits
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
             path = self._folder / f"{name}.safetensors"

@@ -22,6 +22,7 @@ from flax import struct
 from moss_jax.dialogue import sampling
 from moss_jax.dialogue.grid import positions_of
 from moss_jax.dialogue.sampling import ChannelSettings
+from moss_jax.dialogue.settings import DEFAULTS
 from moss_jax.dialogue.state_machine import AUDIO, RUNNING, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
 from moss_jax.transformer import KVCache, LayerSplitModel, TransformerConfig, init_cache
 
@@ -36,8 +37,8 @@ class GenerationSettings:
 
     text: ChannelSettings = ChannelSettings()
     audio: ChannelSettings = ChannelSettings()
-    max_new_tokens: int = 500  # rows of a reply, its closing row included
-    min_new_tokens: int = 0  # speech may not end before this row of the reply
+    max_new_tokens: int = DEFAULTS["max_new_tokens"]  # rows of a reply, its closing row included
+    min_new_tokens: int = DEFAULTS["min_new_tokens"]  # speech may not end before this row of the reply
     text_size: int = 2**31 - 1  # text ids from here on have no token and are never drawn (not in `compat`)
     compat: bool = struct.field(pytree_node=False, default=False)
 

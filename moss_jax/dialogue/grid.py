@@ -16,10 +16,16 @@ from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 
 REPLIES = ("speech", "text")
-FALLBACK_SYSTEM = {
+# The system turn of a conversation that begins without one, in training and generation: that of the released driver.
+DEFAULT_SYSTEM = {
+    "speech": "You are a helpful voice assistant. Answer the user's questions with spoken responses.",
+    "text": "You are a helpful assistant. Answer the user's questions with text.",
+}
+# The one that the released processor inserts. The released driver never lets it come to that.
+COMPAT_SYSTEM = {
     "speech": "You are a helpful assistant. Respond with spoken outputs.",
     "text": "You are a helpful assistant. Respond with text outputs.",
-}  # what the released processor says where a conversation does not begin with a system turn
+}
 
 
 def text_rows(ids: Sequence[int], config) -> np.ndarray:
@@ -63,26 +69,44 @@ def template_rows(piece: str, text_tokenizer: TextTokenizer, config) -> np.ndarr
 
 def reply_header(reply: str, text_tokenizer: TextTokenizer, config) -> np.ndarray:
     """The rows that ask the assistant for a reply, "speech" or "text"; for speech the last one is (sosp, audio_pad)."""
-    if reply not in REPLIES:
-        raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
+    _check_reply(reply)
     opening = SPECIAL_STRINGS["sosp_id"] if reply == "speech" else ""
     return template_rows(f"{SPECIAL_STRINGS['im_start_id']}assistant\n{opening}", text_tokenizer, config)
+
+
+def with_default_system(turns: Sequence[Turn], reply: str, compat: bool = False) -> list[Turn]:
+    """The turns of a new conversation, the default system turn in front unless they begin with one.
+
+    In `compat` it is the released processor's and comes after all turns, as that processor has it.
+    """
+    _check_reply(reply)
+    turns = list(turns)
+    if turns and turns[0].role == "system":
+        return turns
+    if compat:
+        return [*turns, Turn("system", text=COMPAT_SYSTEM[reply])]
+    return [Turn("system", text=DEFAULT_SYSTEM[reply]), *turns]
+
+
+def prompt_pieces(
+    turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config, compat: bool = False
+) -> list[np.ndarray]:
+    """Turns of text and codes, and the request for a reply -> rows int32 [N, 2] of each turn, then of the request."""
+    pieces = [turn_rows(turn, text_tokenizer, config, compat) for turn in turns]
+    return [*pieces, reply_header(reply, text_tokenizer, config)]
 
 
 def prompt_grid(
     turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config, compat: bool = False
 ) -> np.ndarray:
-    """A conversation (text and codes) and the wish for a reply -> rows int32 [L, 2].
+    """A new conversation (text and codes) and the request for a reply -> rows int32 [L, 2]."""
+    turns = with_default_system(turns, reply, compat)
+    return np.concatenate(prompt_pieces(turns, reply, text_tokenizer, config, compat))
 
-    Where the first turn is not a system turn, the fallback system turn goes first; in `compat` it comes after all
-    turns, as the released processor has it.
-    """
-    turns = list(turns)
-    if reply in REPLIES and (not turns or turns[0].role != "system"):
-        fallback = Turn("system", text=FALLBACK_SYSTEM[reply])
-        turns = [*turns, fallback] if compat else [fallback, *turns]
-    pieces = [turn_rows(turn, text_tokenizer, config, compat) for turn in turns]
-    return np.concatenate([*pieces, reply_header(reply, text_tokenizer, config)])
+
+def _check_reply(reply: str) -> None:
+    if reply not in REPLIES:
+        raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
 
 
 def pad_left(grids: Sequence[np.ndarray], config) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moss_jax.dialogue.settings import DEFAULTS
+
 
 @struct.dataclass
 class ChannelSettings:
@@ -16,10 +18,10 @@ class ChannelSettings:
     `top_k` (0 is off) and `greedy` are compiled in; the other three are numbers that may change without a new compile.
     """
 
-    temperature: float = 0.6
-    top_p: float = 0.95
-    repetition_penalty: float = 1.1
-    top_k: int = struct.field(pytree_node=False, default=20)
+    temperature: float = DEFAULTS["temperature"]
+    top_p: float = DEFAULTS["top_p"]
+    repetition_penalty: float = DEFAULTS["repetition_penalty"]
+    top_k: int = struct.field(pytree_node=False, default=DEFAULTS["top_k"])
     greedy: bool = struct.field(pytree_node=False, default=False)
 
 

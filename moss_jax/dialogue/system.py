@@ -5,9 +5,8 @@ reply = system.reply([Turn("user", audio="QUESTION.wav")])
 reply.save("ANSWER.wav")
 """
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from moss_jax.arguments import check_seed, check_whole, shown
 from moss_jax.audio.wave import load_audio, resample, save_audio
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
 from moss_jax.dialogue.folder import NANO, SYSTEM, SystemFolder
 from moss_jax.dialogue.generate import GenerationSettings
 from moss_jax.dialogue.grid import REPLIES, read_reply
 from moss_jax.dialogue.sampling import ChannelSettings
+from moss_jax.dialogue.settings import DEFAULTS, DRAWING, chosen
 from moss_jax.dialogue.text_tokenizer import TextStream
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError
-from moss_jax.speech_decoder.decoder import SpeechDecoder
+from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
@@ -93,37 +94,20 @@ class ReplyStream:
         self._stopped.set()
 
 
-def generation_settings(
-    *,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    repetition_penalty: float = 1.1,
-    greedy: bool = False,
-    max_new_tokens: int = 500,
-    min_new_tokens: int = 0,
-) -> GenerationSettings:
-    """Settings for both channels, with the released driver's defaults. Raises MossError for what makes no sense."""
-    for name, value, right, what in (
-        ("temperature", temperature, temperature > 0, "a number above 0 (greedy takes the likeliest)"),
-        ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or a whole number above"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "a number above 0 (1 is off)"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= max_new_tokens, f"0 to {max_new_tokens}"),
-    ):
-        if not right:
-            raise MossError(f"{name} is {value}, expected {what}")
-    channel = ChannelSettings(
-        temperature=float(temperature), top_p=float(top_p), repetition_penalty=float(repetition_penalty),
-        top_k=int(top_k), greedy=bool(greedy),
-    )  # fmt: skip
-    return GenerationSettings(
-        text=channel, audio=channel, max_new_tokens=int(max_new_tokens), min_new_tokens=int(min_new_tokens)
-    )
+def generation_settings(**sampling: Any) -> GenerationSettings:
+    """Settings of both channels from keywords, the names in `moss_jax.dialogue.settings.SAMPLING`.
+
+    What is not given has the released driver's value. Raises MossError for an unknown name or a value out of range.
+    """
+    return _generation_settings(chosen({}, sampling))
 
 
-SAMPLING = {name: value.default for name, value in inspect.signature(generation_settings).parameters.items()}
+def _generation_settings(settings: Mapping[str, Any]) -> GenerationSettings:
+    """From all settings, checked."""
+    names = ("temperature", "top_p", "repetition_penalty", "top_k", "greedy")
+    channel = ChannelSettings(**{name: settings[name] for name in names})
+    lengths = {name: settings[name] for name in ("max_new_tokens", "min_new_tokens")}
+    return GenerationSettings(text=channel, audio=channel, **lengths)
 
 
 class System:
@@ -137,20 +121,26 @@ class System:
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
-        """Keywords of `generation_settings` with this system's defaults: the released driver's, or what its folder
-        says. Raises MossError when the folder says what makes no sense."""
+        """This system's default of each setting in `moss_jax.dialogue.settings.SAMPLING`: the released driver's, or
+        what system.json has under "sampling". Raises MossError when that is not valid."""
         own = self.folder.settings.get("sampling", {})
         where = self.folder.path / SYSTEM
-        if not isinstance(own, dict) or set(own) - set(SAMPLING):
-            raise MossError(f"{where}: sampling is {own!r:.80}, expected an object with some of {', '.join(SAMPLING)}")
-        for name, value in own.items():
-            if type(value) not in {type(SAMPLING[name]), int if isinstance(SAMPLING[name], float) else None}:
-                raise MossError(f"{where}: {name} is {value!r}, expected a {type(SAMPLING[name]).__name__}")
+        if not isinstance(own, dict):
+            raise MossError(f"{where}: sampling is {shown(own)}, expected an object with some of {', '.join(DEFAULTS)}")
         try:
-            generation_settings(**own)
+            return chosen(own, {})
         except MossError as error:
-            raise MossError(f"{where}: {error}") from error
-        return SAMPLING | own
+            raise MossError(f"{where}: sampling: {error}") from error
+
+    def settings(self, **sampling: Any) -> GenerationSettings:
+        """The settings of a request that gives these keywords; what it does not give is as in `sampling`.
+
+        A given temperature, top_p or top_k switches the system's own `greedy` off, unless `greedy` is given too.
+
+        Raises:
+            MossError: an unknown keyword, a value of another kind or out of range.
+        """
+        return _generation_settings(chosen(self.sampling, sampling))
 
     @cached_property
     def language_model(self) -> LanguageModel:
@@ -175,13 +165,19 @@ class System:
         return self.speech_tokenizer.encode([resample(wave, own, rate) for wave, own in recordings])
 
     def enrol(self, recording: str | Path | tuple[np.ndarray, int]) -> Voice:
-        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz)."""
+        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz).
+
+        It may be as long as leaves the speech decoder room for a reply of the system's own max_new_tokens.
+        """
         wave, rate = recording if isinstance(recording, tuple) else load_audio(recording)
         config, parts = self._decoder_parts
         if config.speaker is None:
             raise MossError(f"{self.folder.path}: this system has one fixed voice, expected no recording of another")
+        if "speaker" not in parts:
+            raise MossError(f"{self.folder.path}: has no speech_decoder/speaker.safetensors, expected it for a voice")
         try:
-            return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"])
+            reply_codes = self.sampling["max_new_tokens"]
+            return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"], reply_codes)
         except MossError as error:
             raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
 
@@ -195,6 +191,7 @@ class System:
         """A voice by name, by file or as it is; None is the folder's default. And what there is to say about it."""
         config = self.speech_decoder.config
         if isinstance(voice, Voice):
+            check_voice(config, voice)
             return voice, []
         if voice is None:
             voice = self.folder.settings.get("default_voice")
@@ -203,12 +200,15 @@ class System:
                 if config.speaker is None:
                     return zero, []
                 return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
+            if not isinstance(voice, str):
+                where = self.folder.path / SYSTEM
+                raise MossError(f"{where}: default_voice is {shown(voice)}, expected the name of a voice, or null")
         if str(voice) in self.folder.voices():
             return load_voice(self.folder.voice_path(str(voice)), config), []
-        if Path(voice).is_file():
+        if _is_file(voice):
             return load_voice(voice, config), []
         known = ", ".join(self.folder.voices()) or "none"
-        raise MossError(f"voice {str(voice)!r}: neither a file nor a voice of the system, which has: {known}")
+        raise MossError(f"voice {shown(str(voice))}: neither a file nor a voice of the system, which has: {known}")
 
     def reply(
         self,
@@ -228,14 +228,16 @@ class System:
             reply: "speech" or "text".
             voice: of a spoken reply; a Voice, a name, a file, or None for the system's default.
             conversation: `Reply.conversation` of the reply before; it can be used once.
-            seed: the same seed gives the same reply.
+            seed: 0 to 2**32 - 1; the same seed gives the same reply.
             progress: called now and then with the rows so far and the most there may be.
-            sampling: keywords of `generation_settings`; what is not given is as `sampling` says.
+            sampling: keywords of `settings`; what is not given is as `sampling` says.
 
         Raises:
-            MossError: bad turns, recordings or settings, or a context that is too short.
+            MossError: bad turns, recordings or settings, or a context that is too short. All arguments are checked
+                before anything is loaded or computed.
         """
-        settings, voice, notices = self._prepared(reply, voice, sampling)
+        _check_types(voice, conversation, progress)
+        settings, seed, voice, notices = self._prepared(reply, voice, seed, sampling)
         (turns,) = self._with_codes([turns])
         begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
         while True:
@@ -260,7 +262,8 @@ class System:
         **sampling: Any,
     ) -> ReplyStream:
         """As `reply`, but in pieces while the rest is still being thought of. The arguments are checked at once."""
-        settings, voice, notices = self._prepared(reply, voice, sampling)
+        _check_types(voice, conversation)
+        settings, seed, voice, notices = self._prepared(reply, voice, seed, sampling)
         (turns,) = self._with_codes([turns])
         decoder = self.speech_decoder if reply == "speech" else None
         begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
@@ -317,7 +320,12 @@ class System:
         Arguments are those of `reply`; question i draws as request `first_request` + i of the seed, whatever the batch
         is.
         """
-        settings, voice, notices = self._prepared(reply, voice, sampling)
+        _check_types(voice, progress=progress)
+        batch_size = check_whole("batch_size", batch_size, 1)
+        first_request = check_whole("first_request", first_request, 0)
+        settings, seed, voice, notices = self._prepared(reply, voice, seed, sampling)
+        if not isinstance(questions, Sequence) or isinstance(questions, str):
+            raise MossError(f"questions: is {type(questions).__name__}, expected a list of lists of Turns")
         for turns in questions:
             check_turns(turns)
         return self._batches(questions, reply, voice, batch_size, seed, first_request, progress, settings, notices)
@@ -349,20 +357,27 @@ class System:
         """A conversation that `Conversation.save` wrote, to ask on with."""
         return self.language_model.resume(path)
 
-    def _prepared(self, reply: str, voice, sampling) -> tuple[GenerationSettings, Voice | None, list[str]]:
-        if reply not in REPLIES:
-            raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
-        settings = generation_settings(**self.sampling | sampling)
+    def _prepared(
+        self, reply: str, voice: Voice | str | Path | None, seed: int, sampling: Mapping[str, Any]
+    ) -> tuple[GenerationSettings, int, Voice | None, list[str]]:
+        """The checked arguments of a request: settings, seed, the voice of a spoken reply, and notices. No weights are
+        loaded for it."""
+        if not isinstance(reply, str) or reply not in REPLIES:
+            raise MossError(f"reply: {shown(reply)}, expected one of {', '.join(REPLIES)}")
+        settings = self.settings(**sampling)
+        seed = check_seed(seed)
+        notices = _without_effect(settings, reply, seed, sampling)
         if reply == "text":
-            return settings, None, []
-        voice, notices = self.voice(voice)
-        most = self.speech_decoder.config.flow.max_codes - len(voice.codes)
+            return settings, seed, None, notices
+        voice, more = self.voice(voice)
+        flow = self.speech_decoder.config.flow
+        most = flow.max_codes - len(voice.codes)
         if settings.max_new_tokens > most:
             raise MossError(
-                f"max_new_tokens is {settings.max_new_tokens}, expected at most {most} with this voice: the decoder's "
-                "noise is no longer"
+                f"max_new_tokens is {settings.max_new_tokens}, expected at most {most} with this voice: the speech "
+                f"decoder takes {flow.max_codes} codes, and the voice's recording has {len(voice.codes)}"
             )
-        return settings, voice, notices
+        return settings, seed, voice, [*more, *notices]
 
     def _with_codes(self, questions: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
         """The same conversations, their recordings encoded to codes together."""
@@ -414,6 +429,38 @@ def load(folder: str | Path = NANO, *, context: int | None = None, mesh: jax.sha
     system = System(folder, context=context, mesh=mesh)
     _ = system.language_model
     return system
+
+
+def _check_types(voice: Any, conversation: Any = None, progress: Any = None) -> None:
+    """Raises MossError for arguments of a wrong type, and for a conversation that has been used."""
+    for name, value, kinds, expected in (
+        ("voice", voice, Voice | str | Path | None, "a name, a file or a Voice"),
+        ("conversation", conversation, Conversation | None, "that of a reply, or what `resume` returned"),
+        ("progress", progress, Callable | None, "a function of two numbers"),
+    ):
+        if not isinstance(value, kinds):
+            raise MossError(f"{name} is {shown(value)}, expected {expected}")
+    if conversation is not None:
+        conversation.check()
+
+
+def _without_effect(settings: GenerationSettings, reply: str, seed: int, sampling: Mapping[str, Any]) -> list[str]:
+    """A notice for what was given and changes nothing, because the reply is greedy."""
+    if not settings.text.greedy:
+        return []
+    notices = [f"{name} has no effect: the reply is greedy" for name in DRAWING if name in sampling]
+    if seed and reply == "speech":
+        notices.append("the seed changes only the noise in the voice: the reply is greedy")
+    elif seed:
+        notices.append("the seed has no effect: the reply is greedy")
+    return notices
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is longer than the file system allows
+        return False
 
 
 def _recording(turn: Turn) -> tuple[np.ndarray, int]:

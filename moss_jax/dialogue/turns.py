@@ -51,6 +51,8 @@ class Turn:
 
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raises MossError unless somebody could answer: at least one turn, none empty, the last one the user's."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise MossError(f"turns: is {type(turns).__name__}, expected a list of Turns")
     if not turns:
         raise MossError("turns: the list is empty, expected at least one user turn")
     for index, turn in enumerate(turns):

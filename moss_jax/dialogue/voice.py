@@ -11,7 +11,9 @@ import numpy as np
 from moss_jax.audio.features import MEL_24K, MelConfig, mel_24k
 from moss_jax.audio.wave import resample
 from moss_jax.checkpoint import open_tensors, save_tensors
+from moss_jax.dialogue.settings import DEFAULTS
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import check_voice
 from moss_jax.speech_decoder.speaker import speaker_embedding
@@ -21,8 +23,14 @@ from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 FORMAT = "moss-jax-voice-1"
 
 
+@in_32_bits
 def enrol(
-    wave: np.ndarray, rate: int, tokenizer: SpeechTokenizer, config: SpeechDecoderConfig, speaker_params: Any
+    wave: np.ndarray,
+    rate: int,
+    tokenizer: SpeechTokenizer,
+    config: SpeechDecoderConfig,
+    speaker_params: Any,
+    reply_codes: int = DEFAULTS["max_new_tokens"],
 ) -> Voice:
     """A voice from a recording of some seconds of clear speech by one person.
 
@@ -32,19 +40,30 @@ def enrol(
     Args:
         wave: float32 [samples], mono, at `rate` Hz.
         tokenizer, config, speaker_params: of the system that will speak; the latter of CAM++.
+        reply_codes: codes of a reply that must fit into the speech decoder together with those of the voice.
 
     Raises:
-        MossError: the recording is too short, or holds NaN or infinite samples.
+        MossError: the recording is too short or too long, or holds NaN or infinite samples.
     """
+    _check_length(len(wave), rate, config, reply_codes)
     (codes,) = tokenizer.encode([resample(wave, rate, tokenizer.config.sample_rate)])
     at_decoder = resample(wave, rate, config.sample_rate)
     mel = log_mel(at_decoder, config)
     count = min(len(mel) // config.flow.frames_per_code, len(codes))
-    if count < 1:
-        seconds = 1 / config.code_rate
-        raise MossError(f"a recording of {len(wave)} samples at {rate} Hz is too short, expected {seconds} s or more")
     embedding = speaker_embedding(config.speaker, speaker_params, resample(at_decoder, config.sample_rate, 16000))
     return Voice(codes[:count], mel[: count * config.flow.frames_per_code], embedding)
+
+
+def _check_length(samples: int, rate: int, config: SpeechDecoderConfig, reply_codes: int) -> None:
+    """Raises MossError where a recording is shorter than a code, or leaves no room for a reply."""
+    seconds = samples / rate
+    shortest = 1 / config.code_rate
+    longest = max(config.flow.max_codes - reply_codes, 1) / config.code_rate
+    if not shortest <= seconds <= longest:
+        problem = "short" if seconds < shortest else "long"
+        raise MossError(
+            f"a recording of {seconds:.4g} s is too {problem} for a voice, expected {shortest:g} to {longest:g} s"
+        )
 
 
 def log_mel(wave: np.ndarray, config: SpeechDecoderConfig) -> np.ndarray:

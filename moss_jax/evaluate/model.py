@@ -17,8 +17,9 @@ from moss_jax.dialogue.folder import FORMAT, SYSTEM
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import Part
-from moss_jax.evaluate.results import params_hash
 from moss_jax.evaluate.scoring import Scorer
+from moss_jax.nn.fingerprint import fingerprint
+from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
 from moss_jax.transformer import TransformerConfig
 
@@ -64,13 +65,14 @@ class Model:
 
     def language_hash(self) -> str:
         """Of the language model, for results that depend on it."""
-        return params_hash(self.system.language_model.params)
+        return self.system.language_model.fingerprint
 
     def codec_hash(self) -> str:
         """Of the speech tokenizer and the decoder, for results that depend on them."""
         _, parts = self.system.folder.speech_decoder()
         speech = {name: parts[name] for name in ("flow", "vocoder")}
-        return params_hash({"speech_tokenizer": self.system.speech_tokenizer.params, **speech})
+        params = {"speech_tokenizer": self.system.speech_tokenizer.params, **speech}
+        return f"{fingerprint(flatten(params)):08x}"
 
     def codes(self, parts: Sequence[Part], say: Callable[[str], None] = lambda line: None) -> dict[Part, np.ndarray]:
         """Speech codes int32 [N] of the spoken ones among these parts; each recording is read and encoded once."""

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
-from moss_jax.nn.tree import flatten
 
 FORMAT = "moss-jax-eval-1"
 RESULTS, TABLE = "results.jsonl", "table"
@@ -117,14 +115,6 @@ def file_hash(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def params_hash(params: Mapping[str, Any]) -> str:
-    """Changes when a model is trained: of one vector of each parameter, so that no parameter is moved."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(params).items()):
-        digest.update(path.encode() + np.asarray(jax.device_get(leaf[(0,) * (leaf.ndim - 1)])).tobytes())
     return digest.hexdigest()[:16]
 
 

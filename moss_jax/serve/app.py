@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.conversation import SYSTEM
+from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
@@ -216,9 +216,12 @@ class Demo:
                     voice, own, told = self._voice_panel()
                     with gr.Accordion("System prompt", open=False):
                         system_turn = gr.Textbox(
-                            SYSTEM["speech"], label="What the assistant is told first", lines=4, max_length=2000,
+                            DEFAULT_SYSTEM["speech"],
+                            label="What the assistant is told first",
+                            lines=4,
+                            max_length=2000,
                             elem_id="moss-system",
-                        )  # fmt: skip
+                        )
                     sampling = _sampling_panel(self.system.sampling)
             self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask,
                            "sampling": list(sampling)}  # fmt: skip
@@ -301,7 +304,7 @@ def _inputs_shown(you: str) -> tuple[Any, Any, Any]:
 
 def _system_turn(reply: str, shown: str) -> Any:
     """The released driver's system prompt of the kind of answer, unless somebody wrote another one."""
-    return SYSTEM[reply] if shown in SYSTEM.values() else gr.skip()
+    return DEFAULT_SYSTEM[reply] if shown in DEFAULT_SYSTEM.values() else gr.skip()
 
 
 def _sentence(error: MossError) -> str:

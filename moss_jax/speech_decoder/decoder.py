@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moss_jax.arguments import check_seed
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
@@ -49,21 +51,24 @@ class SpeechDecoder:
         self._flows: dict[str, CachedFlow] = {}
         self._prompts: dict[tuple, Prompt] = {}
 
+    @in_32_bits
     def decode(self, codes: np.ndarray, voice: Voice, seed: int = 0) -> np.ndarray:
         """Codes int [N] -> speech float32 [samples_per_code * N] at `config.sample_rate`.
 
         Other lengths in the same bucket compile nothing. The same seed gives the same speech.
 
         Raises:
-            MossError: no codes, codes out of range, more than the flow's noise reaches with the voice's prompt, a
-                voice that does not fit, or no weights for it.
+            MossError: an invalid seed, no codes, codes out of range, more than the flow's noise reaches with the
+                voice's prompt, a voice that does not fit, or no weights for it.
         """
         config = self.config
+        seed = check_seed(seed)
         check_voice(config, voice)
         flow, vocoder = self._part(flow_stem()), self.vocoder_params
         mel = sampler.decode(flow, config.flow, codes, voice)
         return vocode(vocoder, self.vocoder_config, np.asarray(mel[0]), seed)
 
+    @in_32_bits
     def stream(
         self, voice: Voice, seed: int = 0, mode: str = "cached", chunk: int | None = None
     ) -> CachedStream | ReferenceStream:
@@ -74,8 +79,9 @@ class SpeechDecoder:
             chunk: codes, see `SpeechDecoderConfig.streaming`.
 
         Raises:
-            MossError: unknown mode, no weights for this chunk size, or a voice that does not fit.
+            MossError: an invalid seed, unknown mode, no weights for this chunk size, or a voice that does not fit.
         """
+        seed = check_seed(seed)
         check_voice(self.config, voice)
         stem, flow = self.config.streaming(chunk)
         config = replace(self.config, vocoder=self.vocoder_config)
@@ -141,6 +147,11 @@ def check_voice(config: SpeechDecoderConfig, voice: Voice) -> None:
         raise MossError(
             f"voice: codes {list(codes)} and mel {list(mel)} do not fit, expected "
             f"[P] and [{flow.frames_per_code} P, {flow.mel_bins}]"
+        )
+    if codes[0] >= flow.max_codes:
+        raise MossError(
+            f"voice: its recording has {codes[0]} codes ({codes[0] / config.code_rate:g} s), expected fewer than the "
+            f"{flow.max_codes} that the speech decoder takes for voice and reply together; enrol a shorter recording"
         )
     if np.shape(voice.embedding) != (flow.speaker_size,):
         raise MossError(f"voice: embedding is {list(np.shape(voice.embedding))}, expected [{flow.speaker_size}]")

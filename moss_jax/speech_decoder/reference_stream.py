@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow import sampler
 from moss_jax.speech_decoder.flow.config import FlowConfig
@@ -67,6 +68,7 @@ class ReferenceStream:
     def __init__(self, models: Models):
         self._models, self.state = models, ReferenceState()
 
+    @in_32_bits
     def push(self, codes: np.ndarray) -> np.ndarray:
         """Takes codes int [n] and returns the speech of the chunks that have become possible, float32 [samples].
 
@@ -77,6 +79,7 @@ class ReferenceStream:
         self.state, chunks = advance(self._models, self.state, codes)
         return np.concatenate([np.zeros(0, np.float32), *(chunk.wave for chunk in chunks)])
 
+    @in_32_bits
     def finish(self) -> np.ndarray:
         """The rest of the speech. Raises MossError when there were no codes, or when repeated."""
         self._check_open()

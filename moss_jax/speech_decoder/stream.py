@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder import vocoder_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.stream import CachedFlow, Prompt
@@ -39,6 +40,7 @@ class CachedStream:
         """A pytree."""
         return {"flow": self._flow.state, "vocoder": self._vocoder}
 
+    @in_32_bits
     def push(self, codes: np.ndarray) -> np.ndarray:
         """Takes codes int [n], n >= 0, and returns the speech that they complete, float32 [samples].
 
@@ -48,6 +50,7 @@ class CachedStream:
         self._check_open()
         return self._vocode(self._flow.push(np.asarray(codes))[0], False)
 
+    @in_32_bits
     def finish(self) -> np.ndarray:
         """The rest of the speech, continued to the end. Raises MossError when there were no codes, or when repeated."""
         self._check_open()

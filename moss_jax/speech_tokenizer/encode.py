@@ -14,6 +14,7 @@ from moss_jax.audio.features import log_mel_16k
 from moss_jax.audio.wave import segments
 from moss_jax.checkpoint import load_tree
 from moss_jax.nn.config import read_config, read_json
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
@@ -67,6 +68,7 @@ class SpeechTokenizer:
             self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     @classmethod
+    @in_32_bits
     def load(cls, folder: str | Path, *, devices: Sequence[jax.Device] | None = None) -> "SpeechTokenizer":
         """Reads `config.json` and `model.safetensors` in the `speech_tokenizer` folder of a converted system.
 
@@ -83,6 +85,7 @@ class SpeechTokenizer:
         """A stream of samples in, codes out; see there."""
         return WaveStream(self.config, self.params, chunk=chunk, start_peak=start_peak)
 
+    @in_32_bits
     def encode(self, waves: Sequence[np.ndarray], *, reference_padding: bool = False) -> list[np.ndarray]:
         """Codes of clips of any length, each the same as if it were encoded alone.
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from moss_jax.audio.features import limit, log10_mel
 from moss_jax.errors import MossError
+from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import Encoder, EncoderState, init_state
 
@@ -99,12 +100,14 @@ class LogMelStream:
             in all, a smaller one sooner. It divides the codes of a segment.
     """
 
+    @in_32_bits
     def __init__(self, config: SpeechTokenizerConfig, params: Any, *, chunk: int = 5):
         self.config, self.params = config, params
         self.frames = _frames_per_step(config, chunk)
         self.state = init_state(config, 1)
         self._rest = np.zeros((0, config.num_mel_bins), np.float32)
 
+    @in_32_bits
     def push(self, frames: np.ndarray) -> np.ndarray:
         """Takes float32 [T, M] and returns the codes that are ready, int32 [N]."""
         self._rest = np.concatenate([self._rest, np.asarray(frames, np.float32)])
@@ -113,6 +116,7 @@ class LogMelStream:
         self._rest = self._rest[ready:]
         return _joined(codes)
 
+    @in_32_bits
     def finish(self) -> np.ndarray:
         """The codes of the frames that are left, int32 [N]; the stream starts anew."""
         codes = _joined([self._step(self._rest)] if len(self._rest) else [])
@@ -135,6 +139,7 @@ class WaveStream:
             all of it, the floor is constant; far below it, the floor starts low and rises with the sound.
     """
 
+    @in_32_bits
     def __init__(
         self, config: SpeechTokenizerConfig, params: Any, *, chunk: int = 5, start_peak: float = START_PEAK
     ):  # fmt: skip
@@ -143,6 +148,7 @@ class WaveStream:
         self.state = init_wave_state(config, 1)
         self._begin()
 
+    @in_32_bits
     def push(self, wave: np.ndarray) -> np.ndarray:
         """Takes float32 [samples] at 16 kHz, mono, and returns the codes that are ready, int32 [N].
 
@@ -158,6 +164,7 @@ class WaveStream:
                 codes += self._close()
         return _joined(codes)
 
+    @in_32_bits
     def finish(self) -> np.ndarray:
         """The codes of what is left, int32 [N]: in all ceil(samples / samples_per_code) in each segment; the stream
         starts anew."""

@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.errors import MossError
+from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
-from moss_jax.train.record import check_record, fingerprint
+from moss_jax.train.record import check_record
 from moss_jax.train.run import read_run
 from moss_jax.train.state import TrainState
 from moss_jax.train.task import Task

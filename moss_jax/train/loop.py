@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
+from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
 from moss_jax.train.export import placed
@@ -38,7 +39,7 @@ from moss_jax.train.metrics import (
     progress_line,
 )
 from moss_jax.train.preemption import Preemption
-from moss_jax.train.record import check_record, fingerprint
+from moss_jax.train.record import check_record
 from moss_jax.train.run import EXPORTS, RUN_FILE, BaseRun, run_text, run_values, values_in
 from moss_jax.train.state import TrainState
 

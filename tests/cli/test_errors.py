@@ -190,7 +190,7 @@ CASES = [
     case("an id that leaves the folder", lines('{"text": "a", "id": "../x"}'), "line 1", "../x"),
     case("no questions", lines(""), "questions.jsonl", "no question"),
     # sampling
-    chat("temperature", "--temperature -0.5", "temperature", "-0.5", "above 0"),
+    chat("temperature", "--temperature -0.5", "temperature", "-0.5", "0.001 to 100"),
     chat("temperature NaN", "--temperature nan", "temperature", "nan"),
     chat("temperature, no number", "--temperature warm", "--temperature", "warm"),
     chat("top-p 0", "--top-p 0", "top_p|top-p", "at most 1"),

@@ -29,14 +29,16 @@ def test_prompt_of_text_and_speech(text_tokenizer):
     np.testing.assert_array_equal(text_reply, rows[:-1])
 
 
-def test_the_fallback_system_turn_goes_first_and_in_compat_last(text_tokenizer):
+def test_the_default_system_turn_is_first_and_in_compat_that_of_the_processor_is_last(text_tokenizer):
     turns = [Turn("user", text="Hi")]
     ours = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY), text_tokenizer)
     theirs = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY, compat=True), text_tokenizer)
-    system = f"<|im_start|>system\n{grid.FALLBACK_SYSTEM['text']}<|im_end|>\n"
+    default, processor = (
+        f"<|im_start|>system\n{texts['text']}<|im_end|>\n" for texts in (grid.DEFAULT_SYSTEM, grid.COMPAT_SYSTEM)
+    )
     user, opening = "<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>assistant\n"
-    assert ours == system + user + opening
-    assert theirs == user + system + opening
+    assert ours == default + user + opening
+    assert theirs == user + processor + opening
 
 
 def test_special_strings_in_a_turn_are_plain_text(text_tokenizer):

@@ -56,10 +56,10 @@ def test_chat_without_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("sampling", "says"),
     [
-        ({"warmth": 1}, "expected an object with some of temperature"),
+        ({"warmth": 1}, "'warmth': no such setting, expected some of temperature"),
         ([0.5], "expected an object"),
-        ({"temperature": "hot"}, "temperature is 'hot', expected a float"),
-        ({"top_p": 2.0}, "top_p is 2.0, expected a number above 0 and at most 1"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"top_p": 2.0}, "top_p is 2.0, expected a number from 1e-06 to 1"),
     ],
 )
 def test_a_folder_that_says_nonsense_about_sampling(tmp_path, sampling, says):

@@ -164,7 +164,7 @@ def test_a_reply_without_speech(system, tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"temperature": 0}, "temperature is 0, expected a number above 0"),
+        ({"temperature": 0}, "temperature is 0, expected a number from 0.001 to 100"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),

@@ -30,7 +30,6 @@ def main(folder: str) -> None:
     from moss_jax.dialogue.system import System
     from moss_jax.evaluate.items import Part, Sentence
     from moss_jax.evaluate.model import Model
-    from moss_jax.evaluate.results import params_hash
     from moss_jax.evaluate.scoring import Passage, Scorer
     from moss_jax.evaluate.similarity import measure
 
@@ -52,7 +51,7 @@ def main(folder: str) -> None:
     assert len(model.scorer.mesh.devices.flatten()) == 8
     found = dict(pair for call in model.scorer.likelihoods(groups) for pair in call)
     np.testing.assert_allclose([found[i] for i in range(5)], [expected[i] for i in range(5)], rtol=1e-5)
-    assert model.language_hash() == params_hash(language_model.params)
+    assert model.language_hash() == language_model.fingerprint
     ours = measure("eight", model.scorer, model.text_tokenizer, sentences, codes)
     for key, values in curves.scores.items():
         np.testing.assert_allclose(ours.scores[key], values, atol=1e-4)

@@ -36,7 +36,7 @@ from moss_jax.data.espeak import speak
 from moss_jax.data.nano import domain
 from moss_jax.data.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
 from moss_jax.dialogue.byte_level import byte_level, learn_merges
-from moss_jax.dialogue.conversation import SYSTEM
+from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
@@ -450,7 +450,7 @@ def _chats(
         return turns(way, dialogue.second.text, dialogue.asked_second, dialogue.second.answer)
 
     def chat(way: str, parts: Iterable[dict]) -> dict:
-        return {"turns": [{"role": "system", "text": SYSTEM["speech" if way[1] == "s" else "text"]}, *parts]}
+        return {"turns": [{"role": "system", "text": DEFAULT_SYSTEM["speech" if way[1] == "s" else "text"]}, *parts]}
 
     for number, dialogue in enumerate(singles):
         for way in ("ss", "st") if number % 2 else ("ss", "st", WAYS[2 + number // 2 % 2]):
@@ -511,7 +511,7 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
 
 def tokenizer_texts(plan: Plan) -> Iterator[str]:
     """What the text tokenizer learns its words from."""
-    for text in (*plan.answers, *SYSTEM.values(), "user", "assistant", "system"):
+    for text in (*plan.answers, *DEFAULT_SYSTEM.values(), "user", "assistant", "system"):
         yield from [text] * 3
     for question in domain.trained_questions():
         yield question.text

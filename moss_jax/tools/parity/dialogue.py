@@ -50,6 +50,9 @@ def grids(golden: Golden) -> dict:
             reply = {"audio": "speech", "text": "text"}[case["output_modality"]]
             compat_grids.append(grid.prompt_grid(turns, reply, text_tokenizer, config, compat=True))
             results[f"{case['name']}/grid_compat"] = compat_grids[-1]
+            # The golden has the processor's own system turn in front, where this package has the driver's.
+            if turns[0].role != "system":
+                turns.insert(0, Turn("system", text=grid.COMPAT_SYSTEM[reply]))
             results[f"{case['name']}/grid_system_first"] = grid.prompt_grid(turns, reply, text_tokenizer, config)
     except (MossError, KeyError) as error:
         raise Mismatch(str(error)) from error
