@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from moss_jax.arguments import check_seed
 from moss_jax.audio.wave import load_audio, save_audio
-from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System, generation_settings
+from moss_jax.dialogue.settings import DRAWING
+from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.picture import draw
 from moss_jax.speech_decoder.voice import Voice
 
@@ -24,12 +27,18 @@ QUIET = 1e-3  # of full scale; a recording whose loudest sample lies below holds
 
 @dataclass(frozen=True)
 class Limits:
-    """What one person may send."""
+    """What one person may send, and how much the demo keeps of everybody."""
 
-    upload_bytes: int = 25 * 2**20
+    upload_bytes: int = 25 * 2**20  # of one file
+    uploads_bytes: int = 500 * 2**20  # of all files that no question has used yet
+    upload_seconds: float = 600.0  # how long such a file is kept
+    decoded_bytes: int = 256 * 2**20  # of one recording: samples x channels x 4
     question_seconds: float = 60.0
-    question_characters: int = 4000
+    question_characters: int = 4000  # of the system prompt too
     voice_seconds: float = 30.0
+    sessions: int = 32
+    session_bytes: int = 200 * 2**20  # of the recordings of one conversation
+    idle_seconds: float = 3600.0  # after which an unused session is removed
 
 
 @dataclass(eq=False)
@@ -77,6 +86,8 @@ class Session:
 
     def __post_init__(self):
         self.key = secrets.token_urlsafe(16)
+        self.used = time.monotonic()  # when it was last asked or looked at
+        self.feed: SpeechFeed | None = None  # the latest answer's sound, until it is fetched
         self.folder.mkdir(parents=True)
         self._guard = threading.Lock()  # of entries and files against `clear`
         self._drawing = threading.Lock()  # one picture at a time
@@ -101,7 +112,7 @@ class Session:
             reply: "speech" or "text".
             system_turn: when it is another one than before, the conversation so far is told to the model once more.
             voice: a name in the system, OWN_VOICE, or None for the system's default.
-            sampling: keywords of `generation_settings`.
+            sampling: keywords of `System.settings`.
 
         Returns:
             The pieces of the answer, as they come. Afterwards the answer is the last of `entries`.
@@ -111,11 +122,17 @@ class Session:
                 is then forgotten.
         """
         asked = time.perf_counter()
-        generation_settings(**self.system.sampling | sampling)
+        self.system.settings(**sampling)
+        if sampling.get("greedy"):  # a reply would say that these have no effect
+            sampling = {name: value for name, value in sampling.items() if name not in DRAWING}
         if not system_turn.strip():
             raise MossError("the system prompt is empty; it tells the assistant how to answer")
-        if not 0 <= seed < 2**32:
-            raise MossError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
+        most = self.limits.question_characters
+        if len(system_turn) > most:
+            raise MossError(
+                f"the system prompt has {len(system_turn)} characters, at most {most} are taken; shorten it"
+            )
+        seed = check_seed(seed)
         if voice == OWN_VOICE:
             if self.voice is None:
                 raise MossError("there is no recording of your voice yet; upload or record one, or choose another")
@@ -252,8 +269,13 @@ class Session:
                 question.entry.audio.unlink(missing_ok=True)
 
     def _keep_wave(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
+        kept = sum(path.stat().st_size for path in self.folder.iterdir())
+        if kept + 2 * len(wave) > self.limits.session_bytes:
+            most = self.limits.session_bytes / 2**20
+            raise MossError(f"the recordings of this conversation have more than {most:.0f} MB; clear it and ask anew")
         self._count += 1
-        entry.audio, entry.seconds = self.folder / f"{self._count}-{entry.role}.wav", len(wave) / rate
+        entry.audio = self.folder / f"{self._count}-{entry.role}.wav"
+        entry.seconds = len(wave) / rate
         save_audio(entry.audio, wave, rate)
 
 
