@@ -31,7 +31,7 @@ try:
     from starlette.routing import Route
 
     from moss_jax.serve.door import Door, check_root_path
-    from moss_jax.serve.uploads import Uploads
+    from moss_jax.serve.uploads import OnlyUploads, Uploads
 except ImportError as error:
     raise MossError("the demo needs Gradio: pip install 'moss-jax[serve]'") from error
 
@@ -65,8 +65,10 @@ class Demo:
             self.limits.upload_seconds,
         )
         self.blocks: gr.Blocks | None = None
+        self._application: FastAPI | None = None
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = threading.Event()
 
     def launch(
@@ -97,8 +99,9 @@ class Demo:
         except OSError as error:
             raise MossError(f"{host}:{port}: cannot serve there ({error}); choose another --port") from error
         port = listener.getsockname()[1]
+        self._application = self._routed(door, root_path)
         config = uvicorn.Config(
-            self._application(door, root_path),
+            self._application,
             log_level="warning",
             proxy_headers=False,
             server_header=False,
@@ -129,20 +132,26 @@ class Demo:
         if self.blocks is not None:
             self.blocks.close(verbose=False)
         if self._server is not None:
+            # Ends the pages' heartbeats, for which the server would wait.
+            self._loop.call_soon_threadsafe(self._application.routes[-1].app.stop_event.set)
             self._server.should_exit = True
             self.wait()
         self.sessions.close()  # what a last request has created
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _serve(self, listener: socket.socket) -> None:
-        asyncio.run(self._server.serve(sockets=[listener]))
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=[listener])
+
+        asyncio.run(serve())
 
     def _sweep(self) -> None:
         while not self._closed.wait(SWEEP):
             self.sessions.sweep()
             self.uploads.sweep()
 
-    def _application(self, door: Middleware, root_path: str) -> FastAPI:
+    def _routed(self, door: Middleware, root_path: str) -> FastAPI:
         self.blocks = self._layout()
         self.blocks.queue(max_size=WAITING, api_open=False)
         self.blocks.state_session_capacity = 4 * self.limits.sessions
@@ -155,7 +164,7 @@ class Demo:
             Route("/gradio_api/file={path:path}", self._uploaded),
         ]
         # Without a policy of its own Gradio lets pages of any other server read the answers; this one lets none.
-        middleware = [door, Middleware(CORSMiddleware)]
+        middleware = [door, Middleware(CORSMiddleware), Middleware(OnlyUploads, uploads=self.uploads)]
         application = FastAPI(routes=routes, middleware=middleware, openapi_url=None)
         fonts = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
         script = (PAGE / "player.js").read_text(encoding="utf-8")
@@ -233,7 +242,7 @@ class Demo:
             refused = "The answer failed inside. The terminal of the server says why."
         finally:
             if recording is not None:
-                self.uploads.drop(recording)
+                self.uploads.release(recording)
         # The page gets the conversation as it was before; then page and program get the error.
         talk = self._talk(session) if session is not None else gr.skip()
         yield {parts["talk"]: talk, parts["live"]: "", parts["recording"]: None, **self._busy(False)}
@@ -301,18 +310,12 @@ class Demo:
         except MossError as error:
             refused = _sentence(error)
         finally:
-            self.uploads.drop(recording)
+            self.uploads.release(recording)
         yield None, gr.skip(), ""
         raise _error(refused, "No voice from this")
 
     def _leave(self, request: gr.Request) -> None:
         self.sessions.leave(request.session_hash)
-
-    async def _only_uploads(self, path: str) -> str:
-        """In place of Gradio's way to fetch a file that a request names, which takes addresses of other servers."""
-        if not self.uploads.holds(path):
-            raise _error("This recording is not here: send it first; each is used by one question.", REFUSED)
-        return str(path)
 
     # What the browser fetches by itself. Keys are secrets, so that a page reaches its own files only.
 
@@ -361,7 +364,6 @@ class Demo:
                         sources=["microphone", "upload"], type="filepath", label="Your question", elem_id="moss-mic",
                         buttons=[],
                     )  # fmt: skip
-                    recording.async_move_resource_to_block_cache = self._only_uploads
                     text = gr.Textbox(
                         label="Your question", placeholder="Type it here and press Enter", visible=False, max_lines=5,
                         max_length=self.limits.question_characters, elem_id="moss-text", submit_btn=False,
@@ -394,8 +396,22 @@ class Demo:
             # Who begins to speak interrupts the answer.
             gr.on([stop.click, recording.start_recording], self._stop, queue=False, api_name="stop")
             clear.click(self._clear, outputs=[talk, live, recording, text], queue=False, api_name="clear")
-            you.change(_inputs_shown, you, [recording, text, ask], queue=False, show_progress="hidden")
-            reply.change(_system_turn, [reply, system_turn], system_turn, queue=False, show_progress="hidden")
+            you.change(
+                _inputs_shown,
+                you,
+                [recording, text, ask],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            reply.change(
+                _system_turn,
+                [reply, system_turn],
+                system_turn,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
             if own is not None:
                 gr.on(
                     [own.upload, own.stop_recording], self._enrol, own, [own, voice, told], concurrency_limit=1,
@@ -426,7 +442,6 @@ class Demo:
                 sources=["upload", "microphone"], type="filepath", show_label=False, elem_id="moss-own-voice",
                 buttons=[],
             )  # fmt: skip
-            own.async_move_resource_to_block_cache = self._only_uploads
         return voice, own, told
 
 
