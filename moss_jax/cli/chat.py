@@ -43,8 +43,8 @@ def add_arguments(parser):
     )
     sampling = parser.add_argument_group(
         "sampling, for text and codes alike",
-        "A setting that is not given is the system's own, and where the system has none the default below. A given "
-        "--temperature, --top-p or --top-k also switches off the greedy of a system such as the bundled nano model.",
+        "A system may have its own defaults; the bundled nano model is greedy, for example. A given --temperature, "
+        "--top-p or --top-k switches a system's greedy off.",
     )
     sampling.add_argument("--max-new-tokens", type=int, help=f"rows at most, 12.5 a second; {_range('max_new_tokens')}")
     sampling.add_argument("--min-new-tokens", type=int, help=f"speech does not end before; {_range('min_new_tokens')}")
@@ -60,7 +60,7 @@ def add_arguments(parser):
 def _range(name: str) -> str:
     setting = SAMPLING[name]
     limits = f"at least {setting.lowest}" if setting.whole else f"{setting.lowest:g} to {setting.highest:g}"
-    return f"{limits}, default {setting.default}"
+    return f"{limits}; {setting.default} unless the system has its own"
 
 
 def run(args) -> int:

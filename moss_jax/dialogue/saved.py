@@ -1,8 +1,8 @@
 """Saved conversations: one safetensors file with the grid, the turns and the caches of a conversation.
 
 Metadata: `format`, and `model`, the fingerprint of the weights that the caches were computed with. FORMAT_1 took the
-fingerprint from one embedding row, which is no proof of anything; of such a file only the rows are used, and they pass
-the model again.
+fingerprint of one embedding row, which many models share; of such a file only the rows are used, and the caches are
+computed again from them.
 """
 
 import zlib
@@ -95,7 +95,8 @@ def _expected(
     state = jax.eval_shape(lambda: new_state(config, 1, max(columns, 1)))
     state = state.replace(logits={}, keys=jax.eval_shape(jax.random.key_data, state.keys))
     starts, _ = found.get("starts", ((), None))
-    shapes = {"starts": starts[:1] or (1,), "roles": starts[:1] or (1,), "replies": (), "begin": ()}
+    turns = starts if len(starts) == 1 and starts[0] else (1,)
+    shapes = {"starts": turns, "roles": turns, "replies": (), "begin": ()}
     expected = {f"state/{name}": (tuple(x.shape), x.dtype) for name, x in flatten(to_state_dict(state)).items()}
     return expected | {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}, state
 
@@ -115,11 +116,10 @@ def _problem(tensors: Tensors, config: TransformerConfig) -> str | None:
         "a role is unknown": _within(roles, 0, len(ROLES) - 1),
         f"replies is {replies}, expected at least 1": replies >= 1,
         f"begin is {begin}, expected 1 to {columns}": 1 <= begin <= columns,
-        "the turns do not begin one after the other": len(starts) > 0
-        and starts[0] == 0
+        "the turns do not begin one after the other": starts[0] == 0
         and (np.diff(starts) > 0).all()
         and starts[-1] < begin,
-        "the latest turn is not the assistant's": len(roles) > 0 and roles[-1] == ROLES.index("assistant"),
+        "the latest turn is not the assistant's": roles[-1] == ROLES.index("assistant"),
         f"the latest reply is not {length} rows long": state["lengths"][0] == length and state["step"] == length,
         "a mode is unknown": _within(state["modes"], 0, AUDIO) and _within(state["mode"], 0, AUDIO),
         "the reason for the end is unknown": _within(state["stop"], 0, ENDOFTEXT),

@@ -69,6 +69,7 @@ def run(
         raise MossError("spoken replies need a judge: expected one of --judge FOLDER and --judge-command")
     questions = read_questions(file, model.code_count)
     sampling = {"greedy": True, **(sampling or {})}
+    model.system.settings(**sampling)
     about = {"task": "spoken-qa", "file": file_hash(file), "reply": reply, "seed": seed, "sampling": sampling}
     if reply == "speech":
         about |= {"judge": judge.name, "voice": voice, "codec": model.codec_hash()}

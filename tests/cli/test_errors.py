@@ -193,7 +193,7 @@ CASES = [
     chat("temperature", "--temperature -0.5", "temperature", "-0.5", "0.001 to 100"),
     chat("temperature NaN", "--temperature nan", "temperature", "nan"),
     chat("temperature, no number", "--temperature warm", "--temperature", "warm"),
-    chat("top-p 0", "--top-p 0", "top_p|top-p", "at most 1"),
+    chat("top-p 0", "--top-p 0", "top_p|top-p", "1e-06 to 1"),
     chat("top-p 1.5", "--top-p 1.5", "top_p|top-p", "1.5"),
     chat("top-k", "--top-k -1", "top_k|top-k", "-1"),
     chat("max-new-tokens", "--max-new-tokens 0", "max_new_tokens|max-new-tokens", "at least 1"),

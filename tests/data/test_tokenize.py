@@ -291,6 +291,26 @@ def test_places_that_are_taken(corpus, system, tmp_path, capsys):
     assert main(arguments) == 2 and "begun with another model or other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--system", "Be brief."]])
+def test_shards_with_another_default_system_turn_are_not_mixed(system, tmp_path, capsys, monkeypatch, flags):
+    """A set that was begun by a version with other default prompts."""
+    (tmp_path / "chats.jsonl").write_text(
+        '{"turns": [{"role": "user", "text": "A"}, {"role": "assistant", "text": "B"}]}\n'
+    )
+    line = command(tmp_path, system, tmp_path / "data", *flags, format="chat", manifest="chats.jsonl")
+    monkeypatch.setattr("moss_jax.data.tokenize._Work._make_shard", lambda *_: (_ for _ in ()).throw(MossError("cut")))
+    assert main(line) == 2
+    monkeypatch.undo()
+    (begun,) = (tmp_path / "data.part").glob("*.json")
+    about = json.loads(begun.read_text())
+    assert ("default_system" in about["settings"]) is not bool(flags)
+    about["settings"].pop("default_system", None)
+    begun.write_text(json.dumps(about))
+    capsys.readouterr()
+    assert main(line) == (0 if flags else 2)
+    assert flags or "begun with another model or other settings" in capsys.readouterr().err
+
+
 def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
     """Of the manifest's codes, and of the speech tokenizer."""
     (corpus / "codes.jsonl").write_text('{"codes": [1, 255]}\n{"codes": [256]}\n')

@@ -1,19 +1,29 @@
 """Conversations with the tiny language model: caches kept over turns, dropped turns, files, batches."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from moss_jax.data.formats import Maker
+from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel, capacity_for
 from moss_jax.dialogue.generate import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM, prompt_grid
 from moss_jax.dialogue.sampling import ChannelSettings
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.transformer import TINY
 
 CHANNEL = ChannelSettings(temperature=0.7, top_k=8)
 SETTINGS = GenerationSettings(text=CHANNEL, audio=CHANNEL, max_new_tokens=12)
+FORMER = Path(__file__).resolve().parents[1] / "data" / "conversation_1.safetensors"
 TEXT, SPEECH = Turn("user", text="hello"), Turn("user", codes=list(range(9)))
 
 
@@ -119,6 +129,164 @@ def test_saved_and_resumed(model, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(MossError, match="cut short"):
         model.resume(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("audio", lambda x: x + 1),
+        ("shared", lambda x: x * 0),
+        ("text/head/kernel", lambda x: x.at[-1, -1].add(0.5)),
+        ("shared/layers/mlp/down/kernel", lambda x: x.at[-1, 3, 5].multiply(1.001)),
+        ("audio/norm/scale", lambda x: x.at[7].multiply(-1)),
+    ],
+)
+def test_any_other_weights_are_other_weights(model, tmp_path, path, change):
+    flat = flatten(model.params)
+    changed = {name: change(x) if name == path or name.startswith(f"{path}/") else x for name, x in flat.items()}
+    assert any(changed[name] is not x for name, x in flat.items())
+    conversation, _ = answer(model, [TEXT], "speech")
+    conversation.save(tmp_path / "talk.safetensors")
+    other = LanguageModel(TINY, unflatten(changed), model.text_tokenizer, context=256)
+    with pytest.raises(MossError, match="other weights"):
+        other.resume(tmp_path / "talk.safetensors")
+    same = LanguageModel(TINY, jax.tree.map(jnp.array, model.params), model.text_tokenizer, context=256)
+    assert same.resume(tmp_path / "talk.safetensors").language_model is same
+    turned = LanguageModel(replace(TINY, rope_theta=1e5), model.params, model.text_tokenizer, context=256)
+    with pytest.raises(MossError, match="other weights"):
+        turned.resume(tmp_path / "talk.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """Metadata and tensors of a saved conversation of two replies."""
+    conversation, _ = answer(model, [TEXT], "speech")
+    conversation, _ = answer(model, [SPEECH], "text", conversation)
+    path = tmp_path_factory.mktemp("saved") / "talk.safetensors"
+    conversation.save(path)
+    with safe_open(path, "numpy") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "says"),
+    [
+        ("state/grid", (0, 3, 0), 10**9, "a text id is out of range"),
+        ("state/grid", (0, 3, 0), -1, "a text id is out of range"),
+        ("state/grid", (0, 3, 1), TINY.audio_vocab_size, "an audio id is out of range"),
+        ("state/valid", (0, 2), False, "padding"),
+        ("state/filled", (), 3, "filled is 3"),
+        ("state/filled", (), -1, "filled is -1"),
+        ("state/lengths", (0,), 10**6, "rows long"),
+        ("state/step", (), -2, "rows long"),
+        ("state/mode", (0,), 7, "mode"),
+        ("state/modes", (0, 1), 2, "mode"),
+        ("state/stop", (0,), 9, "reason"),
+        ("state/done/audio", (), 10**6, "more columns are done"),
+        ("state/done/shared", (), -1, "more columns are done"),
+        ("state/hidden", (0, 1, 1), np.nan, "not finite"),
+        ("state/caches/shared/k", (1, 0, 2, 0, 0), np.nan, "not finite"),
+        ("state/caches/audio/v", (0, 0, 1, 0, 0), np.inf, "not finite"),
+        ("roles", (1,), 77, "role"),
+        ("roles", (0,), -1, "role"),
+        ("roles", (-1,), 1, "assistant"),
+        ("starts", (0,), 5, "one after the other"),
+        ("starts", (1,), 0, "one after the other"),
+        ("starts", slice(None, None, -1), None, "one after the other"),
+        ("starts", (-1,), 10**6, "one after the other"),
+        ("replies", (), -5, "replies is -5"),
+        ("replies", (), 0, "replies is 0"),
+        ("begin", (), 0, "begin is 0"),
+        ("begin", (), 10**6, "begin is 1000000"),
+    ],
+)
+def test_contents_that_no_conversation_has(model, saved, tmp_path, name, place, value, says):
+    metadata, tensors = saved
+    tensor = tensors[name].copy()
+    if value is None:
+        tensor = np.ascontiguousarray(tensor[place])
+    else:
+        tensor[place] = value
+    save_file(tensors | {name: tensor}, tmp_path / "talk.safetensors", metadata)
+    with pytest.raises(MossError, match=f"talk.safetensors: damaged conversation, .*{says}"):
+        model.resume(tmp_path / "talk.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("state/grid", np.zeros((1, 0, 2), np.int32)),
+        ("state/grid", np.zeros((1, 4), np.int32)),
+        ("state/grid", np.zeros(0, np.int32)),
+        ("state/filled", np.array([1, 2], np.int32)),
+        ("starts", np.zeros((), np.int32)),
+        ("starts", np.zeros(0, np.int32)),
+        ("roles", np.zeros(1, np.int32)),
+        ("replies", np.array(1.0, np.float32)),
+        ("begin", np.array(9, np.int64)),
+        ("state/keys", np.zeros((1, 3), np.uint32)),
+    ],
+)
+def test_shapes_that_no_conversation_has(model, saved, tmp_path, name, tensor):
+    metadata, tensors = saved
+    save_file(tensors | {name: tensor}, tmp_path / "talk.safetensors", metadata)
+    with pytest.raises(MossError, match=f"talk.safetensors: damaged conversation, these do not fit: .*{name}"):
+        model.resume(tmp_path / "talk.safetensors")
+
+
+def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp_path):
+    """The file was saved by an earlier version with the parameters of `random_params` (seed 1) and this embedding row, after
+    "Hi." as the system turn, the codes 3, 1, 4 and a greedy spoken reply of 6 rows."""
+    row = jnp.arange(TINY.hidden_size, dtype=jnp.float32) / 1024
+    flat = flatten(params)
+    flat["text/embed/embedding"] = flat["text/embed/embedding"].at[TINY.im_start_id].set(row)
+    model = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=256)
+    greedy = ChannelSettings(greedy=True)
+    settings = GenerationSettings(text=greedy, audio=greedy, max_new_tokens=6)
+    resumed = model.resume(FORMER)
+    turns = [Turn("system", text="Hi."), Turn("user", codes=[3, 1, 4])]
+    fresh, _ = answer(model, turns, "speech", settings=settings)
+    np.testing.assert_array_equal(resumed.rows, [[TINY.modality_pad_id, code] for code in (63, 77, 71, 77, 48, 36)])
+    np.testing.assert_array_equal(resumed.rows, fresh.rows)
+    assert resumed.running and resumed.starts.tolist() == [0, 13, 26] and resumed.roles.tolist() == [0, 1, 2]
+    resumed.save(tmp_path / "talk.safetensors")
+    again = model.resume(tmp_path / "talk.safetensors")
+    expected, _ = answer(model, [TEXT], "text", fresh, settings=settings)
+    for conversation in (resumed, again):
+        found, _ = answer(model, [TEXT], "text", conversation, settings=settings)
+        np.testing.assert_array_equal(found.rows, expected.rows)
+    # Its fingerprint covers one row of the weights only, so the caches in it are computed again.
+    flat["shared/layers/mlp/down/kernel"] = flat["shared/layers/mlp/down/kernel"] * 0
+    other = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=256)
+    found, _ = answer(other, [TEXT], "text", other.resume(FORMER), settings=settings)
+    state = new_state(TINY, 1, 256)
+    grid = np.asarray(found.state.grid)[0, : found.begin]
+    state = other._prefill(state, grid[None], np.ones((1, len(grid)), bool), found.state.keys)
+    np.testing.assert_allclose(found.state.hidden[0, : len(grid) - 1], state.hidden[0, : len(grid) - 1], atol=1e-4)
+    with pytest.raises(MossError, match="other weights"):
+        LanguageModel(TINY, params, text_tokenizer, context=256).resume(FORMER)
+
+
+def test_a_conversation_of_another_language_model(model):
+    conversation, _ = answer(model, [TEXT], "speech")
+    other = LanguageModel(TINY, model.params, model.text_tokenizer, context=256)
+    with pytest.raises(MossError, match="of another language model"):
+        other.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
+
+
+@pytest.mark.parametrize("reply", ["speech", "text"])
+def test_training_and_generation_begin_alike(model, reply):
+    """What the model is asked with is what it was trained on, where nobody gives a system turn."""
+    said = Turn("assistant", codes=[1, 2]) if reply == "speech" else Turn("assistant", text="yes")
+    document = Document(1, "a", turns=(TEXT, said))
+    codes = [None, said.codes]
+    trained = Maker("chat", TINY, model.text_tokenizer).example(document, codes).grid
+    prompt = prompt_grid([TEXT], reply, model.text_tokenizer, TINY)
+    np.testing.assert_array_equal(trained[: len(prompt)], prompt)
+    conversation, _ = model.begin([TEXT], reply, SETTINGS)
+    np.testing.assert_array_equal(np.asarray(conversation.state.grid)[0, : conversation.begin], prompt)
+    state, begin, _ = model.begin_batch([[TEXT]], reply, SETTINGS)
+    np.testing.assert_array_equal(np.asarray(state.grid)[0, :begin], prompt)
 
 
 @pytest.mark.slow

@@ -96,3 +96,28 @@ def test_numbers_compile_once(field):
     results = [probabilities(scores, ChannelSettings(top_k=4, **{field: value})) for value in (0.5, 0.9)]
     assert probabilities._cache_size() == 1
     assert (results[0] != results[1]).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, 1e30]),
+    temperature=st.floats(0.001, 100),
+    penalty=st.floats(0.01, 100),
+    top_k=st.sampled_from([0, 1, 2, 95, 96, 2**31 - 1]),
+    top_p=st.sampled_from([1e-6, 0.5, 1.0]),
+    allowed=st.integers(1, 96),
+)
+def test_allowed_settings_never_draw_what_is_forbidden(seed, scale, temperature, penalty, top_k, top_p, allowed):
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray((rng.normal(0, 1, (2, 96)) * scale).astype(np.float32))
+    forbidden = np.ones(96, bool)
+    forbidden[rng.permutation(96)[:allowed]] = False
+    scores = sampling.penalise(logits, jnp.asarray(rng.random((2, 96)) < 0.5), jnp.asarray(forbidden), penalty)
+    chosen = ChannelSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    for way in (chosen, ChannelSettings(greedy=True)):
+        drawn = sampling.draw(scores, sampling.request_keys(seed, 2), way)
+        assert not forbidden[np.asarray(drawn)].any()
+        np.testing.assert_array_equal(drawn, sampling.draw(scores, sampling.request_keys(seed, 2), way))
+    narrowed = np.asarray(sampling.narrow(scores, chosen))
+    assert not np.isnan(narrowed).any() and (narrowed > -np.inf).any(1).all() and (narrowed < np.inf).all()

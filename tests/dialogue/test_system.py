@@ -17,6 +17,7 @@ from moss_jax.dialogue.system import Reply, generation_settings
 from moss_jax.dialogue.turns import Turn
 from moss_jax.dialogue.voice import enrol, load_voice, log_mel, save_voice
 from moss_jax.errors import MossError
+from moss_jax.speech_decoder.voice import Voice
 
 WRITTEN = Turn("user", text="How are you? <think>")
 SHORT = {"max_new_tokens": 14, "min_new_tokens": 14}  # of a spoken reply: 14 codes
@@ -142,6 +143,41 @@ def test_voices_that_are_none(system, tmp_path):
     shutil.copy(system.folder.path / "speech_decoder" / "speaker.safetensors", tmp_path / "no.safetensors")
     with pytest.raises(MossError, match="not a voice"):
         load_voice(tmp_path / "no.safetensors", config)
+
+
+def test_recordings_that_leave_no_room_for_a_reply(system, tmp_path, capsys):
+    """320 s are 4000 codes; the decoder takes 3750, of which a reply needs 500."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 320 * 16000).astype(np.float32)
+    for seconds in (320, 261, 0.05):
+        with pytest.raises(MossError, match=f"{seconds} s is too .* for a voice, expected 0.08 to 260 s"):
+            system.enrol((noise[: int(seconds * 16000)], 16000))
+    soundfile.write(tmp_path / "long.wav", noise, 16000)
+    with pytest.raises(MossError, match=r"long.wav: .*too long for a voice"):
+        system.enrol(tmp_path / "long.wav")
+    code = main(
+        ["voice", str(tmp_path / "long.wav"), "--model", str(system.folder.path), "-o", str(tmp_path / "v.safetensors")]
+    )
+    assert code == 2 and "expected 0.08 to 260 s" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["long.wav"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (4000, r"long.safetensors: voice: its recording has 4000 codes \(320 s\), expected fewer than the 3750"),
+        (3750, "3750 codes"),
+        (3740, "max_new_tokens is 500, expected at most 10 with this voice: .* recording has 3740"),
+    ],
+)
+def test_voice_files_that_leave_no_room_for_a_reply(system, tmp_path, codes, message):
+    config = system.speech_decoder.config.flow
+    mel = np.zeros((codes * config.frames_per_code, config.mel_bins), np.float32)
+    voice = Voice(np.zeros(codes, np.int32), mel, np.ones(config.speaker_size, np.float32))
+    save_voice(tmp_path / "long.safetensors", voice)
+    with pytest.raises(MossError, match=message):
+        system.reply([WRITTEN], voice=tmp_path / "long.safetensors")
+    with pytest.raises(MossError, match="recording has" if codes < 3750 else "expected fewer than the 3750"):
+        system.reply([WRITTEN], voice=voice)
 
 
 def test_the_mel_of_a_padded_wave_is_its_own(system):
