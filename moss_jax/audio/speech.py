@@ -28,9 +28,8 @@ def check_speech(wave: np.ndarray, rate: int, what: str = "the recording") -> No
     level = speech_level(wave, rate)
     if level < FLOOR_DBFS:
         found = "digital silence" if np.isneginf(level) else f"its level is {level:.0f} dBFS"
-        raise MossError(
-            f"{what}: no speech found ({found}), expected sound above {FLOOR_DBFS:.0f} dBFS for at least {MIN_SECONDS} s"
-        )
+        needed = f"sound above {FLOOR_DBFS:.0f} dBFS for at least {MIN_SECONDS} s"
+        raise MossError(f"{what}: no speech found ({found}), expected {needed}")
 
 
 def speech_level(wave: np.ndarray, rate: int) -> float:

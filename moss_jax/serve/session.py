@@ -283,12 +283,12 @@ def warm_up(system: System, say: Any = lambda line: None) -> None:
     """Compiles what the first answers need, so that nobody waits for it in the page: spoken and written answers to a
     spoken question and to one that goes on from it, each stopped at once. The second is long, so that a conversation
     that begins with a small cache has outgrown it once, where it can."""
-    silence = np.zeros(20 * 16000, np.float32)
+    noise = np.random.default_rng(0).normal(0, 0.1, 20 * 16000).astype(np.float32)
     for reply in ("speech", "text"):
         say(f"getting ready to answer in {reply}")
         conversation = None
         for seconds in (2, 20):
-            question = Turn("user", audio=silence[: seconds * 16000], sample_rate=16000)
+            question = Turn("user", audio=noise[: seconds * 16000], sample_rate=16000)
             stream = system.stream([question], reply=reply, conversation=conversation)
             for _ in stream:
                 stream.stop()
