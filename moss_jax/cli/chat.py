@@ -3,6 +3,7 @@
   moss-jax chat --text "What is two plus three?" -o ANSWER.wav          # nano, which comes along
   moss-jax chat QUESTION.wav --model FOLDER -o ANSWER.wav
   moss-jax chat --text "How are you?" --model FOLDER --reply text
+  cat QUESTION.wav | moss-jax chat - --model FOLDER -o ANSWER.wav
   moss-jax chat QUESTION.wav --model FOLDER --stream -o - | aplay -t raw -f S16_LE -r 24000
   moss-jax chat --jsonl QUESTIONS.jsonl --model FOLDER -o ANSWERS/
 
@@ -19,17 +20,18 @@ import sys
 from pathlib import Path
 
 from moss_jax.arguments import check_seed, check_whole
-from moss_jax.cli.system_arguments import add_system_arguments, progress, say, system_folder
+from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, progress, say, system_folder
 from moss_jax.dialogue.settings import SAMPLING, check_sampling
 from moss_jax.errors import MossError
 from moss_jax.files import check_name, is_folder
 
 
 def add_arguments(parser):
-    parser.add_argument("question", nargs="?", metavar="QUESTION.wav", help="a recording (wav, flac, mp3, ogg, m4a)")
+    parser.add_argument("question", nargs="?", metavar="QUESTION.wav", help="a recording, or - to read one from stdin")
     parser.add_argument("--text", metavar="TEXT", help="a written question in place of a recording")
     parser.add_argument("--jsonl", metavar="QUESTIONS.jsonl", help="many questions, answered in batches")
     add_system_arguments(parser, nano=True)
+    add_audio_limit(parser)
     parser.add_argument("-o", "--out", metavar="OUT", help="where the reply goes; needed for a spoken one")
     parser.add_argument("--reply", default="speech", help="speech (default) or text")
     parser.add_argument("--voice", help="of the reply: a name in the system, or a file that `moss-jax voice` wrote")
@@ -68,7 +70,8 @@ def run(args) -> int:
     if sum(x is not None for x in (args.question, args.text, args.jsonl)) != 1:
         raise MossError("the question: expected one of QUESTION.wav, --text and --jsonl")
     _check_out(args)
-    from moss_jax.audio.wave import load_audio
+    from moss_jax.audio import check_speech, read_audio
+    from moss_jax.audio.source import source_name
     from moss_jax.dialogue.questions import read_questions
     from moss_jax.dialogue.system import System
     from moss_jax.dialogue.turns import Turn, check_turns
@@ -76,18 +79,21 @@ def run(args) -> int:
     check_sampling(_sampling(args))
     if args.jsonl is not None:
         questions = read_questions(args.jsonl, args.system)
-        return _batch(System(system_folder(args)), questions, args)
+        return _batch(System(system_folder(args), max_audio_bytes=args.max_audio_mib * 2**20), questions, args)
+    heard: tuple[str, ...] = ()
     if args.question is None:
         turns = [Turn("user", text=args.text)]
     else:
-        wave, rate = load_audio(args.question)
-        turns = [Turn("user", audio=wave, sample_rate=rate)]
+        recording = read_audio(args.question, max_bytes=args.max_audio_mib * 2**20)
+        check_speech(recording.wave, recording.rate, source_name(args.question))
+        turns = [Turn("user", audio=recording.wave, sample_rate=recording.rate)]
+        heard = recording.notices
     if args.system is not None:
         turns.insert(0, Turn("system", text=args.system))
     check_turns(turns)
     system = System(system_folder(args))
     if args.stream:
-        return _stream(system, turns, args)
+        return _stream(system, turns, heard, args)
     reply = system.reply(turns, progress=_progress, **_options(args))
     if args.reply == "text":
         _write_text(reply.text, args.out)
@@ -95,11 +101,11 @@ def run(args) -> int:
         _write_samples(reply.wave)
     else:
         _save(reply, args.out)
-    _tell(reply.notices)
+    _tell((*heard, *reply.notices))
     return 0
 
 
-def _stream(system, turns, args) -> int:
+def _stream(system, turns, heard, args) -> int:
     stream = system.stream(turns, **_options(args))
     for piece in stream:
         if args.reply == "text" and args.out in (None, "-"):
@@ -115,7 +121,7 @@ def _stream(system, turns, args) -> int:
         _write_text(reply.text, args.out)
     elif args.out != "-":
         _save(reply, args.out)
-    _tell(reply.notices)
+    _tell((*heard, *reply.notices))
     return 0
 
 
@@ -185,9 +191,9 @@ def _write_text(text: str, out: str | None) -> None:
 
 
 def _write_samples(wave) -> None:
-    import numpy as np
+    from moss_jax.audio.pcm import to_pcm16
 
-    sys.stdout.buffer.write((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
+    sys.stdout.buffer.write(to_pcm16(wave).tobytes())
     sys.stdout.buffer.flush()
 
 

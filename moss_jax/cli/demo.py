@@ -20,6 +20,16 @@ def add_arguments(parser):
     add_system_arguments(parser, nano=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at, default 127.0.0.1")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further host name that people open the page under, such as a proxy's; may be repeated",
+    )
+    parser.add_argument(
+        "--root-path", default="", metavar="PATH", help="the path below which a proxy serves the page, such as /demo"
+    )
 
 
 def run(args) -> int:
@@ -35,9 +45,9 @@ def run(args) -> int:
     demo = Demo(system, Path(args.model or folder).name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files go then too
     try:
-        address = demo.launch(args.host, args.port, block=False)
+        address = demo.launch(args.host, args.port, False, args.allow_host, args.root_path)
         say(f"open {address} in a browser; Ctrl-C ends it")
-        demo.blocks.block_thread()
+        demo.wait()
     finally:
         demo.close()
     return 0

@@ -2,19 +2,20 @@
 
   moss-jax encode QUESTION.wav --model FOLDER -o CODES.jsonl
   moss-jax encode recordings/*.flac --model FOLDER > CODES.jsonl
+  cat QUESTION.wav | moss-jax encode - --model FOLDER
   moss-jax encode --manifests CORPUS/asr.jsonl CORPUS/chat.jsonl --model FOLDER -o CODED
 
 One line of JSON for each recording, in the order given: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
-wav, flac, mp3, ogg and m4a of any rate, length and channel count are read; several channels are averaged. A recording
-gets the same codes in any company. When one cannot be read, nothing is written. `moss-jax decode` turns codes into
-sound again. With --manifests the folder CODED gets the same manifests with codes in the place of recordings, each
+Recordings of any rate, length and channel count are read (docs/audio.md lists the containers); several channels are
+averaged. A recording gets the same codes in any company. When one cannot be read, nothing is written. `moss-jax decode`
+turns codes into sound again. With --manifests the folder CODED gets the same manifests with codes in the place of recordings, each
 recording encoded once; the same command goes on where it was stopped.
 """
 
 import json
 import sys
 
-from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
 from moss_jax.documents import text_of
 from moss_jax.errors import MossError
 
@@ -22,9 +23,10 @@ FILES = 32  # read and encoded at a time
 
 
 def add_arguments(parser):
-    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="recordings")
+    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="recordings; - reads one from stdin")
     parser.add_argument("--manifests", nargs="+", metavar="FILE", help="of training data, in place of recordings")
     add_system_arguments(parser)
+    add_audio_limit(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -34,7 +36,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from moss_jax.audio import load_audio, resample
+    from moss_jax.audio import read_audio, resample
     from moss_jax.checkpoint import atomic_file
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
@@ -45,8 +47,9 @@ def run(args) -> int:
 
         if args.out is None:
             raise MossError("--manifests needs -o FOLDER")
-        encode_manifests(args.manifests, system_folder(args), args.out, say)
+        encode_manifests(args.manifests, system_folder(args), args.out, say, args.max_audio_mib * 2**20)
         return 0
+    limit = args.max_audio_mib * 2**20
     speech_tokenizer = SpeechTokenizer.load(system_folder(args) / "speech_tokenizer")
     rate = speech_tokenizer.config.sample_rate
 
@@ -54,7 +57,12 @@ def run(args) -> int:
         done = 0.0
         for start in range(0, len(args.audio), FILES):
             paths = args.audio[start : start + FILES]
-            waves = [resample(*load_audio(path), rate) for path in paths]
+            waves = []
+            for path in paths:
+                recording = read_audio(path, max_bytes=limit)
+                waves.append(resample(recording.wave, recording.rate, rate))
+                for notice in recording.notices:
+                    say(f"note: {notice}")
             for path, wave, codes in zip(paths, waves, speech_tokenizer.encode(waves), strict=True):
                 done += len(wave) / rate
                 seconds = round(len(wave) / rate, 3)

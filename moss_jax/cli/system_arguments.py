@@ -33,6 +33,18 @@ def add_revision_arguments(parser) -> None:
     parser.add_argument("--codec-revision", metavar="REV", help="the same for --codec")
 
 
+def add_audio_limit(parser) -> None:
+    """The flag that lifts the limit of recordings, `args.max_audio_mib`."""
+    parser.add_argument(
+        "--max-audio-mib",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="refuse a recording with more than N MiB of decoded samples, 4 bytes for each sample of each channel "
+        "(default 2048: 3 hours of mono or 1.5 hours of stereo sound at 48 kHz)",
+    )
+
+
 def system_folder(args) -> Path:
     """The system folder that the arguments mean; converts a released pair on first use.
 

@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
 from moss_jax.errors import MossError
 
 EVERY = 30.0  # seconds between two lines of progress where nobody watches
@@ -48,6 +48,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--shard-documents", type=int, default=4096, metavar="N", help="documents in a shard (default 4096)"
     )
+    add_audio_limit(parser)
     parser.add_argument("--process", metavar="I/N", help="this process's share: number I of N, from 0 (default 0/1)")
     parser.add_argument(
         "--distributed", action="store_true", help="ask jax.distributed which process of how many this is"
@@ -63,7 +64,7 @@ def run(args) -> int:
     request = Request(
         manifest=args.manifest, model=system_folder(args), format=args.format, out=args.out, seed=args.seed,
         variants=args.variants, system=args.system, aligner=args.aligner, shard_documents=args.shard_documents,
-        process_index=index, process_count=count,
+        process_index=index, process_count=count, max_audio_bytes=args.max_audio_mib * 2**20,
     )  # fmt: skip
     about = tokenize(request, _teller())
     if about is None:
@@ -83,9 +84,9 @@ def _decoder(args) -> int:
 
     if args.variants != 1 or args.system or args.aligner or args.process or args.distributed:
         raise MossError("--format decoder takes no --variants, --system, --aligner, --process and --distributed")
-    about = make_spoken(
-        SpokenRequest(args.manifest, system_folder(args), args.out, args.shard_documents), _teller()
-    )  # fmt: skip
+    limit = args.max_audio_mib * 2**20
+    request = SpokenRequest(args.manifest, system_folder(args), args.out, args.shard_documents, limit)
+    about = make_spoken(request, _teller())
     seconds = about["frames"] * about["hop"] / about["sample_rate"]
     print(f"{args.out}: {about['documents']} recordings, {seconds / 60:.1f} minutes")
     return 0
@@ -113,7 +114,9 @@ def _teller():
 
     def tell(line: str) -> None:
         nonlocal last
-        if sys.stderr.isatty() or time.monotonic() - last >= EVERY:
+        if line.startswith("note:"):
+            say(line)
+        elif sys.stderr.isatty() or time.monotonic() - last >= EVERY:
             say(line)
             last = time.monotonic()
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jax.audio.wave import load_audio, resample
+from moss_jax.audio import resample
+from moss_jax.audio.decode import audio_length
 from moss_jax.data.batches import StepBatches
 from moss_jax.data.manifest import Document, Manifest, Member
-from moss_jax.data.tokenize import load_sound
+from moss_jax.data.tokenize import read_sound
 from moss_jax.errors import MossError
 
 Labels = Callable[[str], Sequence[int]]
@@ -71,8 +72,8 @@ class Clips:
 
     def wave(self, index: int) -> np.ndarray:
         """float32 [samples]. Raises MossError when the recording cannot be read any more."""
-        wave, rate = load_sound(self._sounds[index])
-        return resample(wave, rate, self.rate)[: self.sizes[self.bucket[index]]]
+        read = read_sound(self._sounds[index])
+        return resample(read.wave, read.rate, self.rate)[: self.sizes[self.bucket[index]]]
 
 
 class ClipOrder:
@@ -188,8 +189,12 @@ def _samples(document: Document, rate: int) -> int:
 
         try:
             about = soundfile.info(sound)
-            return int(np.ceil(about.frames * rate / about.samplerate))
+            # The length of an MP3 file may be an estimate, that of a FLAC file may be unknown (2**63 - 1).
+            if about.format != "MP3" and about.frames < 2**40:
+                return int(np.ceil(about.frames * rate / about.samplerate))
         except soundfile.LibsndfileError:
-            pass  # read as a whole, it may be m4a
-    wave, own = load_audio(sound) if isinstance(sound, Path) else load_sound(sound)
-    return int(np.ceil(len(wave) * rate / own))
+            pass  # it may be m4a
+        count, own = audio_length(sound)
+        return int(np.ceil(count * rate / own))
+    read = read_sound(sound)
+    return int(np.ceil(len(read.wave) * rate / read.rate))

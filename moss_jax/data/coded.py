@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moss_jax.audio.wave import load_audio, resample
+from moss_jax.audio import MAX_BYTES, read_audio, resample
 from moss_jax.checkpoint import write_text
 from moss_jax.documents import code_list, located, parse_object, read_lines, read_text, shown
 from moss_jax.errors import MossError
@@ -21,7 +21,11 @@ Say = Callable[[str], None]
 
 
 def encode_manifests(
-    manifests: Sequence[str | Path], model: str | Path, out: str | Path, say: Say = lambda line: None
+    manifests: Sequence[str | Path],
+    model: str | Path,
+    out: str | Path,
+    say: Say = lambda line: None,
+    max_audio_bytes: int = MAX_BYTES,
 ) -> None:
     """Writes OUT/NAME.jsonl for each manifest, with "codes" in the place of "audio". Killed, the same call goes on.
 
@@ -29,6 +33,7 @@ def encode_manifests(
         manifests: JSON lines (`moss_jax.data.manifest`) of different names; recordings in tar files stay as they are.
         model: a system folder; its speech tokenizer is used.
         out: a folder; codes.jsonl in it holds the codes of every recording.
+        max_audio_bytes: the most decoded samples of one recording (`moss_jax.audio.read_audio`).
 
     Raises:
         MossError: a manifest or a recording cannot be read, two manifests have one name, OUT/codes.jsonl is of another
@@ -63,7 +68,12 @@ def _encode(
     tokenizer = SpeechTokenizer.load(room) if left else None
     for first in range(0, len(left), GROUP):
         group = left[first : first + GROUP]
-        waves = [resample(*load_audio(place), tokenizer.config.sample_rate) for place in group]
+        waves = []
+        for place in group:
+            recording = read_audio(place, max_bytes=max_audio_bytes)
+            waves.append(resample(recording.wave, recording.rate, tokenizer.config.sample_rate))
+            for notice in recording.notices:
+                say(f"note: {notice}")
         codes.append({place: found.tolist() for place, found in zip(group, tokenizer.encode(waves), strict=True)})
         say(f"encoded {len(wanted) - len(left) + first + len(group)} of {len(wanted)} recordings")
     for path in paths:

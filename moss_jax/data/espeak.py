@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from moss_jax.audio.pcm import from_pcm16
 from moss_jax.errors import MossError
 
 SYNCHRONOUS, UTF8, BY_CHARACTER = 2, 1, 1  # espeak_AUDIO_OUTPUT, espeakCHARS_UTF8, POS_CHARACTER of speak_lib.h
@@ -92,7 +93,7 @@ def speak(
     data = said.encode()
     library.espeak_Synth(data, len(data) + 1, 0, BY_CHARACTER, 0, UTF8, None, None)
     library.espeak_Synchronize()
-    wave = np.concatenate(parts).astype(np.float32) / 32768
+    wave = from_pcm16(np.concatenate(parts))
     return wave, rate, _times(words, begun, len(wave), rate)
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.audio.wave import resample
+from moss_jax.audio import MAX_BYTES, from_pcm16, resample, to_pcm16
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.data.manifest import Document, Manifest, Member, bad_lines
-from moss_jax.data.tokenize import READERS, load_sound
+from moss_jax.data.tokenize import READERS, read_speech
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
@@ -52,12 +52,14 @@ class SpokenRequest:
         manifest: JSON lines; a system folder `model`, of which the speech tokenizer and the speech decoder's sizes and
             speaker network are used as far as they are there; `out`, the data set's folder.
         shard_documents: documents in a shard.
+        max_audio_bytes: the most decoded samples of one recording (`moss_jax.audio.read_audio`).
     """
 
     manifest: Path
     model: Path
     out: Path
     shard_documents: int = 512
+    max_audio_bytes: int = MAX_BYTES
 
 
 def make_spoken(request: SpokenRequest, say: Say = lambda line: None) -> dict[str, Any]:
@@ -209,11 +211,15 @@ class _Work:
             if not document.turns and not _sounds(document):
                 self.problems.append((document.line, "has no recording, expected audio"))
         waves = []
-        for (document, _), wave in zip(sounds, pool.map(_try_load, [sound for _, sound in sounds]), strict=True):
-            if isinstance(wave, MossError):
-                self.problems.append((document.line, str(wave)))
+        limit = self.request.max_audio_bytes
+        readings = pool.map(lambda sound: read_speech(sound, limit), [sound for _, sound in sounds])
+        for (document, _), read in zip(sounds, readings, strict=True):
+            if isinstance(read, MossError):
+                self.problems.append((document.line, str(read)))
             else:
-                waves.append(wave)
+                waves.append((read.wave, read.rate))
+                for notice in read.notices:
+                    self.say(f"note: line {document.line}: {notice}")
         if not waves or self.problems:
             return []
         sizes, per_code = self.sizes, self.sizes.samples_per_code
@@ -221,8 +227,8 @@ class _Work:
         for wave, rate in waves:
             x = resample(wave, rate, sizes.sample_rate)
             x = np.pad(x, (0, max(-len(x) % per_code, per_code - len(x))))
-            found.append({"wave": np.round(np.clip(x, -1, 1) * 32767).astype(np.int16)})
-        exact = [item["wave"].astype(np.float32) / 32767 for item in found]
+            found.append({"wave": to_pcm16(x)})
+        exact = [from_pcm16(item["wave"]) for item in found]
         hop = sizes.vocoder.hop
         f0 = pool.map(lambda x: pitch(x, sizes.sample_rate, hop), exact)
         for item, x in zip(found, exact, strict=True):
@@ -277,13 +283,6 @@ def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
             group = []
     if group:
         yield group
-
-
-def _try_load(sound: Path | Member) -> tuple[np.ndarray, int] | MossError:
-    try:
-        return load_sound(sound)
-    except MossError as error:
-        return error
 
 
 def _cut(item: dict[str, np.ndarray], codes: int, frames_per_code: int, hop: int) -> None:
@@ -379,7 +378,7 @@ class Spoken:
         for name in names:
             if name == "wave":
                 part = arrays["wave"][start * self.hop : (start + frames) * self.hop]
-                found[name] = part.astype(np.float32) / 32767
+                found[name] = from_pcm16(part)
             elif name == "codes":
                 size = self.frames_per_code
                 found[name] = np.asarray(arrays["codes"][start // size : (start + frames) // size])

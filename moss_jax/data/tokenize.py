@@ -10,11 +10,10 @@ import json
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.audio.wave import load_audio, resample
+from moss_jax.audio import MAX_BYTES, Recording, check_speech, read_audio, resample
 from moss_jax.checkpoint import atomic_file, write_text
 from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
@@ -60,6 +59,7 @@ class Request:
         aligner: folder of a CTC checkpoint that finds missing word times, for the format interleaved.
         shard_documents: documents in a shard.
         process_index, process_count: which share of the shards this process makes. Process 0 waits for the others.
+        max_audio_bytes: the most decoded samples of one recording (`moss_jax.audio.read_audio`).
     """
 
     manifest: Path
@@ -73,6 +73,7 @@ class Request:
     shard_documents: int = 4096
     process_index: int = 0
     process_count: int = 1
+    max_audio_bytes: int = MAX_BYTES
 
     def check(self) -> None:
         """Raises MossError for what makes no sense."""
@@ -335,13 +336,15 @@ class _Work:
     def _encode(self, group: Sequence[Document], reading: Sequence[Reading]) -> dict[str, Heard]:
         waves, bad = {}, set()
         for document, at, future in reading:
-            wave = future.result()
-            if isinstance(wave, MossError):
+            read = future.result()
+            if isinstance(read, MossError):
                 bad.add(document.line)
-                self.problems.append((document.line, str(wave)))
+                self.problems.append((document.line, str(read)))
             else:
-                waves[document.line, at] = wave
-                self.seconds += len(wave) / self.ear.sample_rate
+                waves[document.line, at] = read.wave
+                self.seconds += len(read.wave) / read.rate
+                for notice in read.notices:
+                    self.say(f"note: line {document.line}: {notice}")
         codes = dict(zip(waves, self.speech_tokenizer.encode(list(waves.values())), strict=True)) if waves else {}
         heard = {}
         for document in group:
@@ -367,14 +370,13 @@ class _Work:
         rate = self.ear.sample_rate
         return self.aligner.words(resample(wave, rate, self.aligner.sample_rate), document.text)
 
-    def _read(self, sound: Path | Member) -> np.ndarray | MossError:
-        """The wave at the speech tokenizer's rate, or what is wrong with it."""
+    def _read(self, sound: Path | Member) -> Recording | MossError:
+        """The recording at the speech tokenizer's rate, or what is wrong with it."""
         rate = self.ear.sample_rate
-        try:
-            wave, own = load_sound(sound)
-        except MossError as error:
-            return error
-        return resample(wave, own, rate)
+        read = read_speech(sound, self.request.max_audio_bytes)
+        if isinstance(read, MossError):
+            return read
+        return replace(read, wave=resample(read.wave, read.rate, rate), rate=rate)
 
     def _check_times(self, words: Sequence[Word], samples: int) -> None:
         seconds = samples / self.ear.sample_rate
@@ -410,18 +412,26 @@ class _Work:
             time.sleep(2)
 
 
-def load_sound(sound: Path | Member) -> tuple[np.ndarray, int]:
-    """A recording as `load_audio` has it, out of a tar file too."""
+def read_speech(sound: Path | Member, max_bytes: int) -> Recording | MossError:
+    """`read_sound` for a recording that must hold speech. Threads return their errors, so that all of them are kept."""
+    try:
+        read = read_sound(sound, max_bytes)
+        check_speech(read.wave, read.rate, str(sound))
+    except MossError as error:
+        return error
+    return read
+
+
+def read_sound(sound: Path | Member, max_bytes: int = MAX_BYTES) -> Recording:
+    """A recording as `moss_jax.audio.read_audio` reads it, from a tar file too."""
     if isinstance(sound, Path):
-        return load_audio(sound)
+        return read_audio(sound, max_bytes=max_bytes)
     entry = tar_members(sound.shard)[sound.name]
     try:
-        with tarfile.open(sound.shard) as tar, tempfile.NamedTemporaryFile(suffix=Path(sound.name).suffix) as file:
-            shutil.copyfileobj(tar.extractfile(entry), file)
-            file.flush()
-            return load_audio(file.name)
-    except MossError as error:
-        raise MossError(str(error).replace(file.name, str(sound))) from error
+        with tarfile.open(sound.shard) as tar:
+            return read_audio(tar.extractfile(entry), max_bytes=max_bytes, name=str(sound))
+    except MossError:
+        raise
     except (OSError, tarfile.TarError, EOFError) as error:
         raise MossError(f"{sound}: cannot be read ({error})") from error
 

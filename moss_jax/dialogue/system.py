@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moss_jax.arguments import check_seed, check_whole
-from moss_jax.audio.wave import load_audio, resample, save_audio
+from moss_jax.audio import MAX_BYTES, Recording, as_recording, check_speech, read_audio, resample, save_audio
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
 from moss_jax.dialogue.folder import NANO, SYSTEM, SystemFolder
 from moss_jax.dialogue.generate import GenerationSettings
@@ -117,8 +117,16 @@ class System:
     Args are those of `load`, which loads the language model at once.
     """
 
-    def __init__(self, folder: str | Path, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        context: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        max_audio_bytes: int = MAX_BYTES,
+    ):
         self.folder, self._context, self._mesh = SystemFolder(folder), context, mesh
+        self._max_audio_bytes = max_audio_bytes
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
@@ -166,16 +174,27 @@ class System:
         return self.speech_tokenizer.encode([resample(wave, own, rate) for wave, own in recordings])
 
     def enrol(self, recording: str | Path | tuple[np.ndarray, int]) -> Voice:
-        """A voice from a recording: a file, or (wave float32 [samples], rate in Hz).
+        """A voice from a recording: a file, or (samples as `moss_jax.audio.as_recording` takes them, rate in Hz).
 
         It may be as long as leaves the speech decoder room for a reply of the system's own max_new_tokens.
+
+        Raises:
+            MossError: the system has no speaker network, or the recording cannot be read, has no speech or a length
+                that does not fit.
         """
-        wave, rate = recording if isinstance(recording, tuple) else load_audio(recording)
+        if isinstance(recording, tuple):
+            what = "the recording"
+            read = as_recording(*recording, what)
+        else:
+            what = str(recording)
+            read = read_audio(recording, max_bytes=self._max_audio_bytes)
+        wave, rate = read.wave, read.rate
         config, parts = self._decoder_parts
         if config.speaker is None:
             raise MossError(f"{self.folder.path}: this system has one fixed voice, expected no recording of another")
         if "speaker" not in parts:
             raise MossError(f"{self.folder.path}: has no speech_decoder/speaker.safetensors, expected it for a voice")
+        check_speech(wave, rate, what)
         try:
             reply_codes = self.sampling["max_new_tokens"]
             return enrol(wave, rate, self.speech_tokenizer, config, parts["speaker"], reply_codes)
@@ -239,7 +258,8 @@ class System:
         """
         _check_types(voice, conversation, progress)
         settings, seed, voice, notices = self._prepared(reply, voice, seed, sampling)
-        (turns,) = self._with_codes([turns])
+        (turns,), (heard,) = self._with_codes([turns])
+        notices = [*notices, *heard]
         begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
         while True:
             begun = begun.replace(state=self.language_model.go_on(begun.state, settings, ROWS))
@@ -265,7 +285,8 @@ class System:
         """As `reply`, but in pieces while the rest is still being thought of. The arguments are checked at once."""
         _check_types(voice, conversation)
         settings, seed, voice, notices = self._prepared(reply, voice, seed, sampling)
-        (turns,) = self._with_codes([turns])
+        (turns,), (heard,) = self._with_codes([turns])
+        notices = [*notices, *heard]
         decoder = self.speech_decoder if reply == "speech" else None
         begun, told = self.language_model.begin(turns, reply, settings, seed=seed, conversation=conversation)
         rate = decoder.config.sample_rate if decoder else 0
@@ -335,7 +356,7 @@ class System:
         self, questions, reply, voice, batch_size, seed, first_request, progress, settings, notices
     ) -> Iterator[Reply]:
         for first in range(0, len(questions), batch_size):
-            part = self._with_codes(questions[first : first + batch_size])
+            part, heard = self._with_codes(questions[first : first + batch_size])
             state, begin, told = self.language_model.begin_batch(
                 part, reply, settings, seed=seed,
                 requests=range(first_request + first, first_request + first + len(part)),
@@ -352,7 +373,7 @@ class System:
             for row in range(len(part)):
                 answer = self._read(grid[row, begin : begin + lengths[row]], reply, not cut[row], settings)
                 wave = self._speak(answer.codes, voice, seed) if reply == "speech" else None
-                yield replace(answer, wave=wave, notices=(*notices, *told[row], *answer.notices))
+                yield replace(answer, wave=wave, notices=(*notices, *heard[row], *told[row], *answer.notices))
 
     def resume(self, path: str | Path) -> Conversation:
         """A conversation that `Conversation.save` wrote, to ask on with."""
@@ -380,16 +401,23 @@ class System:
             )
         return settings, seed, voice, [*more, *notices]
 
-    def _with_codes(self, questions: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
-        """The same conversations, their recordings encoded to codes together."""
+    def _with_codes(self, questions: Sequence[Sequence[Turn]]) -> tuple[list[list[Turn]], list[list[str]]]:
+        """The same conversations, their recordings encoded to codes together, and notices about each one's recordings.
+
+        Raises:
+            MossError: a recording cannot be read or has no speech.
+        """
         for turns in questions:
             check_turns(turns)
         questions = [list(turns) for turns in questions]
-        spoken = [(turns, i) for turns in questions for i, turn in enumerate(turns) if turn.audio is not None]
-        codes = self.encode([_recording(turns[i]) for turns, i in spoken]) if spoken else []
-        for (turns, i), part in zip(spoken, codes, strict=True):
-            turns[i] = Turn(turns[i].role, codes=part)
-        return questions
+        notices: list[list[str]] = [[] for _ in questions]
+        spoken = [(q, i) for q, turns in enumerate(questions) for i, turn in enumerate(turns) if turn.audio is not None]
+        recordings = [_recording(questions[q][i], self._max_audio_bytes) for q, i in spoken]
+        codes = self.encode([(read.wave, read.rate) for read in recordings]) if spoken else []
+        for (q, i), read, part in zip(spoken, recordings, codes, strict=True):
+            notices[q].extend(read.notices)
+            questions[q][i] = Turn(questions[q][i].role, codes=part)
+        return questions, notices
 
     def _so_far(self, begun: Conversation, settings: GenerationSettings) -> tuple[np.ndarray, bool]:
         """The rows of the reply, and whether more will come. Waits for the device."""
@@ -416,18 +444,25 @@ class System:
         return self.speech_decoder.decode(codes, voice, seed) if len(codes) else SILENCE
 
 
-def load(folder: str | Path = NANO, *, context: int | None = None, mesh: jax.sharding.Mesh | None = None) -> System:
+def load(
+    folder: str | Path = NANO,
+    *,
+    context: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    max_audio_bytes: int = MAX_BYTES,
+) -> System:
     """A system from its folder, ready to answer.
 
     Args:
         folder: nano, which comes with the package, when there is none.
         context: rows that a conversation may have at most; None for what the model was tuned on.
         mesh: lays the language model out over several devices (`moss_jax.sharding.make_mesh`).
+        max_audio_bytes: the most decoded samples of a recording that is given as a file (`moss_jax.audio.read_audio`).
 
     Raises:
         MossError: not a system's folder, or a part of it is missing or damaged.
     """
-    system = System(folder, context=context, mesh=mesh)
+    system = System(folder, context=context, mesh=mesh, max_audio_bytes=max_audio_bytes)
     _ = system.language_model
     return system
 
@@ -457,11 +492,12 @@ def _without_effect(settings: GenerationSettings, reply: str, seed: int, samplin
     return notices
 
 
-def _recording(turn: Turn) -> tuple[np.ndarray, int]:
-    if not isinstance(turn.audio, np.ndarray):
-        return load_audio(turn.audio)
-    wave = turn.audio.mean(1) if turn.audio.ndim == 2 else turn.audio
-    if wave.ndim != 1 or not wave.size or not np.issubdtype(wave.dtype, np.floating):
-        raise MossError(f"turn of {turn.role}: audio is {list(turn.audio.shape)} {turn.audio.dtype}, expected "
-                        "float samples [T] or [T, channels], at least one")  # fmt: skip
-    return wave.astype(np.float32), turn.sample_rate
+def _recording(turn: Turn, max_bytes: int) -> Recording:
+    if isinstance(turn.audio, np.ndarray):
+        what = f"turn of {turn.role}"
+        read = as_recording(turn.audio, turn.sample_rate, what)
+    else:
+        what = str(turn.audio)
+        read = read_audio(turn.audio, max_bytes=max_bytes)
+    check_speech(read.wave, read.rate, what)
+    return read

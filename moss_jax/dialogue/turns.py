@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moss_jax.audio.recording import as_rate
 from moss_jax.documents import check_encodable, shown
 from moss_jax.errors import MossError
 
@@ -19,15 +20,16 @@ class Turn:
     Attributes:
         role: "system", "user" or "assistant".
         text: what was written; every string in it is plain text.
-        audio: a recording: path of a file, or samples [T] or [T, channels] with `sample_rate` in Hz.
+        audio: a recording: path of a file, or samples as `moss_jax.audio.as_recording` takes them.
         codes: speech codes [N], 12.5 a second, as the speech tokenizer makes them.
+        sample_rate: of an array of samples, a whole number of Hz.
     """
 
     role: str
     text: str | None = None
     audio: str | Path | np.ndarray | None = None
     codes: Sequence[int] | np.ndarray | None = None
-    sample_rate: int | None = None
+    sample_rate: int | float | str | None = None
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -40,8 +42,10 @@ class Turn:
             raise MossError(f"turn of {self.role}: text is {type(self.text).__name__}, expected a string")
         if self.text is not None:
             check_encodable(self.text, f"turn of {self.role}: text")
-        if isinstance(self.audio, np.ndarray) and not self.sample_rate:
-            raise MossError(f"turn of {self.role}: audio is an array without a sample_rate in Hz")
+        if isinstance(self.audio, np.ndarray):
+            if self.sample_rate is None:
+                raise MossError(f"turn of {self.role}: audio is an array without a sample_rate in Hz")
+            as_rate(self.sample_rate, f"turn of {self.role}")
         if self.audio is not None and not isinstance(self.audio, (str, Path, np.ndarray)):
             found = type(self.audio).__name__
             raise MossError(f"turn of {self.role}: audio is {found}, expected a path or a numpy array of samples")

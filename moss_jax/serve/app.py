@@ -1,11 +1,13 @@
-"""The page: how the demo looks, and which press leads where. What happens then is in `session`."""
+"""The page: its layout, and which event calls what. What happens then is in `session`."""
 
+import asyncio
 import os
-import secrets
 import shutil
+import socket
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,30 @@ from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.session import OWN_VOICE, Limits, Session
+from moss_jax.serve.sessions import Sessions
 
 try:
     import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import Request
-    from starlette.responses import FileResponse, Response, StreamingResponse
+    from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
+
+    from moss_jax.serve.door import Door, check_root_path
+    from moss_jax.serve.uploads import OnlyUploads, Uploads
 except ImportError as error:
     raise MossError("the demo needs Gradio: pip install 'moss-jax[serve]'") from error
 
 PAGE = Path(__file__).parent / "page"
-WAITING = 20  # questions that may stand in the queue
-KEPT = 3600  # s, recordings that were sent but never asked with
+WAITING = 20  # questions in the queue
+SWEEP = 10.0  # s between two looks for what is too old
 SPEAK, WRITE = "Speak", "Write"
 REPLIES = (("Aloud", "speech"), ("In writing", "text"))
 DEFAULT_VOICE, ONE_VOICE = "no voice in particular", "the one it was trained with"
+REFUSED = "That did not work"
 
 
 class Demo:
@@ -38,77 +49,222 @@ class Demo:
 
     Args:
         name: of the system, as the page shows it.
-        limits: what one person may send.
+        limits: what one person may send, and what is kept of all.
     """
 
     def __init__(self, system: System, name: str, limits: Limits | None = None):
-        self.system, self.name, self.limits = system, name, limits or Limits()
-        self.folder = Path(tempfile.mkdtemp(prefix="moss-jax-demo-"))  # all that lies on disk
-        self.sessions: dict[str, Session] = {}
-        self._feeds: dict[str, SpeechFeed] = {}  # of each session the latest, until it is fetched
+        self.system = system
+        self.name = name
+        self.limits = limits or Limits()
+        self.folder = Path(tempfile.mkdtemp(prefix="moss-jax-demo-"))  # everything that is kept on disk
+        self.sessions = Sessions(system, self.folder / "sessions", self.limits)
+        self.uploads = Uploads(
+            self.folder / "uploads",
+            self.limits.upload_bytes,
+            self.limits.uploads_bytes,
+            self.limits.upload_seconds,
+        )
         self.blocks: gr.Blocks | None = None
+        self._application: FastAPI | None = None
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = threading.Event()
 
-    def launch(self, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> str:
+    def launch(
+        self,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        block: bool = True,
+        allow_hosts: Sequence[str] = (),
+        root_path: str = "",
+    ) -> str:
         """Serves the page and returns its address; with `block` only when Ctrl-C ends it.
 
+        Args:
+            port: None for any free one.
+            allow_hosts: further names that the demo is served under, see `Door`.
+            root_path: the path that a proxy puts before the demo's own, such as /demo.
+
         Raises:
-            MossError: the port is taken.
+            MossError: the port is taken, or `allow_hosts` or `root_path` is malformed.
         """
-        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "uploads")
-        self.blocks = self._layout()
-        self.blocks.queue(max_size=WAITING)
-        routes = [Route("/moss/speech/{session}/{key}", self._speech), Route("/moss/file/{session}/{name}", self._file)]
-        script = (PAGE / "player.js").read_text(encoding="utf-8")
-        fonts = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
+        root_path = check_root_path(root_path)
+        door = Middleware(Door, host=host, allowed=allow_hosts, root_path=root_path)
+        Door(None, host, allow_hosts, root_path)  # the middleware is built later, when an error reaches nobody
+        os.environ["GRADIO_TEMP_DIR"] = str(self.uploads.folder)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            _, address, _ = self.blocks.launch(
-                server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False,
-                max_file_size=self.limits.upload_bytes, app_kwargs={"routes": routes}, footer_links=[],
-                theme=gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
-                css_paths=PAGE / "style.css", head=f"<script>{script}</script>", ssr_mode=False,
-            )  # fmt: skip
+            listener = socket.create_server((host, port or 0), family=family)
         except OSError as error:
             raise MossError(f"{host}:{port}: cannot serve there ({error}); choose another --port") from error
+        port = listener.getsockname()[1]
+        self._application = self._routed(door, root_path)
+        config = uvicorn.Config(
+            self._application,
+            log_level="warning",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._sweep, daemon=True).start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise MossError(f"{host}:{port}: the server ended at once; its reason stands above")
+            self._thread.join(0.01)
         if block:
-            self.blocks.block_thread()
-        return address
+            self.wait()
+        shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"http://{shown}:{port}/"
+
+    def wait(self) -> None:
+        """Returns when the server has ended."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.5)
 
     def close(self) -> None:
         """Ends all answers, stops serving, and removes every file."""
-        for session in list(self.sessions.values()):
-            session.close()
+        self._closed.set()
+        self.sessions.close()
         if self.blocks is not None:
             self.blocks.close(verbose=False)
+        if self._server is not None:
+            # Ends the pages' heartbeats, for which the server would wait.
+            self._loop.call_soon_threadsafe(self._application.routes[-1].app.stop_event.set)
+            self._server.should_exit = True
+            self.wait()
+        self.sessions.close()  # what a last request has created
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _serve(self, listener: socket.socket) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=[listener])
+
+        asyncio.run(serve())
+
+    def _sweep(self) -> None:
+        while not self._closed.wait(SWEEP):
+            self.sessions.sweep()
+            self.uploads.sweep()
+
+    def _routed(self, door: Middleware, root_path: str) -> FastAPI:
+        self.blocks = self._layout()
+        self.blocks.queue(max_size=WAITING, api_open=False)
+        self.blocks.state_session_capacity = 4 * self.limits.sessions
+        routes = [
+            Route("/moss/speech/{session}/{key}", self._speech),
+            Route("/moss/file/{session}/{name}", self._file),
+            # In place of Gradio's own.
+            Route("/gradio_api/upload", self.uploads.receive, methods=["POST"]),
+            Route("/gradio_api/upload_progress", self._progress),
+            Route("/gradio_api/file={path:path}", self._uploaded),
+        ]
+        # Without a policy of its own Gradio lets pages of any other server read the answers; this one lets none.
+        middleware = [door, Middleware(CORSMiddleware), Middleware(OnlyUploads, uploads=self.uploads)]
+        application = FastAPI(routes=routes, middleware=middleware, openapi_url=None)
+        fonts = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
+        script = (PAGE / "player.js").read_text(encoding="utf-8")
+        gr.mount_gradio_app(
+            application,
+            self.blocks,
+            path="/",
+            root_path=root_path or None,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            show_error=False,
+            ssr_mode=False,
+            mcp_server=False,
+            max_file_size=self.limits.upload_bytes,
+            theme=gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "monospace")),
+            css_paths=PAGE / "style.css",
+            head=f"<script>{script}</script>",
+        )
+        return application
 
     # What the page asks for.
 
-    def _session(self, request: gr.Request) -> Session:
-        name = request.session_hash
-        if name not in self.sessions:
-            self.sessions[name] = Session(self.system, self.folder / secrets.token_hex(8), self.limits)
-        return self.sessions[name]
+    def _ask(
+        self,
+        request: gr.Request,
+        recording: str | None = None,
+        text: str | None = None,
+        you: str = SPEAK,
+        reply: str = "speech",
+        voice: str | None = None,
+        system_turn: str | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        greedy: bool | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[dict]:
+        """Asks a question, recorded or written, and answers it.
 
-    def _ask(self, request: gr.Request, recording, text, you, reply, voice, system_turn, *values) -> Iterator[dict]:
-        parts, session = self._parts, self._session(request)
-        files = f"moss/file/{session.key}"
+        The conversation goes on from this client's questions before. A question that cannot be taken is an error.
+        """
+        sampling = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "greedy": greedy,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+        }
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        parts = self._parts
+        session = None
+        try:
+            question = _question(recording, text, you)
+            with self.sessions.use(request.session_hash) as session:
+                pieces = session.ask(
+                    **question,
+                    reply=reply,
+                    system_turn=DEFAULT_SYSTEM[reply] if system_turn is None else system_turn,
+                    voice=None if voice in (DEFAULT_VOICE, ONE_VOICE) else voice,
+                    seed=seed,
+                    **sampling,
+                )
+                yield from self._answer(session, pieces, reply)
+            return
+        except MossError as error:
+            refused = _sentence(error)
+        except Exception:
+            traceback.print_exc()
+            refused = "The answer failed inside. The terminal of the server says why."
+        finally:
+            if recording is not None:
+                self.uploads.release(recording)
+        # The page gets the conversation as it was before; then page and program get the error.
+        talk = self._talk(session) if session is not None else gr.skip()
+        yield {parts["talk"]: talk, parts["live"]: "", parts["recording"]: None, **self._busy(False)}
+        raise _error(refused, REFUSED)
+
+    def _answer(self, session: Session, pieces: Iterator, reply: str) -> Iterator[dict]:
+        """What the page shows while the pieces come, and afterwards."""
+        parts = self._parts
         feed = SpeechFeed(self.system.speech_decoder.config.sample_rate) if reply == "speech" else None
         address = f"moss/speech/{session.key}/{feed.key}" if feed else ""
-        refused = {}
+        if feed:
+            session.feed = feed
         try:
-            pieces = session.ask(
-                text=(text or "") if you == WRITE else None, recording=recording if you == SPEAK else None, reply=reply,
-                system_turn=system_turn, voice=None if voice in (DEFAULT_VOICE, ONE_VOICE) else voice,
-                **dict(zip(parts["sampling"], values, strict=True)),
-            )  # fmt: skip
-            if feed:
-                self._feeds[session.key] = feed
             yield {
-                parts["talk"]: cards.conversation(session.entries, files),
+                parts["talk"]: self._talk(session),
                 parts["live"]: cards.answering(reply, feed=address),
-                parts["recording"]: None, parts["text"]: "", **self._busy(True),
-            }  # fmt: skip
-            words, speaking = "", False
+                parts["recording"]: None,
+                parts["text"]: "",
+                **self._busy(True),
+            }
+            words = ""
+            speaking = False
             for piece in pieces:
                 words += piece.text
                 begins = piece.wave.size > 0 and not speaking
@@ -117,78 +273,82 @@ class Demo:
                 if piece.text or begins:  # the card stays as it is otherwise
                     speaking |= begins
                     yield {parts["live"]: cards.answering(reply, words, speaking, address)}
-        except MossError as error:
-            refused = {parts["recording"]: None}
-            gr.Warning(escape(_sentence(error)), title="That did not work")
-        except Exception:
-            refused = {parts["recording"]: None}
-            traceback.print_exc()
-            gr.Warning("The answer failed inside. The terminal of the server says why.", title="That did not work")
         finally:
+            pieces.close()  # where the client has gone; a question without an answer is forgotten
             if feed:
                 feed.finish()
-            self._drop(recording)
-        talk = cards.conversation(session.entries, files)
-        yield {parts["talk"]: talk, parts["live"]: "", **refused, **self._busy(False)}
+        yield {parts["talk"]: self._talk(session), parts["live"]: "", **self._busy(False)}
+
+    def _talk(self, session: Session) -> str:
+        return cards.conversation(session.entries, f"moss/file/{session.key}")
 
     def _busy(self, busy: bool) -> dict:
         return {self._parts["ask"]: gr.Button(interactive=not busy)}
 
     def _stop(self, request: gr.Request) -> None:
-        self._session(request).stop()
+        """Ends the answer that is being generated; what was generated stays."""
+        session = self.sessions.get(request.session_hash)
+        if session is not None:
+            session.stop()
 
     def _clear(self, request: gr.Request) -> tuple[str, str, None, str]:
-        self._session(request).clear()
+        """Forgets the conversation and removes its recordings."""
+        self.sessions.clear(request.session_hash)
         return cards.EMPTY, "", None, ""
 
-    def _enrol(self, request: gr.Request, recording: str | None) -> tuple[None, Any, str]:
-        session = self._session(request)
-        told, voice = "", gr.skip()
+    def _enrol(self, request: gr.Request, recording: str | None = None) -> Iterator[tuple[None, Any, str]]:
+        """Answers with the voice "my recording" sound like this recording from now on."""
+        if recording is None:  # the page has cleared it
+            yield None, gr.skip(), ""
+            return
         try:
-            if recording is not None:
+            with self.sessions.use(request.session_hash) as session:
                 seconds = session.enrol(recording)
-                choices = [*self._voices(), OWN_VOICE]
-                told = f"Answers now sound like your recording of {seconds:.1f} s."
-                voice = gr.Dropdown(choices, value=OWN_VOICE)
+            voice = gr.Dropdown([*self._voices(), OWN_VOICE], value=OWN_VOICE)
+            yield None, voice, f"Answers now sound like your recording of {seconds:.1f} s."
+            return
         except MossError as error:
-            gr.Warning(escape(_sentence(error)), title="No voice from this")
+            refused = _sentence(error)
         finally:
-            self._drop(recording)
-        return None, voice, told
+            self.uploads.release(recording)
+        yield None, gr.skip(), ""
+        raise _error(refused, "No voice from this")
 
     def _leave(self, request: gr.Request) -> None:
-        session = self.sessions.pop(request.session_hash, None)
-        if session is not None:
-            session.close()
-            self._feeds.pop(session.key, None)
-
-    def _drop(self, upload: str | None) -> None:
-        """Removes what was sent, wherever Gradio has put it below our folder."""
-        if upload is not None and Path(upload).is_relative_to(self.folder):
-            Path(upload).unlink(missing_ok=True)
+        self.sessions.leave(request.session_hash)
 
     # What the browser fetches by itself. Keys are secrets, so that a page reaches its own files only.
 
     def _speech(self, request: Request) -> Response:
-        feed = self._feeds.get(request.path_params["session"])
+        session = self.sessions.with_key(request.path_params["session"])
+        feed = session.feed if session is not None else None
         if feed is None or feed.key != request.path_params["key"]:
-            return Response("no such answer, or it has been fetched already", 404)
-        del self._feeds[request.path_params["session"]]
+            return PlainTextResponse("no such answer, or it has been fetched already", 404)
+        session.feed = None
         headers = {"X-Sample-Rate": str(feed.sample_rate), "Cache-Control": "no-store"}
         return StreamingResponse(iter(feed), media_type="application/octet-stream", headers=headers)
 
     def _file(self, request: Request) -> Response:
-        key, name = request.path_params["session"], request.path_params["name"]
-        session = next((session for session in self.sessions.values() if session.key == key), None)
-        path = session.file(name) if session else None
+        session = self.sessions.with_key(request.path_params["session"])
+        path = session.file(request.path_params["name"]) if session is not None else None
         if path is None or not path.is_file():
-            return Response("no such file; it went with its conversation", 404)
+            return PlainTextResponse("no such file; it went with its conversation", 404)
         return FileResponse(path, headers={"Cache-Control": "no-store"})
+
+    def _uploaded(self, request: Request) -> Response:
+        path = Path(request.path_params["path"])
+        if not (self.uploads.holds(path) and path.is_file()):
+            return PlainTextResponse("no such recording", 404)
+        headers = {"Cache-Control": "no-store", "Content-Disposition": "attachment"}
+        return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+    def _progress(self, request: Request) -> Response:
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     # How it looks.
 
     def _layout(self) -> gr.Blocks:
-        with gr.Blocks(title="MOSS-Speech", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
+        with gr.Blocks(title="MOSS-Speech", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             gr.HTML(
                 "<h1>MOSS-Speech</h1><p>Ask aloud or in writing. The answer is spoken while it is still being made. "
                 f"Speaking here: <b>{escape(self.name)}</b></p>", elem_id="moss-head",
@@ -223,8 +383,7 @@ class Demo:
                             elem_id="moss-system",
                         )
                     sampling = _sampling_panel(self.system.sampling)
-            self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask,
-                           "sampling": list(sampling)}  # fmt: skip
+            self._parts = {"talk": talk, "live": live, "recording": recording, "text": text, "ask": ask}
             asking = {
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
@@ -237,8 +396,22 @@ class Demo:
             # Who begins to speak interrupts the answer.
             gr.on([stop.click, recording.start_recording], self._stop, queue=False, api_name="stop")
             clear.click(self._clear, outputs=[talk, live, recording, text], queue=False, api_name="clear")
-            you.change(_inputs_shown, you, [recording, text, ask], queue=False, show_progress="hidden")
-            reply.change(_system_turn, [reply, system_turn], system_turn, queue=False, show_progress="hidden")
+            you.change(
+                _inputs_shown,
+                you,
+                [recording, text, ask],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            reply.change(
+                _system_turn,
+                [reply, system_turn],
+                system_turn,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
             if own is not None:
                 gr.on(
                     [own.upload, own.stop_recording], self._enrol, own, [own, voice, told], concurrency_limit=1,
@@ -305,6 +478,26 @@ def _inputs_shown(you: str) -> tuple[Any, Any, Any]:
 def _system_turn(reply: str, shown: str) -> Any:
     """The released driver's system prompt of the kind of answer, unless somebody wrote another one."""
     return DEFAULT_SYSTEM[reply] if shown in DEFAULT_SYSTEM.values() else gr.skip()
+
+
+def _question(recording: str | None, text: str | None, you: str) -> dict[str, str]:
+    """The question as a keyword of `Session.ask`: of the kind that the page shows, or else the one that is there.
+
+    Raises:
+        MossError: there is none.
+    """
+    spoken = {"recording": recording} if recording is not None else None
+    written = {"text": text} if text is not None and text.strip() else None
+    question = (spoken or written) if you == SPEAK else (written or spoken)
+    if question is None:
+        what = "record a question or choose a file" if you == SPEAK else "write a question"
+        raise MossError(f"{what} first")
+    return question
+
+
+def _error(sentence: str, title: str) -> gr.Error:
+    # The page shows the message as HTML; quotes may stay, so that programs get them as they are.
+    return gr.Error(escape(sentence, quote=False), title=title, print_exception=False)
 
 
 def _sentence(error: MossError) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moss_jax.audio.pcm import to_pcm16
+
 
 class SpeechFeed:
     """What is pushed on one side comes out as bytes on the other, 16-bit little-endian mono; for one listener."""
@@ -28,5 +30,5 @@ class SpeechFeed:
 
 
 def samples(wave: np.ndarray) -> bytes:
-    """A wave as 16-bit samples, scaled as a wav file has them."""
-    return np.clip(np.rint(wave * 32768), -32768, 32767).astype("<i2").tobytes()
+    """A wave as 16-bit samples, as a wav file has them."""
+    return to_pcm16(wave).tobytes()

@@ -2,34 +2,46 @@
 
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moss_jax.audio.wave import load_audio, save_audio
-from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System, generation_settings
+from moss_jax.arguments import check_seed
+from moss_jax.audio import Recording, check_speech, load_audio, read_audio, save_audio
+from moss_jax.audio.features import MEL_24K
+from moss_jax.dialogue.settings import DRAWING
+from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.serve.picture import draw
+from moss_jax.serve.feed import SpeechFeed
+from moss_jax.serve.picture import draw, mel
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.speech_tokenizer.encode import LENGTHS
 
+WARM_SECONDS = 15.0  # questions and answers up to this length compile nothing after `warm_up`
 OWN_VOICE = "my recording"  # among the voices' names: the one that this person enrolled
-QUIET = 1e-3  # of full scale; a recording whose loudest sample lies below holds no question
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one person may send."""
+    """What one person may send, and how much the demo keeps of everybody."""
 
-    upload_bytes: int = 25 * 2**20
+    upload_bytes: int = 25 * 2**20  # of one file
+    uploads_bytes: int = 500 * 2**20  # of all files that no question has used yet
+    upload_seconds: float = 600.0  # how long such a file is kept
+    decoded_bytes: int = 256 * 2**20  # of one recording: samples x channels x 4
     question_seconds: float = 60.0
-    question_characters: int = 4000
+    question_characters: int = 4000  # of the system prompt too
     voice_seconds: float = 30.0
+    sessions: int = 32
+    session_bytes: int = 200 * 2**20  # of the recordings of one conversation
+    idle_seconds: float = 3600.0  # after which an unused session is removed
 
 
 @dataclass(eq=False)
@@ -54,7 +66,7 @@ class Entry:
 @dataclass
 class _Question:
     entry: Entry
-    wave: tuple[np.ndarray, int] | None  # (samples, rate in Hz) of a spoken one
+    recording: Recording | None  # of a spoken one
     asked: float  # clock
     epoch: int  # of the conversation that it belongs to
 
@@ -77,6 +89,8 @@ class Session:
 
     def __post_init__(self):
         self.key = secrets.token_urlsafe(16)
+        self.used = time.monotonic()  # when it was last asked or looked at
+        self.feed: SpeechFeed | None = None  # the latest answer's sound, until it is fetched
         self.folder.mkdir(parents=True)
         self._guard = threading.Lock()  # of entries and files against `clear`
         self._drawing = threading.Lock()  # one picture at a time
@@ -101,7 +115,7 @@ class Session:
             reply: "speech" or "text".
             system_turn: when it is another one than before, the conversation so far is told to the model once more.
             voice: a name in the system, OWN_VOICE, or None for the system's default.
-            sampling: keywords of `generation_settings`.
+            sampling: keywords of `System.settings`.
 
         Returns:
             The pieces of the answer, as they come. Afterwards the answer is the last of `entries`.
@@ -111,11 +125,17 @@ class Session:
                 is then forgotten.
         """
         asked = time.perf_counter()
-        generation_settings(**self.system.sampling | sampling)
+        self.system.settings(**sampling)
+        if sampling.get("greedy"):  # a reply would say that these have no effect
+            sampling = {name: value for name, value in sampling.items() if name not in DRAWING}
         if not system_turn.strip():
             raise MossError("the system prompt is empty; it tells the assistant how to answer")
-        if not 0 <= seed < 2**32:
-            raise MossError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
+        most = self.limits.question_characters
+        if len(system_turn) > most:
+            raise MossError(
+                f"the system prompt has {len(system_turn)} characters, at most {most} are taken; shorten it"
+            )
+        seed = check_seed(seed)
         if voice == OWN_VOICE:
             if self.voice is None:
                 raise MossError("there is no recording of your voice yet; upload or record one, or choose another")
@@ -125,10 +145,10 @@ class Session:
         if text is not None:
             question = _Question(self._written(text), None, asked, self._epoch)
         else:
-            wave = _load(recording, self.limits.question_seconds, "question", self.limits)
-            question = _Question(Entry(None, "user"), wave, asked, self._epoch)
+            read = _load(recording, self.limits.question_seconds, "question", self.limits)
+            question = _Question(Entry(None, "user", notices=read.notices), read, asked, self._epoch)
             with self._guard:
-                self._keep_wave(question.entry, *wave)
+                self._keep_wave(question.entry, read.wave, read.rate)
         self._stopped.clear()
         with self._guard:
             self.entries.append(question.entry)
@@ -164,9 +184,9 @@ class Session:
         """
         if not self.system.enrols:
             raise MossError("this system speaks with its own voices only: it has no speaker network")
-        wave, rate = _load(recording, self.limits.voice_seconds, "voice recording", self.limits)
-        self.voice = self.system.enrol((wave, rate))
-        return len(wave) / rate
+        read = _load(recording, self.limits.voice_seconds, "voice recording", self.limits)
+        self.voice = self.system.enrol((read.wave, read.rate))
+        return len(read.wave) / read.rate
 
     def file(self, name: str) -> Path | None:
         """An entry's sound or picture by its name, or None. A picture is drawn when it is first asked for, so that
@@ -202,8 +222,9 @@ class Session:
     def _answer(self, question: _Question, reply, system_turn, voice, seed, sampling) -> Iterator[Piece]:
         done = False
         try:
-            if question.wave is not None:
-                question.entry.turn = Turn("user", codes=self.system.encode([question.wave])[0])
+            if question.recording is not None:
+                heard = (question.recording.wave, question.recording.rate)
+                question.entry.turn = Turn("user", codes=self.system.encode([heard])[0])
             if question.epoch != self._epoch:
                 return
             turns = [question.entry.turn]
@@ -252,27 +273,46 @@ class Session:
                 question.entry.audio.unlink(missing_ok=True)
 
     def _keep_wave(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
+        kept = sum(path.stat().st_size for path in self.folder.iterdir())
+        if kept + 2 * len(wave) > self.limits.session_bytes:
+            most = self.limits.session_bytes / 2**20
+            raise MossError(f"the recordings of this conversation have more than {most:.0f} MB; clear it and ask anew")
         self._count += 1
-        entry.audio, entry.seconds = self.folder / f"{self._count}-{entry.role}.wav", len(wave) / rate
+        entry.audio = self.folder / f"{self._count}-{entry.role}.wav"
+        entry.seconds = len(wave) / rate
         save_audio(entry.audio, wave, rate)
 
 
 def warm_up(system: System, say: Any = lambda line: None) -> None:
-    """Compiles what the first answers need, so that nobody waits for it in the page: spoken and written answers to a
-    spoken question and to one that goes on from it, each stopped at once. The second is long, so that a conversation
-    that begins with a small cache has outgrown it once, where it can."""
-    silence = np.zeros(20 * 16000, np.float32)
+    """Compiles what the first answers need, so that nobody waits for it in the page.
+
+    That is: a question of each length that is compiled separately, up to WARM_SECONDS; spoken and written answers to a
+    spoken question and to one that follows it, each stopped at once; and the pictures. The second question is long, so
+    that a conversation that begins with a small cache has outgrown it once, where it can.
+    """
+    say("getting ready to listen")
+    tokenizer = system.speech_tokenizer
+    rate = tokenizer.config.sample_rate
+    noise = np.random.default_rng(0).normal(0, 0.1, 20 * rate).astype(np.float32)
+    for sixteenths in LENGTHS:
+        samples = sixteenths * tokenizer.config.samples_per_segment // 16
+        if samples <= WARM_SECONDS * rate:
+            tokenizer.encode([noise[:samples]])
     for reply in ("speech", "text"):
         say(f"getting ready to answer in {reply}")
         conversation = None
         for seconds in (2, 20):
-            question = Turn("user", audio=silence[: seconds * 16000], sample_rate=16000)
+            question = Turn("user", audio=noise[: seconds * rate], sample_rate=rate)
             stream = system.stream([question], reply=reply, conversation=conversation)
             for _ in stream:
                 stream.stop()
             conversation = stream.reply.conversation
             if conversation.state.capacity == system.language_model.context:
                 break  # it cannot grow
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder) / "picture.png", noise[:rate], rate, "user")
+    for seconds in (2, 4, 8, 15):
+        mel(np.zeros(seconds * MEL_24K.sample_rate, np.float32))
 
 
 def _turn(said: Reply, reply: str) -> Turn | None:
@@ -281,39 +321,20 @@ def _turn(said: Reply, reply: str) -> Turn | None:
     return Turn("assistant", text=said.text) if said.text.strip() else None
 
 
-def _load(path: str | Path, most: float, what: str, limits: Limits) -> tuple[np.ndarray, int]:
-    """A recording that somebody sent: (wave float32 [samples], rate in Hz). The server's paths stay out of errors."""
+def _load(path: str | Path, most: float, what: str, limits: Limits) -> Recording:
+    """A recording that somebody sent. The server's paths stay out of errors and notices.
+
+    Raises:
+        MossError: it is too long, cannot be read, or has no speech.
+    """
     path = Path(path)
     size = path.stat().st_size if path.is_file() else 0
     if size > limits.upload_bytes:
         most_mb = limits.upload_bytes / 2**20
         raise MossError(f"the {what} has {size / 2**20:.1f} MB, at most {most_mb:.0f} MB are taken; send a shorter one")
     try:
-        seconds = _promised_seconds(path)
-        if seconds <= most:
-            wave, rate = load_audio(path)
-            seconds = len(wave) / rate
+        read = read_audio(path, max_bytes=limits.decoded_bytes, max_seconds=most)
     except MossError as error:
         raise MossError(str(error).replace(str(path), f"the {what}")) from error
-    if seconds > most:
-        raise MossError(f"the {what} is {seconds:.1f} s long, at most {most:.0f} s are taken; send a shorter one")
-    if np.abs(wave).max() < QUIET:
-        raise MossError(f"the {what} is silent; check that the right microphone is chosen and not muted")
-    return wave, rate
-
-
-def _promised_seconds(path: Path) -> float:
-    """What the header says, before anything is decoded; 0 where it says nothing. `load_audio` tells what is wrong."""
-    import soundfile
-
-    try:
-        return soundfile.info(path).duration
-    except (soundfile.LibsndfileError, OSError):
-        pass
-    try:
-        import av
-
-        with av.open(str(path)) as container:
-            return (container.duration or 0) / av.time_base
-    except (ImportError, OSError, ValueError):  # av.FFmpegError is one of both
-        return 0.0
+    check_speech(read.wave, read.rate, f"the {what}")
+    return replace(read, notices=tuple(notice.replace(str(path), f"the {what}") for notice in read.notices))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jax.audio.wave import load_audio, resample
+from moss_jax.audio import load_audio, resample, to_pcm16
 from moss_jax.data.nano import domain
 from moss_jax.errors import MossError
 from moss_jax.evaluate.judge import RATE
@@ -124,7 +124,7 @@ class NanoJudge:
         wave = wave * (POWER / np.sqrt(np.mean(np.square(wave)) + 1e-12))
         wave = wave + np.random.default_rng(0).standard_normal(len(wave)).astype(np.float32) * NOISE
         self._decoder.start_utt()
-        self._decoder.process_raw((np.clip(wave, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
+        self._decoder.process_raw(to_pcm16(wave).tobytes(), full_utt=True)
         self._decoder.end_utt()
         found = self._decoder.hyp()
         return "" if found is None else found.hypstr

@@ -1,6 +1,9 @@
 // Plays an answer while it is being made. An element with data-speech="ADDRESS" that appears in the page is the sign:
 // the address answers with raw 16-bit mono samples, and each portion is put behind the one before.
 (() => {
+  // What Gradio calls is below the page's own address, whatever a proxy has changed of scheme, host, port and path.
+  if (window.gradio_config) window.gradio_config.root = new URL(".", location.href).href.replace(/\/$/, "");
+
   const LEAD = 0.06; // s between a portion's arrival and its sound, where nothing is playing
   const player = {
     stats: [], // of each answer: pressed, opened, first (s of the page's clock), samples, gaps, gapSeconds, done
