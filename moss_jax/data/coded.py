@@ -48,7 +48,7 @@ def encode_manifests(
     wanted = list(dict.fromkeys(place for path in paths for place in _recordings(path, lines[path])))
     room = SystemFolder(model).room("speech_tokenizer")
     with folder_lock(out):
-        _encode(paths, lines, wanted, room, out, say)
+        _encode(paths, lines, wanted, room, out, say, max_audio_bytes)
 
 
 def _encode(
@@ -58,6 +58,7 @@ def _encode(
     room: Path,
     out: Path,
     say: Say,
+    max_audio_bytes: int,
 ) -> None:
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
