@@ -8,8 +8,8 @@
 One line of JSON for each recording, in the order given: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
 Recordings of any rate, length and channel count are read (docs/audio.md lists the containers); several channels are
 averaged. A recording gets the same codes in any company. When one cannot be read, nothing is written. `moss-jax decode`
-turns codes into sound again. With --manifests the folder CODED gets the same manifests with codes in the place of recordings, each
-recording encoded once; the same command goes on where it was stopped.
+turns codes into sound again. With --manifests the folder CODED gets the same manifests with codes in the place of
+recordings, each recording encoded once; run the same command again to resume.
 """
 
 import json
