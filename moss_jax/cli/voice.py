@@ -37,12 +37,11 @@ def run(args) -> int:
     from moss_jax.dialogue.system import System
     from moss_jax.dialogue.voice import save_voice
 
+    system = System(system_folder(args))
+    stored = None if args.name is None else system.folder.voice_path(args.name)
     name = source_name(args.recording)
     recording = read_audio(args.recording, max_bytes=args.max_audio_mib * 2**20)
     check_speech(recording.wave, recording.rate, name)
-
-    system = System(system_folder(args))
-    stored = None if args.name is None else system.folder.voice_path(args.name)
     try:
         voice = system.enrol((recording.wave, recording.rate))
     except MossError as error:

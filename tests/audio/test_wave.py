@@ -1,5 +1,6 @@
 """Loading, saving and resampling."""
 
+import subprocess
 import sys
 
 import jax
@@ -147,6 +148,15 @@ def published_resample(wave, old, new, zeros=6, rolloff=0.99):
 
 
 RATES = [(44100, 16000), (48000, 16000), (24000, 16000), (44100, 24000), (16000, 24000), (8000, 16000), (96000, 16000)]
+RATES += [
+    (8001, 16000),
+    (22254, 16000),
+    (44101, 24000),
+    (47999, 16000),
+    (192000, 16000),
+    (655350, 16000),
+    (1000, 768000),
+]
 
 
 @pytest.mark.parametrize("rates", RATES)
@@ -157,6 +167,37 @@ def test_resample_is_the_published_formula(rates, length):
     ours = resample(wave, *rates)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, published_resample(wave, *rates), atol=2e-6)
+
+
+@pytest.mark.parametrize("rate", [1000, 8001, 22051, 44101, 47999, 65537, 655350, 767999, 768000])
+@pytest.mark.parametrize("to_rate", [16000, 24000])
+def test_a_tone_at_any_rate_keeps_its_frequency_and_level(rate, to_rate):
+    wave = (0.5 * np.sin(2 * np.pi * 100 * np.arange(rate) / rate)).astype(np.float32)
+    ours = resample(wave, rate, to_rate)
+    expected = 0.5 * np.sin(2 * np.pi * 100 * np.arange(len(ours)) / to_rate)
+    assert len(ours) == to_rate
+    middle = slice(to_rate // 10, -to_rate // 10)
+    np.testing.assert_allclose(ours[middle], expected[middle], atol=2e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("rate", [44101, 767999])
+def test_unusual_rates_need_little_memory(rate):
+    code = (
+        "import resource, sys; import numpy as np, scipy.signal; from moss_jax.audio import resample\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)); rate = int(sys.argv[1])\n"
+        "for seconds in (1, 3): resample(np.zeros(seconds * rate, np.float32), rate, 16000)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(rate)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 400  # MiB
+
+
+def test_a_jax_wave_with_an_unusual_ratio_of_rates_is_refused():
+    with pytest.raises(MossError, match="expected a numpy wave"):
+        resample(jax.numpy.zeros(1000), 44101, 16000)
 
 
 def test_resample_under_jit_and_with_leading_axes():

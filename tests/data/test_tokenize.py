@@ -377,3 +377,26 @@ def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
         (tmp_path / "data.part" / "shard-00001.json").unlink()  # it was about to clear up
         assert main(arguments) == 0
     assert content(tmp_path / "data") == content(whole)
+
+
+@pytest.mark.parametrize("format", ["speech", "decoder"])
+def test_recordings_without_speech_are_listed_by_line(system, tmp_path, capsys, format):
+    """Beside them a FLAC file whose header does not know its length, which is read."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 16000)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
+    soundfile.write(tmp_path / "one.wav", np.array([0.1]), 16000)
+    soundfile.write(tmp_path / "quiet.wav", noise * 1e-4, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "open.flac", noise, 16000)
+    data = bytearray((tmp_path / "open.flac").read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    (tmp_path / "open.flac").write_bytes(data)
+    names = ["open.flac", "silence.wav", "one.wav", "quiet.wav"]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"audio": name}) + "\n" for name in names))
+    assert main(command(tmp_path, system, tmp_path / "data", format=format, manifest="m.jsonl")) == 2
+    error = capsys.readouterr().err
+    for line, message in ((2, "no speech found"), (3, "too short to hold speech"), (4, "no speech found")):
+        assert f"line {line}: {tmp_path / names[line - 1]}: " in error and message in error
+    assert "line 1" not in error
+    (tmp_path / "good.jsonl").write_text(json.dumps({"audio": "open.flac"}) + "\n")
+    assert main(command(tmp_path, system, tmp_path / "data2", format=format, manifest="good.jsonl")) == 0
