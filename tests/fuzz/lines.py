@@ -1,0 +1,98 @@
+"""Damaged JSON lines: questions of `chat --jsonl`, manifests of `tokenize`, codes of `decode`.
+
+What a reader accepts is used as the verbs use it: written turns become rows, names become file names and output.
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from moss_jax.data.manifest import FORMATS, Manifest
+from moss_jax.dialogue.grid import prompt_grid
+from moss_jax.dialogue.questions import read_questions
+from moss_jax.files import write_text
+from moss_jax.speech_decoder.codes import read_codes
+from moss_jax.transformer import TINY
+from tests.fuzz import audio, text
+from tests.fuzz.documents import CHANGES, changed, json_text
+from tests.fuzz.edits import edited, edits
+
+LINES = (
+    {"text": "Good morning."},
+    {"id": "x", "audio": "a.wav"},
+    {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.2], ["day", 0.2, 0.3]]},
+    {"shard": "x.tar", "audio": "a.wav", "text": "Hello"},
+    {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "Yes."}]},
+    {"turns": [{"role": "system", "text": "Be brief."}, {"role": "user", "codes": [1, 2, 3]}]},
+    {"path": "a.wav", "codes": [1, 2, 3]},
+)
+READERS = ("questions", "codes", *FORMATS)
+SEPARATORS = ("\n", "\r\n", "\r", "\u2028", "\n\n", "")
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-8")
+
+CASES = st.fixed_dictionaries({
+    "reader": st.sampled_from(READERS),
+    "lines": st.lists(
+        st.tuples(st.sampled_from(range(len(LINES))), st.one_of(st.just([]), CHANGES)), min_size=1, max_size=3
+    ),
+    "separator": st.sampled_from(SEPARATORS),
+    "encoding": st.sampled_from(ENCODINGS),
+    "ascii": st.booleans(),
+    "edits": st.one_of(st.just([]), edits(2)),
+})  # fmt: skip
+
+
+def run(case: dict, folder: Path) -> None:
+    (folder / "a.wav").write_bytes(audio.recording("wav"))
+    (folder / "d").mkdir()
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("a.wav")
+        member.size = len(audio.recording("wav"))
+        tar.addfile(member, io.BytesIO(audio.recording("wav")))
+    lines = [json_text(changed(LINES[number], changes), case["ascii"]) for number, changes in case["lines"]]
+    content = (
+        case["separator"]
+        .join(lines)
+        .encode(case["encoding"], "surrogatepass" if "utf" in case["encoding"] else "replace")
+    )
+    path = folder / "lines.jsonl"
+    path.write_bytes(edited(content, case["edits"]))
+    if case["reader"] == "questions":
+        _questions(path)
+    elif case["reader"] == "codes":
+        _codes(path)
+    else:
+        _manifest(path, case["reader"])
+
+
+def _questions(path: Path) -> None:
+    for question in read_questions(path, system="Be kind."):
+        turns = [turn for turn in question.turns if turn.audio is None]
+        prompt_grid(turns, "speech", text.tokenizer(), TINY)
+        _output(question.name, path.parent)
+
+
+def _codes(path: Path) -> None:
+    for name, codes in read_codes(path):
+        assert codes.ndim == 1
+        assert codes.dtype.kind in "iu"
+        _output(name, path.parent)
+
+
+def _manifest(path: Path, kind: str) -> None:
+    manifest = Manifest(path, kind, code_count=TINY.eosp_id)
+    for document in manifest.documents():
+        written = [turn for turn in document.turns if turn.text]
+        prompt_grid(written, "text", text.tokenizer(), TINY)
+        text.tokenizer().encode(document.text or "")
+        document.name.encode()
+    manifest.fingerprint(0, len(manifest))
+
+
+def _output(name: str, folder: Path) -> None:
+    """The name of an answer is printed as JSON and becomes the name of a file."""
+    json.dumps({"id": name}, ensure_ascii=False).encode()
+    write_text(folder / "d" / f"{name}.txt", name)
