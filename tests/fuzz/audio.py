@@ -1,6 +1,7 @@
 """Damaged recordings of every container that we read: `load_audio`, then `resample` to 16 kHz."""
 
 import io
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import soundfile
 from hypothesis import strategies as st
 
 from moss_jax.audio.wave import load_audio, resample
-from tests.fuzz.edits import edited, edits
+from tests.fuzz.edits import NUMBERS, edited, edits
 
 # name: (libsndfile's format and subtype, rate in Hz, channels)
 SNDFILE = {
@@ -34,17 +35,38 @@ SEEDS = (*SNDFILE, *LIBAV)
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm", ".aiff", "")
 SECONDS = 0.3
 
-CASES = st.fixed_dictionaries({
-    "seed": st.sampled_from(SEEDS),
-    "other": st.sampled_from(SEEDS),
-    "edits": edits(),
-    "suffix": st.sampled_from(SUFFIXES),
-})  # fmt: skip
+
+def _around(*usual: int) -> st.SearchStrategy[int]:
+    """One of the usual numbers, or any other one."""
+    return st.one_of(st.sampled_from(usual), st.sampled_from(NUMBERS), st.integers(0, 2**64 - 1))
+
+
+CASES = st.one_of(
+    st.fixed_dictionaries({
+        "seed": st.sampled_from(SEEDS),
+        "other": st.sampled_from(SEEDS),
+        "edits": edits(),
+        "suffix": st.sampled_from(SUFFIXES),
+    }),
+    st.fixed_dictionaries({
+        "container": st.sampled_from(["wav", "rf64", "flac"]),
+        "suffix": st.sampled_from(SUFFIXES),
+        "rate": st.one_of(st.integers(1, 800_000), _around(8000, 16000, 22254, 44101, 655_350)),
+        "channels": _around(1, 2, 6, 8),
+        "bits": _around(8, 16, 24, 32),
+        "coding": _around(1, 3, 6, 7, 17, 0xFFFE),
+        "frames": _around(0, 1, 2000, 4000),
+        "size": _around(0, 8, 8000),
+    }),
+)  # fmt: skip
 
 
 def run(case: dict, folder: Path) -> None:
     path = folder / f"recording{case['suffix']}"
-    path.write_bytes(edited(recording(case["seed"]), case["edits"], recording(case["other"])))
+    if "seed" in case:
+        path.write_bytes(edited(recording(case["seed"]), case["edits"], recording(case["other"])))
+    else:
+        path.write_bytes(_claimed(case))
     wave, rate = load_audio(path)
     assert wave.dtype == np.float32
     assert wave.ndim == 1
@@ -54,6 +76,27 @@ def run(case: dict, folder: Path) -> None:
     at_16k = resample(wave, rate, 16000)
     assert at_16k.dtype == np.float32
     assert np.isfinite(at_16k).all()
+
+
+def _claimed(case: dict) -> bytes:
+    """A file with 8000 bytes of samples whose header claims what the case says."""
+    rate = case["rate"] % 2**32
+    channels = case["channels"] % 2**16
+    bits = case["bits"] % 2**16
+    samples = recording("wav")[44 : 44 + 8000]
+    if case["container"] == "flac":
+        flac = recording("flac")
+        fields = rate % 2**20 << 44 | channels % 8 << 41 | bits % 32 << 36 | case["frames"] % 2**36
+        return flac[:18] + fields.to_bytes(8, "big") + flac[26:]
+    block = channels * bits // 8 % 2**16
+    form = struct.pack("<HHIIHH", case["coding"] % 2**16, channels, rate, rate * block % 2**32, block, bits)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form
+    if case["container"] == "rf64":
+        sizes = struct.pack("<QQQI", case["size"], case["size"], case["frames"], 0)
+        chunks = b"ds64" + struct.pack("<I", len(sizes)) + sizes + chunks
+        return b"RF64" + b"\xff" * 4 + b"WAVE" + chunks + b"data" + b"\xff" * 4 + samples
+    size = case["size"] % 2**32
+    return b"RIFF" + struct.pack("<I", size) + b"WAVE" + chunks + b"data" + struct.pack("<I", size) + samples
 
 
 @cache

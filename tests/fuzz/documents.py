@@ -1,10 +1,12 @@
 """JSON that is almost right: values of the wrong kind or size, and text that json.dumps cannot write."""
 
 import json
+from itertools import islice
 from typing import Any
 
 from hypothesis import strategies as st
 
+SIMILAR = 30  # entries of an object or a list that may change: a vocabulary has thousands, all alike
 # Strings that `json_text` replaces by what json.dumps refuses to write.
 RAW = {
     '"@deep@"': "[" * 100_000 + "]" * 100_000,
@@ -30,12 +32,15 @@ SCALARS = st.one_of(
     st.floats(),
     TEXT,
     st.sampled_from(["", ".", "..", "/", "a/b", "\u2028", "1", "true", "\x00", "é" * 200]),
-    st.sampled_from([name.strip('"') for name in RAW]),
+    *[st.sampled_from([name.strip('"') for name in RAW])] * 3,
 )
-VALUES = st.recursive(
+VALUES = st.one_of(
     SCALARS,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
-    max_leaves=6,
+    st.recursive(
+        SCALARS,
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+        max_leaves=6,
+    ),
 )
 # Which of the places of a document changes (modulo their number), how, and the new value.
 Change = tuple[int, str, Any]
@@ -67,11 +72,13 @@ def changed(document: Any, changes: list[Change]) -> Any:
 def _places(document: Any, path: tuple) -> Any:
     yield path
     if isinstance(document, dict):
-        for key, inner in document.items():
-            yield from _places(inner, (*path, key))
+        items = document.items()
     elif isinstance(document, list):
-        for index, inner in enumerate(document[:8]):  # a vocabulary has thousands of alike places
-            yield from _places(inner, (*path, index))
+        items = enumerate(document)
+    else:
+        return
+    for key, inner in islice(items, SIMILAR):
+        yield from _places(inner, (*path, key))
 
 
 def _changed(document: Any, path: tuple, kind: str, value: Any) -> Any:

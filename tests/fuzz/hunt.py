@@ -29,6 +29,7 @@ WARM_UP = 120.0  # seconds until the first case has ended: imports, seeds, compi
 BATCH = 500  # cases of one seed
 POLL = 0.05  # seconds between two looks at the process
 GIB = 2**30
+PLACELESS = ("Hang:", "Memory:", "Crash:")  # findings that come without a line of code
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,10 @@ def _keep(out: Path, target: str, what: str, trace: str, work: Path) -> None:
     """Saves a finding, unless one of the same place is there."""
     digest = hashlib.blake2b(what.encode(), digest_size=4).hexdigest()
     folder = out / f"{target}-{digest}"
-    if what.startswith(("Hang", "Memory", "Crash")):  # without a place: the first few of them are kept
-        numbers = (out / f"{target}-{digest}-{number}" for number in range(5))
-        folder = next((path for path in numbers if not path.exists()), folder)
-    if folder.exists() or (what.startswith(("Hang", "Memory", "Crash")) and folder.name.endswith(digest)):
+    if what.startswith(PLACELESS):  # two of them may differ: the first few are kept
+        numbers = [out / f"{target}-{digest}-{number}" for number in range(5)]
+        folder = next((path for path in numbers if not path.exists()), numbers[0])
+    if folder.exists():
         return
     folder.mkdir()
     (folder / "what.txt").write_text(what + "\n")

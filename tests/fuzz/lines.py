@@ -20,28 +20,39 @@ from tests.fuzz import audio, text
 from tests.fuzz.documents import CHANGES, changed, json_text
 from tests.fuzz.edits import edited, edits
 
-LINES = (
-    {"text": "Good morning."},
-    {"id": "x", "audio": "a.wav"},
-    {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.2], ["day", 0.2, 0.3]]},
-    {"shard": "x.tar", "audio": "a.wav", "text": "Hello"},
-    {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "Yes."}]},
-    {"turns": [{"role": "system", "text": "Be brief."}, {"role": "user", "codes": [1, 2, 3]}]},
-    {"path": "a.wav", "codes": [1, 2, 3]},
-)
-READERS = ("questions", "codes", *FORMATS)
-SEPARATORS = ("\n", "\r\n", "\r", "\u2028", "\n\n", "")
-ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-8")
+TALK = {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "Yes."}]}
+SAID = {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.2], ["day", 0.2, 0.3]]}
+SHARD = {"shard": "x.tar", "audio": "a.wav", "text": "Hello"}
+# Lines that a reader accepts; the manifests are those of each format.
+LINES = {
+    "questions": (
+        {"text": "Good morning."},
+        {"id": "x", "audio": "a.wav"},
+        {"turns": [{"role": "system", "text": "Be brief."}, {"role": "user", "codes": [1, 2, 3]}]},
+    ),
+    "codes": ({"path": "a.wav", "codes": [1, 2, 3]},),
+    "text": ({"text": "Good morning.", "id": 7},),
+    "speech": ({"id": "x", "audio": "a.wav"}, SHARD),
+    "interleaved": (SAID,),
+    "continuation": (SHARD, {"codes": [1, 2, 3]}),
+    "asr": (SAID, SHARD),
+    "tts": (SHARD,),
+    "chat": (TALK,),
+    "decoder": (SAID, TALK),
+}
+READERS = (*["questions"] * 4, *["codes"] * 2, *FORMATS)
+SEPARATORS = (*["\n"] * 6, "\r\n", "\r", "\u2028", "\n\n", "")
+ENCODINGS = (*["utf-8"] * 6, "utf-8-sig", "utf-16", "latin-1")
 
 CASES = st.fixed_dictionaries({
     "reader": st.sampled_from(READERS),
     "lines": st.lists(
-        st.tuples(st.sampled_from(range(len(LINES))), st.one_of(st.just([]), CHANGES)), min_size=1, max_size=3
+        st.tuples(st.integers(0, 5), st.one_of(st.just([]), CHANGES, CHANGES)), min_size=1, max_size=2
     ),
     "separator": st.sampled_from(SEPARATORS),
     "encoding": st.sampled_from(ENCODINGS),
     "ascii": st.booleans(),
-    "edits": st.one_of(st.just([]), edits(2)),
+    "edits": st.one_of(st.just([]), st.just([]), st.just([]), edits(2)),
 })  # fmt: skip
 
 
@@ -52,7 +63,8 @@ def run(case: dict, folder: Path) -> None:
         member = tarfile.TarInfo("a.wav")
         member.size = len(audio.recording("wav"))
         tar.addfile(member, io.BytesIO(audio.recording("wav")))
-    lines = [json_text(changed(LINES[number], changes), case["ascii"]) for number, changes in case["lines"]]
+    good = LINES[case["reader"]]
+    lines = [json_text(changed(good[i % len(good)], changes), case["ascii"]) for i, changes in case["lines"]]
     content = (
         case["separator"]
         .join(lines)

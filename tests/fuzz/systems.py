@@ -31,9 +31,10 @@ VOICE = "voices/anna.safetensors"
 JSON_FILES = (SYSTEM, TRANSFORMER, SPEECH_TOKENIZER, SPEECH_DECODER, TEXT_TOKENIZER)
 FILES = (*JSON_FILES, VOICE, "transformer/model.safetensors", "speech_tokenizer/model.safetensors")
 
+USES = st.sampled_from(["info", "load"])
 CASES = st.one_of(
-    st.fixed_dictionaries({"file": st.sampled_from(JSON_FILES), "changes": CHANGES}),
-    st.fixed_dictionaries({"file": st.sampled_from(FILES), "edits": edits()}),
+    st.fixed_dictionaries({"use": USES, "file": st.sampled_from(JSON_FILES), "changes": CHANGES}),
+    st.fixed_dictionaries({"use": USES, "file": st.sampled_from(FILES), "edits": edits()}),
 )
 
 
@@ -49,7 +50,9 @@ def run(case: dict, folder: Path) -> None:
         content = edited(content, case["edits"])
     damaged.write_bytes(content)
 
-    "\n".join(describe(copy)).encode()
+    if case["use"] == "info":
+        "\n".join(describe(copy)).encode()
+        return
     system = System(copy)
     assert isinstance(system.sampling, dict)
     if case["file"] in (SYSTEM, SPEECH_DECODER, VOICE):
