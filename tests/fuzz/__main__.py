@@ -35,13 +35,13 @@ def main() -> int:
         if len(args.targets) != 1:
             parser.error("--replay needs the one target that the case is of")
         with tempfile.TemporaryDirectory() as folder:
-            replay(args.targets[0], args.replay, Path(folder))
+            replay(f"tests.fuzz.{args.targets[0]}", args.replay, Path(folder))
         return 0
     out = args.out or Path(tempfile.mkdtemp(prefix="moss-jax-findings-"))
     out.mkdir(parents=True, exist_ok=True)
     failed = False
     for target in args.targets or TARGETS:
-        result = hunt(target, 60 * args.minutes, int(args.memory_gib * GIB), out, args.seed)
+        result = hunt(f"tests.fuzz.{target}", 60 * args.minutes, int(args.memory_gib * GIB), out, args.seed)
         failed = failed or bool(result.findings) or not result.cases
         print(f"{target}: {result.cases} cases, {len(result.findings)} findings, peak {result.peak / GIB:.2f} GiB")
         for finding in result.findings:

@@ -49,26 +49,27 @@ class Result:
     peak: int
 
 
-def hunt(target: str, seconds: float, memory: int, out: Path, first_seed: int = 0) -> Result:
+def hunt(module: str, seconds: float, memory: int, out: Path, first_seed: int = 0) -> Result:
     """Runs cases of a target until the time is over.
 
     Args:
-        target: one of TARGETS.
-        seconds: how long.
+        module: a target's module, such as "tests.fuzz.audio"; its last part names the findings.
+        seconds: how long, from the first case on.
         memory: bytes that the process may have resident; more is a finding.
         out: an existing folder for the findings, one folder each.
         first_seed: of hypothesis; the following batches and processes have the next ones.
     """
+    target = module.rpartition(".")[2]
     work = out / f".{target}"
-    end = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
+    end = context.Value("d", 0.0)  # set when the first case begins
     cases = context.Value("Q", 0)
     next_seed = context.Value("Q", first_seed)
     peak = 0
-    while time.monotonic() < end:
+    while not end.value or time.monotonic() < end.value:
         began = context.Value("d", 0.0)
         work.mkdir(exist_ok=True)
-        process = context.Process(target=_work, args=(target, end, memory, out, work, cases, next_seed, began))
+        process = context.Process(target=_work, args=(module, seconds, end, memory, out, work, cases, next_seed, began))
         process.start()
         started = time.monotonic()
         what = None
@@ -102,25 +103,27 @@ def hunt(target: str, seconds: float, memory: int, out: Path, first_seed: int = 
     return Result(cases.value, findings, peak)
 
 
-def replay(target: str, case: Path, folder: Path) -> None:
+def replay(module: str, case: Path, folder: Path) -> None:
     """Runs one saved case; what it raises is not caught."""
-    module = importlib.import_module(f"tests.fuzz.{target}")
-    module.run(pickle.loads(case.read_bytes()), folder)
+    importlib.import_module(module).run(pickle.loads(case.read_bytes()), folder)
 
 
-def _work(target: str, end: float, memory: int, out: Path, work: Path, cases, next_seed, began) -> None:
+def _work(name: str, seconds: float, end, memory: int, out: Path, work: Path, cases, next_seed, began) -> None:
     """The process: batches of cases until the time is over or the memory of a case was too much."""
     log = os.open(work / "stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, sys.stderr.fileno())
     os.dup2(log, sys.stdout.fileno())
     faulthandler.enable()
-    module = importlib.import_module(f"tests.fuzz.{target}")
+    module = importlib.import_module(name)
+    target = name.rpartition(".")[2]
     folder = work / "files"
     over = False
 
     def probe(case) -> None:
         nonlocal over
-        if over or time.monotonic() > end:
+        if not end.value:
+            end.value = time.monotonic() + seconds
+        if over or time.monotonic() > end.value:
             over = True
             return
         folder.mkdir()
