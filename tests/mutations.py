@@ -46,13 +46,6 @@ MUTATIONS = (
         ("tests/train/test_flow_objective.py::test_the_loss_is_the_formula",),
     ),
     Mutation(
-        "commitment loss has no weight",
-        "moss_jax/train/speech_tokenizer/step.py",
-        "step >= objective.commitment_from, objective.commitment_weight, 0.0)",
-        "step >= objective.commitment_from, 0.0, 0.0)",
-        ("tests/train/test_loss_weights.py",),
-    ),
-    Mutation(
         "demo's clear leaves recordings on disk",
         "moss_jax/serve/session.py",
         "                path.unlink()\n",

@@ -1,4 +1,4 @@
-"""Damaged JSON lines: questions of `chat --jsonl`, manifests of `tokenize`, codes of `decode`.
+"""Damaged JSON lines: questions of `chat --jsonl`, manifests of `tokenize`, codes of `decode`, those in a .npy too.
 
 What a reader accepts is used as the verbs use it: written turns become rows, names become file names and output.
 """
@@ -8,6 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from hypothesis import strategies as st
 
 from moss_jax.data.manifest import FORMATS, Manifest
@@ -44,7 +45,7 @@ READERS = (*["questions"] * 4, *["codes"] * 2, *FORMATS)
 SEPARATORS = (*["\n"] * 6, "\r\n", "\r", "\u2028", "\n\n", "")
 ENCODINGS = (*["utf-8"] * 6, "utf-8-sig", "utf-16", "latin-1")
 
-CASES = st.fixed_dictionaries({
+LINE_CASES = st.fixed_dictionaries({
     "reader": st.sampled_from(READERS),
     "lines": st.lists(
         st.tuples(st.integers(0, 5), st.one_of(st.just([]), CHANGES, CHANGES)), min_size=1, max_size=2
@@ -54,22 +55,42 @@ CASES = st.fixed_dictionaries({
     "ascii": st.booleans(),
     "edits": st.one_of(st.just([]), st.just([]), st.just([]), edits(2)),
 })  # fmt: skip
+# The header of a .npy is text: a Python dictionary.
+ARRAY_CASES = st.fixed_dictionaries({
+    "array": st.sampled_from(["int64", "int32", "uint8", "float32", "complex64", "bool", "U3", "i4,f4", "M8[s]"]),
+    "shape": st.sampled_from([(3,), (0,), (), (2, 2)]),
+    "fortran": st.booleans(),
+    "header": st.one_of(
+        st.none(),
+        st.sampled_from([
+            "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+            "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }",
+            "{'descr': '<i8', 'fortran_order': False, 'shape': (-3,), }",
+            "{'descr': '<i8', 'fortran_order': False, 'shape': (9" + "9" * 4400 + ",), }",
+            "(" * 5000 + ")" * 5000,
+        ]),
+    ),
+    "edits": edits(3),
+})  # fmt: skip
+CASES = st.one_of(LINE_CASES, LINE_CASES, LINE_CASES, ARRAY_CASES)
 
 
 def run(case: dict, folder: Path) -> None:
-    (folder / "a.wav").write_bytes(audio.recording("wav"))
     (folder / "d").mkdir()
+    if "array" in case:
+        path = folder / "codes.npy"
+        path.write_bytes(_npy(case))
+        _codes(path)
+        return
+    (folder / "a.wav").write_bytes(audio.recording("wav"))
     with tarfile.open(folder / "x.tar", "w") as tar:
         member = tarfile.TarInfo("a.wav")
         member.size = len(audio.recording("wav"))
         tar.addfile(member, io.BytesIO(audio.recording("wav")))
     good = LINES[case["reader"]]
     lines = [json_text(changed(good[i % len(good)], changes), case["ascii"]) for i, changes in case["lines"]]
-    content = (
-        case["separator"]
-        .join(lines)
-        .encode(case["encoding"], "surrogatepass" if "utf" in case["encoding"] else "replace")
-    )
+    errors = "surrogatepass" if case["encoding"].startswith("utf") else "replace"
+    content = case["separator"].join(lines).encode(case["encoding"], errors)
     path = folder / "lines.jsonl"
     path.write_bytes(edited(content, case["edits"]))
     if case["reader"] == "questions":
@@ -78,6 +99,17 @@ def run(case: dict, folder: Path) -> None:
         _codes(path)
     else:
         _manifest(path, case["reader"])
+
+
+def _npy(case: dict) -> bytes:
+    array = np.zeros(case["shape"], np.dtype(case["array"]), order="F" if case["fortran"] else "C")
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getvalue()
+    if case["header"] is not None:
+        header = case["header"].encode()
+        content = content[:6] + b"\x02\x00" + len(header).to_bytes(4, "little") + header + content[128:]
+    return edited(content, case["edits"])
 
 
 def _questions(path: Path) -> None:
