@@ -1,0 +1,35 @@
+"""Some cases of every target, always the same ones; `python -m tests.fuzz` runs as many as there is time for."""
+
+import importlib
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from moss_jax.errors import MossError
+from tests.fuzz import TARGETS
+
+EXAMPLES = {"audio": 60, "tensors": 200, "lines": 150, "systems": 40, "text": 100, "sampling": 60}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_escapes_but_our_own_error(name, tmp_path):
+    target = importlib.import_module(f"tests.fuzz.{name}")
+
+    @settings(
+        max_examples=EXAMPLES[name],
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(target.CASES)
+    def check(case):
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            try:
+                target.run(case, Path(folder))
+            except MossError as error:
+                assert str(error)
+
+    check()

@@ -1,0 +1,296 @@
+"""Mutation check: small faults are put into a copy of the package, one at a time, and tests must fail.
+
+  python -m tests.mutations                    # all, some minutes
+  python -m tests.mutations "top-p off"        # some, by name
+  python -m tests.mutations --list
+
+Exit code 1: a mutant survived, a named test fails or is skipped without any mutation, or the text that a mutation
+replaces is not in its file exactly once. Each mutation names the tests that must see it; together they take a few
+minutes. A change of the code that moves such a text adapts the mutation here.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 300  # seconds; a mutant whose tests take longer counts as killed
+PASSED, FAILED = 0, 1  # exit codes of pytest
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault. `old` is in `file` exactly once and becomes `new`; some of `tests` (pytest ids) must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "flow's training target has the wrong sign",
+        "moss_jax/train/speech_decoder/flow.py",
+        "    right = target - (1 - sigma) * noise\n",
+        "    right = (1 - sigma) * noise - target\n",
+        ("tests/train/test_flow_objective.py::test_the_loss_is_the_formula",),
+    ),
+    Mutation(
+        "demo's clear leaves recordings on disk",
+        "moss_jax/serve/session.py",
+        "                path.unlink()\n",
+        "                pass\n",
+        ("tests/serve/test_session.py::test_clear_forgets_and_removes_files_also_in_the_middle_of_an_answer",),
+    ),
+    Mutation(
+        "upload limit removed",
+        "moss_jax/serve/session.py",
+        "    if size > limits.upload_bytes:\n",
+        "    if False:\n",
+        ("tests/serve/test_session.py::test_what_is_too_much_or_too_little_is_said_in_one_line",),
+    ),
+    Mutation(
+        "loss weights ignored",
+        "moss_jax/train/losses.py",
+        "    weighted = jnp.where(weights > 0, nll, 0.0) * weights\n",
+        "    weighted = nll\n",
+        ("tests/train/test_losses.py",),
+    ),
+    Mutation(
+        "last row predicts the first",
+        "moss_jax/train/losses.py",
+        '    weights = jnp.roll(batch["loss_weights"], -1, 1).at[:, -1].set(0)\n',
+        '    weights = jnp.roll(batch["loss_weights"], -1, 1)\n',
+        ("tests/train/test_losses.py",),
+    ),
+    Mutation(
+        "frozen parameters are trained",
+        "moss_jax/train/stages.py",
+        "            found = {path for path in paths if fnmatchcase(path, pattern)}\n",
+        "            found = set(paths)\n",
+        ("tests/train/test_stages.py",),
+    ),
+    Mutation(
+        "a bad step is taken",
+        "moss_jax/train/state.py",
+        "        lambda new, old: jnp.where(good, new, old),\n",
+        "        lambda new, old: new,\n",
+        ("tests/train/test_step.py::test_a_step_that_is_not_accepted_changes_nothing",),
+    ),
+    Mutation(
+        "resume begins the data again",
+        "moss_jax/train/loop.py",
+        '            self._feed.set_state(record["data"])\n',
+        "            pass\n",
+        ("tests/train/test_loop.py::test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly",),
+    ),
+    Mutation(
+        "data state does not move the iterator",
+        "moss_jax/data/batches.py",
+        "        self.skip_to(step)\n",
+        "        pass\n",
+        ("tests/data/test_pipeline.py::test_a_restored_state_goes_on_exactly",),
+    ),
+    Mutation(
+        "codebook does not follow its vectors",
+        "moss_jax/train/speech_tokenizer/step.py",
+        '    sums = decay * book["sum"] + (1 - decay) * total\n',
+        '    sums = decay * book["sum"]\n',
+        ("tests/train/test_speech_tokenizer.py::test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again",),
+    ),
+    Mutation(
+        "old checkpoints are kept",
+        "moss_jax/train/checkpoints.py",
+        "            max_to_keep=keep,\n",
+        "            max_to_keep=None,\n",
+        ("tests/train/test_checkpoints.py::test_what_is_saved_comes_back_and_the_oldest_go",),
+    ),
+    Mutation(
+        "damaged checkpoint is used",
+        "moss_jax/train/checkpoints.py",
+        "            problem = verify(self.folder / str(step))\n",
+        "            problem = None\n",
+        ("tests/train/test_checkpoints.py::test_the_one_before_is_used_and_the_damaged_one_kept_aside",),
+    ),
+    Mutation(
+        "causal mask off by one",
+        "moss_jax/nn/attention.py",
+        "    seen = (rows[:, None] >= jnp.arange(columns))[None, None]\n",
+        "    seen = (rows[:, None] + 1 >= jnp.arange(columns))[None, None]\n",
+        ("tests/nn/test_attention.py::test_plain_attention_is_the_definition",),
+    ),
+    Mutation(
+        "packed documents see each other",
+        "moss_jax/nn/attention.py",
+        "    return (segment_ids[:, :, None] == key_segment_ids[:, None])[:, None]\n",
+        "    return (segment_ids[:, :, None] >= key_segment_ids[:, None])[:, None]\n",
+        ("tests/transformer/test_model.py::test_packed_segments_do_not_see_each_other",),
+    ),
+    Mutation(
+        "cache index off by one",
+        "moss_jax/transformer/cache.py",
+        "        at = (0, 0, index, 0, 0)\n",
+        "        at = (0, 0, index + 1, 0, 0)\n",
+        ("tests/transformer/test_model.py::test_any_chunking_through_the_cache_equals_one_pass",),
+    ),
+    Mutation(
+        "top-p off",
+        "moss_jax/dialogue/sampling.py",
+        "    return jnp.where(kept | (settings.top_p >= 1), logits, -jnp.inf)\n",
+        "    return logits\n",
+        ("tests/dialogue/test_sampling.py",),
+    ),
+    Mutation(
+        "top-k off",
+        "moss_jax/dialogue/sampling.py",
+        "        logits = jnp.where(logits < best[..., -1:], -jnp.inf, logits)\n",
+        "        pass\n",
+        ("tests/dialogue/test_sampling.py",),
+    ),
+    Mutation(
+        "repetition penalty off",
+        "moss_jax/dialogue/sampling.py",
+        "    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)\n",
+        "    return scores\n",
+        ("tests/dialogue/test_sampling.py",),
+    ),
+    Mutation(
+        "forbidden ids are drawn",
+        "moss_jax/dialogue/sampling.py",
+        "    scores = jnp.where(forbidden, -jnp.inf, logits.astype(jnp.float32))\n",
+        "    scores = logits.astype(jnp.float32)\n",
+        ("tests/dialogue/test_sampling.py::test_penalty_and_masks",),
+    ),
+    Mutation(
+        "special tokens leak from what people write",
+        "moss_jax/dialogue/text_tokenizer.py",
+        "        return self._plain.encode(text, add_special_tokens=False).ids\n",
+        "        return self._with_specials.encode(text, add_special_tokens=False).ids\n",
+        ("tests/dialogue/test_grid.py::test_special_strings_in_a_turn_are_plain_text",),
+    ),
+    Mutation(
+        "a file is written in place",
+        "moss_jax/files.py",
+        "            yield part\n            _sync(part)\n",
+        "            yield path\n            os.replace(path, part)\n            _sync(part)\n",
+        ("tests/test_files.py::test_a_file_appears_whole_or_not_at_all",),
+    ),
+    Mutation(
+        "a folder's lock is not taken",
+        "moss_jax/files.py",
+        "            lock.acquire(timeout=-1 if wait else 0)\n",
+        "            pass\n",
+        ("tests/test_files.py::test_a_locked_folder_has_one_writer",),
+    ),
+    Mutation(
+        "resampler's phase is off",
+        "moss_jax/audio/wave.py",
+        "np.arange(new)[:, None] / new\n",
+        "np.arange(1, new + 1)[:, None] / new\n",
+        ("tests/audio/test_wave.py::test_resample_is_the_published_formula",),
+    ),
+)
+
+
+def problems(mutations: Sequence[Mutation]) -> list[str]:
+    """What no longer fits the code: a text that is not there exactly once, or a test that is not there."""
+    found = []
+    for mutation in mutations:
+        path = ROOT / mutation.file
+        count = path.read_text(encoding="utf-8").count(mutation.old) if path.is_file() else 0
+        if count != 1:
+            found.append(f"{mutation.name}: its text is {count} times in {mutation.file}, expected once")
+        for test in mutation.tests:
+            file, _, function = test.partition("::")
+            path = ROOT / file
+            if not path.is_file() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
+                found.append(f"{mutation.name}: there is no test {test}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations, default all")
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
+    args = parser.parse_args()
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        parser.error(f"no mutation {', '.join(map(repr, unknown))}; --list names them")
+    if args.list:
+        print("\n".join(known))
+        return 0
+    chosen = [known[name] for name in args.names or known]
+    wrong = problems(chosen)
+    if wrong:
+        print("\n".join(wrong))
+        return 1
+    with tempfile.TemporaryDirectory(prefix="moss-jax-mutations-") as folder:
+        return _check(chosen, Path(folder))
+
+
+def _check(mutations: Sequence[Mutation], folder: Path) -> int:
+    for name in ("moss_jax", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    began = time.monotonic()
+    code, output = _run(tests, folder, first_failure=False)
+    print(f"without mutations: {len(tests)} tests or files of tests, {time.monotonic() - began:.0f} s")
+    skipped = int(ElementTree.parse(folder / "report.xml").find("testsuite").get("skipped"))
+    if code != PASSED or skipped:
+        print(output[-4000:])
+        print(f"these tests must pass without mutations, and none may be skipped ({skipped} are)")
+        return 1
+    survivors = 0
+    for mutation in mutations:
+        path = folder / mutation.file
+        whole = path.read_text(encoding="utf-8")
+        path.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+        began = time.monotonic()
+        code, output = _run(mutation.tests, folder, first_failure=True)
+        path.write_text(whole, encoding="utf-8")
+        verdict = {PASSED: "SURVIVED", FAILED: "killed", None: "killed (time)"}.get(
+            code, f"BROKEN, pytest exits {code}"
+        )
+        survivors += not verdict.startswith("killed")
+        print(f"{verdict:<14} {time.monotonic() - began:4.0f} s  {mutation.name}", flush=True)
+    print(f"{len(mutations) - survivors} of {len(mutations)} mutants killed")
+    return int(survivors > 0)
+
+
+def _run(tests: Sequence[str], folder: Path, first_failure: bool) -> tuple[int | None, str]:
+    """(exit code of pytest, its output); None when it took too long."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "--junitxml", "report.xml"]
+    # Compiled modules would be those of the text before: the change keeps the second and maybe the size of the file.
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    try:
+        done = subprocess.run(
+            [*command, *(["-x"] if first_failure else []), *tests],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT if first_failure else None,
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
