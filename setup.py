@@ -8,13 +8,13 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").read_text()).group(1)
 
-M4A = ["av>=12"]  # AAC in m4a; libsndfile, inside soundfile, reads the other formats
+M4A = ["av>=12"]  # m4a and webm; libsndfile, inside soundfile, reads the other containers
 CONVERT = ["torch>=2.4,<2.14", "onnx>=1.16"]  # newer torch: not tried yet
 TRAIN = [
     "optax>=0.2.8", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
     "matplotlib>=3.8", "librosa>=0.10",
 ]  # fmt: skip
-SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8"]
+SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8", *M4A]  # browsers record webm
 JUDGE = ["pocketsphinx>=5", "pesq>=0.0.4", "pystoi>=0.4", "jiwer>=3"]  # what hears and measures nano
 TEST = [
     "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
@@ -41,6 +41,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "scipy>=1.11",
         "soundfile>=0.12",
         "tokenizers>=0.20",
         "huggingface_hub>=0.24",

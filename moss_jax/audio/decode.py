@@ -127,6 +127,8 @@ def _sndfile(parts: Sequence[IO[bytes]], name: str) -> Decoder:
     """Decodes files that are one recording together, by libsndfile."""
     import soundfile
 
+    if not parts:
+        raise MossError(f"{name}: holds 0 samples, expected at least one")
     count = 0
     for part in reversed(parts):
         with _open_sndfile(part, name) as file:

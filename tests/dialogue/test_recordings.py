@@ -103,7 +103,7 @@ def test_arrays_of_other_types_and_rates_are_the_same_question(system):
     (a,), _ = system._with_codes([question(sixteen)])
     (b,), _ = system._with_codes([question(as_float)])
     np.testing.assert_array_equal(a[0].codes, b[0].codes)
-    with pytest.raises(MossError, match="turn of user: its samples reach .* divide them by 32768"):
+    with pytest.raises(MossError, match=r"turn of user: its samples reach .* divide them by 32768"):
         system.reply(question(NOISE * 32767), **SHORT)
 
 

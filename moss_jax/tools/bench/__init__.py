@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PARTS = {
+    "audio": "reading and resampling 1 s of sound at many sample rates, with peak memory, against soxr",
     "data": "packed batches from shards, tokens a second a core (no peer)",
     "lm": "the language model: prefill and decode steps, against transformers' Qwen3",
     "speech_tokenizer": "speech -> codes: the Whisper-VQ encoder on a 30 s clip, against PyTorch",
