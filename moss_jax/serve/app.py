@@ -64,6 +64,8 @@ class Demo:
             self.limits.uploads_bytes,
             self.limits.upload_seconds,
         )
+        self.sessions.folder.mkdir()
+        self.uploads.folder.mkdir()
         self.blocks: gr.Blocks | None = None
         self._application: FastAPI | None = None
         self._server: uvicorn.Server | None = None
