@@ -3,10 +3,12 @@
   moss-jax demo                    # nano, which comes along
   moss-jax demo --model FOLDER
   moss-jax demo --model fnlp/MOSS-Speech --codec fnlp/MOSS-Speech-Codec --port 8080
+  moss-jax demo --allow-host demo.example.org --root-path /moss    # behind a proxy
 
 Needs Gradio: pip install 'moss-jax[serve]'. The page is served to this machine alone unless --host says otherwise
-(0.0.0.0: to everybody who can reach it, without a password). One answer is made at a time, others wait in a queue.
-Recordings and answers lie in a temporary folder until the conversation is cleared, its page closed, or Ctrl-C.
+(0.0.0.0: to everybody who can reach it, without a password), and only under names of this machine and those of
+--allow-host. One answer is made at a time, others wait in a queue. Recordings and answers are in a temporary folder
+until the conversation is cleared, its page closed, an hour has passed without use, or Ctrl-C.
 """
 
 import signal

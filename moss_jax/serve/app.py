@@ -24,11 +24,13 @@ try:
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
+    from starlette.datastructures import MutableHeaders
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import Request
     from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from moss_jax.serve.door import Door, check_root_path
     from moss_jax.serve.uploads import OnlyUploads, Uploads
@@ -42,6 +44,36 @@ SPEAK, WRITE = "Speak", "Write"
 REPLIES = (("Aloud", "speech"), ("In writing", "text"))
 DEFAULT_VOICE, ONE_VOICE = "no voice in particular", "the one it was trained with"
 REFUSED = "That did not work"
+
+
+class RelativeManifest:
+    """ASGI middleware: the page's link to its manifest, which Gradio writes from the top of the host, is relative."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/":
+            await self.app(scope, receive, send)
+            return
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+        start: Message = {}
+        body = b""
+
+        async def collect(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                page = body.replace(b'href="/manifest.json"', b'href="./manifest.json"')
+                if body:  # a HEAD has none, and its length stays
+                    MutableHeaders(scope=start)["content-length"] = str(len(page))
+                await send(start)
+                await send({"type": "http.response.body", "body": page})
+
+        await self.app(scope, receive, collect)
 
 
 class Demo:
@@ -64,6 +96,8 @@ class Demo:
             self.limits.uploads_bytes,
             self.limits.upload_seconds,
         )
+        self.sessions.folder.mkdir()
+        self.uploads.folder.mkdir()
         self.blocks: gr.Blocks | None = None
         self._application: FastAPI | None = None
         self._server: uvicorn.Server | None = None
@@ -164,7 +198,12 @@ class Demo:
             Route("/gradio_api/file={path:path}", self._uploaded),
         ]
         # Without a policy of its own Gradio lets pages of any other server read the answers; this one lets none.
-        middleware = [door, Middleware(CORSMiddleware), Middleware(OnlyUploads, uploads=self.uploads)]
+        middleware = [
+            door,
+            Middleware(CORSMiddleware),
+            Middleware(OnlyUploads, uploads=self.uploads),
+            Middleware(RelativeManifest),
+        ]
         application = FastAPI(routes=routes, middleware=middleware, openapi_url=None)
         fonts = ("ui-sans-serif", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
         script = (PAGE / "player.js").read_text(encoding="utf-8")

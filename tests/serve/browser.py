@@ -261,7 +261,12 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
 
     browser.press("#moss-ask")
     browser.wait(f"({WARNING}).length", "a word about the empty question", 30)
-    step("nothing-asked", told=browser.run(WARNING))
+    step(
+        "nothing-asked",
+        told=browser.run(WARNING),
+        answers=browser.run(ANSWERS),
+        ask_again=browser.run("!document.querySelector('#moss-ask').disabled"),
+    )
 
     files = browser.run("[...document.querySelectorAll('#moss-talk audio')].map(e => e.src)")
     browser.press("#moss-clear")
@@ -290,6 +295,9 @@ def check(report: dict) -> list[str]:
         wrong.append("stopped: the sound went on")
     if stopped["played_s"] > stopped["made_s"] - 0.3 and "stopped" not in stopped["told"]:
         wrong.append("stopped: the answer was made and played to its end")
+    refused = steps["nothing-asked"]
+    if refused["answers"] != 4 or not refused["ask_again"]:
+        wrong.append("nothing-asked: the conversation has changed, or one cannot ask again")
     if set(steps["cleared"]["files"]) != {404}:
         wrong.append("cleared: there are files left")
     return wrong

@@ -1,5 +1,6 @@
 """The demo's logic without a browser: four pairings, a second turn, stop, clear, limits, what streams is what stays."""
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -10,10 +11,10 @@ from moss_jax.convert.random_system import init_random
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed, samples
-from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session
+from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session, warm_up
 from moss_jax.speech_decoder.voice import Voice
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("matplotlib")
 
@@ -32,7 +33,11 @@ def system(tmp_path_factory):
 
 @pytest.fixture
 def session(system, tmp_path):
-    return Session(system, tmp_path / "session", Limits(question_seconds=2, question_characters=40, voice_seconds=2))
+    return Session(
+        system,
+        tmp_path / "session",
+        Limits(question_seconds=2, question_characters=40, voice_seconds=2, decoded_bytes=2**20),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,6 @@ def recording(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 def test_four_pairings_in_one_conversation(session, system, recording):
     waves = [piece.wave for piece in session.ask(recording=recording, **SPOKEN)]
     question, answer = session.entries
@@ -120,12 +124,17 @@ def test_what_is_too_much_or_too_little_is_said_in_one_line(session, recording, 
     tone = 0.1 * np.sin(np.arange(3 * 16000) / 5)
     soundfile.write(tmp_path / "long.wav", tone, 16000)
     soundfile.write(tmp_path / "silent.wav", 0 * tone[:9000], 16000)
+    soundfile.write(tmp_path / "short.wav", tone[100:101], 16000)
+    soundfile.write(tmp_path / "wide.flac", np.zeros((384000, 8), np.int16), 384000)
     (tmp_path / "text.wav").write_text("no sound")
     asked = {
         "write a question first": {"text": "  "},
-        "has 41 characters, at most 40": {"text": "x" * 41},
-        "is 3.0 s long, at most 2 s": {"recording": tmp_path / "long.wav"},
-        "is silent": {"recording": tmp_path / "silent.wav"},
+        "question has 41 characters, at most 40": {"text": "x" * 41},
+        "prompt has 41 characters, at most 40": {"text": "x", "system_turn": "x" * 41},
+        "the question: longer than 2 s": {"recording": tmp_path / "long.wav"},
+        "the question: no speech found": {"recording": tmp_path / "silent.wav"},
+        "the question: 6.25e-05 s is too short": {"recording": tmp_path / "short.wav"},
+        "the question: more than": {"recording": tmp_path / "wide.flac"},
         "the question: not an audio file": {"recording": tmp_path / "text.wav"},
         "system prompt is empty": {"text": "Hi", "system_turn": " "},
         "seed is -1": {"text": "Hi", "seed": -1},
@@ -145,6 +154,49 @@ def test_what_is_too_much_or_too_little_is_said_in_one_line(session, recording, 
     assert session.entries == []
 
 
+def test_the_recordings_of_a_conversation_are_limited(session, recording):
+    session.limits = Limits(session_bytes=100_000)
+    list(session.ask(recording=recording, **SPOKEN))
+    with pytest.raises(MossError, match="clear it"):
+        session.ask(recording=recording, **SPOKEN)
+    assert len(session.entries) == 2
+    session.clear()
+    list(session.ask(recording=recording, **SPOKEN))
+
+
+def test_greedy_of_the_page_is_explicit(session):
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    list(session.ask(text="Hi", greedy=True, **sampling, **WRITTEN))
+    assert not any("no effect" in notice for entry in session.entries for notice in entry.notices)
+
+
+def test_what_is_to_be_known_about_a_recording_is_on_its_card(session, tmp_path):
+    tone = 0.3 * np.sin(np.arange(16000) / 9)
+    soundfile.write(tmp_path / "cancels.wav", np.stack([tone, -tone], 1), 16000)
+    list(session.ask(recording=tmp_path / "cancels.wav", **SPOKEN))
+    (notice,) = session.entries[0].notices
+    assert "channel" in notice and str(tmp_path) not in notice
+    assert notice in cards.conversation(session.entries, "moss/file/x")
+
+
+def test_the_first_question_compiles_nothing(system, session, recording):
+    warm_up(system)
+    compiled = []
+
+    def count(event: str, seconds: float, **facts) -> None:
+        if "backend_compile" in event:
+            compiled.append(facts.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    list(session.ask(recording=recording, **SPOKEN))
+    list(session.ask(text="And?", **SPOKEN))
+    session.clear()
+    list(session.ask(text="Hi", **WRITTEN))
+    list(session.ask(recording=recording, **WRITTEN))
+    assert [session.file(entry.audio.with_suffix(".png").name) for entry in session.entries if entry.audio]
+    assert compiled == []
+
+
 def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
     zero = Voice.zero(80, 192)
     voice = zero.replace(embedding=np.ones_like(zero.embedding))
@@ -155,7 +207,7 @@ def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
     plain = np.concatenate([piece.wave for piece in session.ask(text="Hi", **SPOKEN)])
     assert own.shape == plain.shape and np.abs(own - plain).max() > 1e-3
     session.limits = Limits(voice_seconds=1)
-    with pytest.raises(MossError, match="at most 1 s are taken"):
+    with pytest.raises(MossError, match="longer than 1 s"):
         session.enrol(recording)
     monkeypatch.setattr(type(session.system), "enrols", False)
     with pytest.raises(MossError, match="no speaker network"):
