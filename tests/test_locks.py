@@ -17,6 +17,7 @@ from moss_jax.train.recipe import RecipeStep, run_recipe
 from moss_jax.train.run import load_run, run_text
 from tests.test_files import HOLD
 from tests.train import tiny
+from tests.train.places import Place
 
 HOLD_OUTPUT = """
 import sys
@@ -178,6 +179,18 @@ def test_shares_of_a_data_set_in_parallel(tmp_path, system, manifest):
     )
     assert one == other
     assert {path.name for path in tmp_path.iterdir()} == {"books.jsonl", "alone", "out"}
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_second_run_end(tmp_path, hold):
+    """The first process of a run takes the lock for all of them, and all end when it is refused."""
+    place = Place(tmp_path, steps=4, save_every=2)
+    hold(HOLD, tmp_path / "two")
+    processes = place.start_two("two")
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    assert REFUSED in told[0] and "the first process of the run cannot write to this folder" in told[1]
+    assert content(tmp_path / "two") == {}
 
 
 @pytest.mark.slow
