@@ -30,6 +30,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     with _readable_errors(path):
         if path.is_dir():
             raise MossError(f"{path}: is a folder, a file name is needed")
+        if path.exists() and not path.is_file():
+            # A device or a pipe would be replaced by a file: /dev/null, for whoever may write to /dev.
+            raise MossError(f"{path}: is a device or a pipe, which a file would replace; choose a file name")
         part = _temporary_name(path)
         # Created with the mode of an ordinary file: the process's umask applies, and nobody has to read it, which
         # would set it for a moment.

@@ -95,3 +95,12 @@ def test_a_locked_folder_has_one_writer(tmp_path):
     finally:
         other.kill()
         other.communicate()
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/null", tmp_path / "null")
+    for name in ("pipe", "null"):
+        with pytest.raises(MossError, match="is a device or a pipe"), atomic_file(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["null", "pipe"]

@@ -105,7 +105,8 @@ def _fields(cls: type, data: Any, prefix: str, problems: list[str], foreign: boo
             before = len(problems)
             fields[name] = _value(hints[name], data[name], prefix + name, problems, foreign)
             if "range" in field.metadata and len(problems) == before:
-                _check_range(fields[name], *field.metadata["range"], prefix + name, problems)
+                low, high = field.metadata["range"]
+                _check_range(fields[name], low, high, prefix + name, problems)
     return fields
 
 

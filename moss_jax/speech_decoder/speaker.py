@@ -48,6 +48,8 @@ class SpeakerConfig:
         check_sizes(self, "speaker", layers=("head_blocks", "dense_layers"))
         if self.num_mel_bins % 8:
             raise MossError(f"speaker config: num_mel_bins is {self.num_mel_bins}, expected a multiple of 8")
+        if not self.dense_layers:
+            raise MossError("speaker config: dense_layers is empty, expected at least one block")
         if len(self.dense_layers) != len(self.dense_dilations):
             raise MossError(
                 f"speaker config: {len(self.dense_layers)} dense_layers and {len(self.dense_dilations)} "

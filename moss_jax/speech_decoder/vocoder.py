@@ -63,6 +63,11 @@ class VocoderConfig:
             raise MossError("vocoder config: each of upsample_widths must be its rate plus an even number")
         if len(self.source_resblock_dilations) != stages or len(self.resblock_dilations) != len(self.resblock_widths):
             raise MossError("vocoder config: a residual block width lacks its dilations")
+        dilations = (*self.resblock_dilations, *self.source_resblock_dilations)
+        if not stages or not self.resblock_widths or not all(dilations):
+            raise MossError(
+                "vocoder config: upsample_rates, resblock_widths and each of the dilations need at least one number"
+            )
         if self.fft_size % self.fft_hop or self.fft_size % 2:
             raise MossError("vocoder config: fft_size must be even and a multiple of fft_hop")
         if self.channels % 2**stages:

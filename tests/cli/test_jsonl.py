@@ -1,8 +1,11 @@
 """JSON lines as other programs write them, in every verb that reads them."""
 
 import json
+import os
 
+import numpy as np
 import pytest
+import soundfile
 
 from moss_jax.cli import main
 
@@ -50,3 +53,17 @@ def test_encode_manifests(system, write, tmp_path):
     assert main(["encode", "--manifests", path, "--model", str(system), "-o", "coded"]) == 0
     coded = (tmp_path / "coded" / "m.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in coded if line] == [{"text": SEPARATORS, "codes": [1]}, {"codes": [2]}]
+
+
+def test_a_recording_whose_name_is_not_utf8(system, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("moss_jax.audio.decode")  # opens recordings by file object
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9.wav")
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(np.arange(8000) / 20), 16000)
+    os.rename(tmp_path / "a.wav", name)
+    assert main(["encode", name, "--model", str(system), "-o", "codes.jsonl"]) == 0
+    assert json.loads((tmp_path / "codes.jsonl").read_text())["path"] == "caf\ufffd.wav"
+    assert main(["decode", "codes.jsonl", "--model", str(system), "-o", name]) == 0
+    assert (tmp_path / name).stat().st_size > 1000
+    assert main(["encode", "none" + name, "--model", str(system)]) == 2
+    assert "nonecaf" in capfd.readouterr().err.splitlines()[-1]
