@@ -169,6 +169,12 @@ def test_resample_is_the_published_formula(rates, length):
     np.testing.assert_allclose(ours, published_resample(wave, *rates), atol=2e-6)
 
 
+@pytest.mark.parametrize("rates", UNUSUAL)
+def test_resample_is_the_published_formula_at_unusual_rates(rates):
+    wave = np.random.default_rng(0).normal(0, 0.3, 200).astype(np.float32)
+    np.testing.assert_allclose(resample(wave, *rates), published_resample(wave, *rates), atol=2e-6)
+
+
 @pytest.mark.parametrize("rate", [1000, 8001, 22051, 44101, 47999, 65537, 655350, 767999, 768000])
 @pytest.mark.parametrize("to_rate", [16000, 24000])
 def test_a_tone_at_any_rate_keeps_its_frequency_and_level(rate, to_rate):
