@@ -424,11 +424,9 @@ def test_damaged_files_give_samples_or_one_line(name, data):
         assert np.isfinite(wave).all() and len(wave)
 
 
-def test_bytes_that_only_resemble_an_mp3_file():
-    """Frames of nothing but a header hold no samples."""
+def test_an_mp3_header_without_frames_behind_it_holds_no_samples():
     data = FILES["mp3"]
-    frame = data[: data.index(data[:2], 4)]
-    refused(frame * 3 if b"Info" in frame or b"Xing" in frame else b"\xff\xfb", "holds 0 samples|not an audio file")
+    refused(data[: data.index(data[:2], 4)], "holds 0 samples|MP3 frames are missing")
 
 
 # Channels

