@@ -148,6 +148,10 @@ class Session:
             read = _load(recording, self.limits.question_seconds, "question", self.limits)
             question = _Question(Entry(None, "user", notices=read.notices), read, asked, self._epoch)
             with self._guard:
+                kept = sum(path.stat().st_size for path in self.folder.iterdir())
+                if kept + 2 * len(read.wave) > self.limits.session_bytes:
+                    most = self.limits.session_bytes / 2**20
+                    raise MossError(f"the recordings of this conversation take {most:.0f} MB; clear it and ask anew")
                 self._keep_wave(question.entry, read.wave, read.rate)
         self._stopped.clear()
         with self._guard:
@@ -273,10 +277,6 @@ class Session:
                 question.entry.audio.unlink(missing_ok=True)
 
     def _keep_wave(self, entry: Entry, wave: np.ndarray, rate: int) -> None:
-        kept = sum(path.stat().st_size for path in self.folder.iterdir())
-        if kept + 2 * len(wave) > self.limits.session_bytes:
-            most = self.limits.session_bytes / 2**20
-            raise MossError(f"the recordings of this conversation have more than {most:.0f} MB; clear it and ask anew")
         self._count += 1
         entry.audio = self.folder / f"{self._count}-{entry.role}.wav"
         entry.seconds = len(wave) / rate

@@ -8,6 +8,8 @@ import soundfile
 import moss_jax
 from moss_jax.audio.wave import load_audio
 from moss_jax.convert.random_system import init_random
+from moss_jax.dialogue.folder import NANO
+from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed, samples
@@ -134,7 +136,7 @@ def test_what_is_too_much_or_too_little_is_said_in_one_line(session, recording, 
         "the question: longer than 2 s": {"recording": tmp_path / "long.wav"},
         "the question: no speech found": {"recording": tmp_path / "silent.wav"},
         "the question: 6.25e-05 s is too short": {"recording": tmp_path / "short.wav"},
-        "the question: more than": {"recording": tmp_path / "wide.flac"},
+        "the question: exceeds the limit of 1 MiB": {"recording": tmp_path / "wide.flac"},
         "the question: not an audio file": {"recording": tmp_path / "text.wav"},
         "system prompt is empty": {"text": "Hi", "system_turn": " "},
         "seed is -1": {"text": "Hi", "seed": -1},
@@ -179,7 +181,10 @@ def test_what_is_to_be_known_about_a_recording_is_on_its_card(session, tmp_path)
     assert notice in cards.conversation(session.entries, "moss/file/x")
 
 
-def test_the_first_question_compiles_nothing(system, session, recording):
+def test_the_first_question_compiles_nothing(tmp_path):
+    system = moss_jax.load()
+    session = Session(system, tmp_path / "session")
+    question = NANO / "question.wav"
     warm_up(system)
     compiled = []
 
@@ -188,12 +193,13 @@ def test_the_first_question_compiles_nothing(system, session, recording):
             compiled.append(facts.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    list(session.ask(recording=recording, **SPOKEN))
-    list(session.ask(text="And?", **SPOKEN))
-    session.clear()
-    list(session.ask(text="Hi", **WRITTEN))
-    list(session.ask(recording=recording, **WRITTEN))
+    list(session.ask(recording=question, reply="speech", system_turn=DEFAULT_SYSTEM["speech"]))
     assert [session.file(entry.audio.with_suffix(".png").name) for entry in session.entries if entry.audio]
+    list(session.ask(text="And plus one?", reply="speech", system_turn=DEFAULT_SYSTEM["speech"]))
+    session.clear()
+    list(session.ask(text="What is one plus two?", reply="text", system_turn=DEFAULT_SYSTEM["text"]))
+    session.clear()
+    list(session.ask(recording=question, reply="text", system_turn=DEFAULT_SYSTEM["text"]))
     assert compiled == []
 
 
