@@ -235,8 +235,8 @@ def test_shapes_that_no_conversation_has(model, saved, tmp_path, name, tensor):
 
 
 def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp_path):
-    """The file was saved by an earlier version with the parameters of `random_params` (seed 1) and this embedding row, after
-    "Hi." as the system turn, the codes 3, 1, 4 and a greedy spoken reply of 6 rows."""
+    """The file was saved by an earlier version with the parameters of `random_params` (seed 1) and this embedding row,
+    after "Hi." as the system turn, the codes 3, 1, 4 and a greedy spoken reply of 6 rows."""
     row = jnp.arange(TINY.hidden_size, dtype=jnp.float32) / 1024
     flat = flatten(params)
     flat["text/embed/embedding"] = flat["text/embed/embedding"].at[TINY.im_start_id].set(row)
