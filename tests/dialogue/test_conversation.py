@@ -257,13 +257,14 @@ def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp
     for conversation in (resumed, again):
         found, _ = answer(model, [TEXT], "text", conversation, settings=settings)
         np.testing.assert_array_equal(found.rows, expected.rows)
-    # Its fingerprint covers one row of the weights only, so the caches in it are computed again.
+    # Its fingerprint covers one row of the weights only, so the caches in it are computed again. (With 512 columns:
+    # a chunk of the prefill has 256, and would pass all columns of a smaller state once more.)
     flat["shared/layers/mlp/down/kernel"] = flat["shared/layers/mlp/down/kernel"] * 0
-    other = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=256)
-    found, _ = answer(other, [TEXT], "text", other.resume(FORMER), settings=settings)
-    state = new_state(TINY, 1, 256)
+    other = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=512)
+    long = settings.replace(max_new_tokens=300)
+    found, _ = other.begin([TEXT], "text", long, conversation=other.resume(FORMER))
     grid = np.asarray(found.state.grid)[0, : found.begin]
-    state = other._prefill(state, grid[None], np.ones((1, len(grid)), bool), found.state.keys)
+    state = other._prefill(new_state(TINY, 1, 512), grid[None], np.ones((1, len(grid)), bool), found.state.keys)
     np.testing.assert_allclose(found.state.hidden[0, : len(grid) - 1], state.hidden[0, : len(grid) - 1], atol=1e-4)
     with pytest.raises(MossError, match="other weights"):
         LanguageModel(TINY, params, text_tokenizer, context=256).resume(FORMER)

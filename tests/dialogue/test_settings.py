@@ -200,7 +200,7 @@ def test_a_default_voice_that_is_no_name(tmp_path, voice):
 
     shutil.copytree(NANO, tmp_path / "nano")
     (tmp_path / "nano" / "system.json").write_text(json.dumps({"format": "moss-jax-1", "default_voice": voice}))
-    with pytest.raises(MossError, match=r"default_voice is .*, expected the name of a voice, or null"):
+    with pytest.raises(MossError, match="default_voice"):
         System(tmp_path / "nano").voice()
 
 
