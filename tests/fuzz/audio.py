@@ -1,7 +1,8 @@
-"""Damaged recordings of every container that we read: `load_audio`, then `resample` to 16 kHz."""
+"""Damaged recordings of every container that we read, and arrays of every kind; then `resample` to 16 kHz."""
 
 import io
 import struct
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import soundfile
 from hypothesis import strategies as st
 
+from moss_jax.audio.recording import as_recording
 from moss_jax.audio.wave import load_audio, resample
+from tests.fuzz.documents import SCALARS
 from tests.fuzz.edits import NUMBERS, edited, edits
 
 # name: (libsndfile's format and subtype, rate in Hz, channels)
@@ -58,16 +61,34 @@ CASES = st.one_of(
         "frames": _around(0, 1, 2000, 4000),
         "size": _around(0, 8, 8000),
     }),
+    st.fixed_dictionaries({
+        "array": st.sampled_from([
+            "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool", "complex64",
+            "U3", "object", "M8[s]",
+        ]),
+        "shape": st.sampled_from([
+            (), (0,), (1,), (1000,), (1000, 2), (2, 1000), (1000, 1), (3, 3), (0, 2), (1000, 0), (400, 1000), (2, 2, 2),
+        ]),
+        "scale": st.sampled_from([0, 1e-30, 0.5, 1, 2, 127, 32767, 1e38, float("nan"), float("inf")]),
+        "rate": st.one_of(SCALARS, st.integers(1, 800_000), st.sampled_from([16000, 48000.0, "48000", 44101])),
+    }),
 )  # fmt: skip
 
 
 def run(case: dict, folder: Path) -> None:
-    path = folder / f"recording{case['suffix']}"
+    path = folder / f"recording{case.get('suffix')}"
+    if "array" in case:
+        recording = as_recording(_array(case), case["rate"])
+        _check(recording.wave, recording.rate)
+        return
     if "seed" in case:
-        path.write_bytes(edited(recording(case["seed"]), case["edits"], recording(case["other"])))
+        path.write_bytes(edited(encoded(case["seed"]), case["edits"], encoded(case["other"])))
     else:
         path.write_bytes(_claimed(case))
-    wave, rate = load_audio(path)
+    _check(*load_audio(path))
+
+
+def _check(wave: np.ndarray, rate: int) -> None:
     assert wave.dtype == np.float32
     assert wave.ndim == 1
     assert wave.size > 0
@@ -78,14 +99,23 @@ def run(case: dict, folder: Path) -> None:
     assert np.isfinite(at_16k).all()
 
 
+def _array(case: dict) -> np.ndarray:
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        values = np.sin(np.arange(np.prod(case["shape"], dtype=int))) * case["scale"]
+        if case["array"] == "M8[s]":
+            values = values.astype(np.int64)
+        return values.astype(case["array"]).reshape(case["shape"])
+
+
 def _claimed(case: dict) -> bytes:
     """A file with 8000 bytes of samples whose header claims what the case says."""
     rate = case["rate"] % 2**32
     channels = case["channels"] % 2**16
     bits = case["bits"] % 2**16
-    samples = recording("wav")[44 : 44 + 8000]
+    samples = encoded("wav")[44 : 44 + 8000]
     if case["container"] == "flac":
-        flac = recording("flac")
+        flac = encoded("flac")
         fields = rate % 2**20 << 44 | channels % 8 << 41 | bits % 32 << 36 | case["frames"] % 2**36
         return flac[:18] + fields.to_bytes(8, "big") + flac[26:]
     block = channels * bits // 8 % 2**16
@@ -100,7 +130,7 @@ def _claimed(case: dict) -> bytes:
 
 
 @cache
-def recording(name: str) -> bytes:
+def encoded(name: str) -> bytes:
     """A recording of SECONDS seconds, a tone with noise, in one of SEEDS."""
     if name in LIBAV:
         return _with_libav(*LIBAV[name])

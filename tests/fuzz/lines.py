@@ -82,11 +82,11 @@ def run(case: dict, folder: Path) -> None:
         path.write_bytes(_npy(case))
         _codes(path)
         return
-    (folder / "a.wav").write_bytes(audio.recording("wav"))
+    (folder / "a.wav").write_bytes(audio.encoded("wav"))
     with tarfile.open(folder / "x.tar", "w") as tar:
         member = tarfile.TarInfo("a.wav")
-        member.size = len(audio.recording("wav"))
-        tar.addfile(member, io.BytesIO(audio.recording("wav")))
+        member.size = len(audio.encoded("wav"))
+        tar.addfile(member, io.BytesIO(audio.encoded("wav")))
     good = LINES[case["reader"]]
     lines = [json_text(changed(good[i % len(good)], changes), case["ascii"]) for i, changes in case["lines"]]
     errors = "surrogatepass" if case["encoding"].startswith("utf") else "replace"

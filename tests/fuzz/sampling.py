@@ -1,4 +1,4 @@
-"""Arguments of `generation_settings`, and the sampler with what it accepts: only allowed ids are drawn."""
+"""Arguments of `generation_settings`, seeds, and the sampler with what it accepts: only allowed ids are drawn."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
+from moss_jax.arguments import check_seed
 from moss_jax.dialogue.sampling import draw, narrow, penalise, request_keys
 from moss_jax.dialogue.system import generation_settings
 
@@ -31,7 +32,7 @@ ARGUMENTS = {
     "min_new_tokens": st.one_of(st.integers(0, 20), ODD),
 }
 CASES = st.fixed_dictionaries({
-    "arguments": st.fixed_dictionaries({}, optional=ARGUMENTS),
+    "arguments": st.fixed_dictionaries({}, optional=ARGUMENTS | {"top_q": ODD}),
     "logits": st.lists(
         st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 1.0, -1e4, 1e4])),
         min_size=VOCABULARY,
@@ -39,12 +40,13 @@ CASES = st.fixed_dictionaries({
     ),
     "forbidden": st.lists(st.booleans(), min_size=VOCABULARY - 1, max_size=VOCABULARY - 1),
     "seen": st.lists(st.booleans(), min_size=VOCABULARY, max_size=VOCABULARY),
-    "seed": st.integers(0, 3),
+    "seed": st.one_of(st.integers(0, 3), ODD),
 })  # fmt: skip
 
 
 def run(case: dict, folder: Path) -> None:
     settings = generation_settings(**case["arguments"])
+    seed = check_seed(case["seed"])
     logits = np.array([case["logits"]], np.float32)
     forbidden = np.array([*case["forbidden"], False])  # one id is always allowed
     seen = np.array([case["seen"]])
@@ -56,5 +58,5 @@ def run(case: dict, folder: Path) -> None:
             assert not np.isnan(left).any(), "NaN among the narrowed logits"
             assert np.isfinite(left).any(), "no id is left"
             assert (left[0][forbidden] == -np.inf).all(), "a forbidden id is left"
-        (drawn,) = np.asarray(draw(scores, request_keys(case["seed"], 1), channel)).tolist()
+        (drawn,) = np.asarray(draw(scores, request_keys(seed, 1), channel)).tolist()
         assert not forbidden[drawn], f"the forbidden id {drawn} was drawn"

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from moss_jax.errors import MossError
 from tests.fuzz import TARGETS
 
-EXAMPLES = {"audio": 60, "tensors": 200, "lines": 150, "systems": 40, "text": 100, "sampling": 60}
+EXAMPLES = {"audio": 300, "tensors": 200, "lines": 200, "systems": 25, "text": 100, "sampling": 60}
 
 
 @pytest.mark.parametrize("name", TARGETS)
