@@ -20,7 +20,7 @@ def test_a_qwen3_written_by_transformers(tmp_path, tied):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied, rope_theta=1e6,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=tied, rope_theta=1e6,
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "qwen", max_shard_size="60KB")
@@ -28,12 +28,12 @@ def test_a_qwen3_written_by_transformers(tmp_path, tied):
     assert len(list((tmp_path / "qwen").glob("*.safetensors"))) > 1
     split = import_qwen3(tmp_path / "qwen", tmp_path / "system", 2, codes=80)
     assert split.rope_theta == 1e6
-    ids = np.random.default_rng(0).integers(0, 280, (2, 20))
+    ids = np.random.default_rng(0).integers(0, 280, (2, 300))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
     params = load_tree(tmp_path / "system" / "transformer", model_shapes(split))
     grid = np.stack([ids, np.full_like(ids, split.audio_pad_id)], -1)
-    positions = np.broadcast_to(np.arange(20), (2, 20))
+    positions = np.broadcast_to(np.arange(300), (2, 300))
     text, _ = LayerSplitModel(split).apply({"params": params}, grid, positions)
     np.testing.assert_allclose(np.asarray(text), expected[..., : split.text_vocab_size], atol=2e-5)
 
