@@ -15,10 +15,11 @@ TRAIN = [
     "matplotlib>=3.8", "librosa>=0.10",
 ]  # fmt: skip
 SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8", *M4A]  # browsers record webm
+ESPEAK = ["espeakng-loader==0.2.4"]  # pinned: another release of espeak-ng sounds different
 JUDGE = ["pocketsphinx>=5", "pesq>=0.0.4", "pystoi>=0.4", "jiwer>=3"]  # what hears and measures nano
 TEST = [
     "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
-    "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", *M4A, *TRAIN,
+    "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", "tensorboardX>=2.6", *M4A, *TRAIN, *SERVE, *ESPEAK, *JUDGE,
 ]  # fmt: skip
 
 setup(
@@ -51,6 +52,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "m4a": M4A,
         "train": TRAIN,
+        "espeak": ESPEAK,
         "judge": JUDGE,
         "convert": CONVERT,
         "serve": SERVE,

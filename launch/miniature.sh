@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole way in small, from nothing to an answer; docs/miniature.md explains it. Run it in the root of the repository
-# after pip install '.[train,convert]' and apt install espeak-ng; everything lands in ./miniature.
+# after pip install '.[train,convert,espeak]'; everything lands in ./miniature.
 #
 #   launch/miniature.sh [RECORDING ...]      other recordings to train on
 set -euo pipefail

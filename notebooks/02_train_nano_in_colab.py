@@ -24,12 +24,11 @@
 # ## Install
 #
 # In a clone of the project (in Colab: clone it, or upload it as a folder, then say where it is). The corpus is spoken
-# by espeak-ng.
+# by espeak-ng, which the extra `espeak` brings.
 
 # %%
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +36,10 @@ from pathlib import Path
 PROJECT = next(
     (p for p in (Path.cwd(), Path.cwd().parent, Path("/content/moss_jax")) if (p / "setup.py").is_file()), None
 )
-if importlib.util.find_spec("moss_jax") is None:
+if any(importlib.util.find_spec(name) is None for name in ("moss_jax", "espeakng_loader")):
     assert PROJECT, "the project is not here: clone it, then set PROJECT to its folder"
     # -e: the recipe's configs stand beside the package
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{PROJECT}[train]"], check=True)
-if shutil.which("espeak-ng") is None:
-    subprocess.run(["apt-get", "install", "-y", "-qq", "espeak-ng"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{PROJECT}[train,espeak]"], check=True)
 
 # %%
 import json

@@ -1,9 +1,11 @@
 """Where the larger references are, for the tests that use them when they are present."""
 
+import fnmatch
 import gc
 import os
 import shutil
 import tempfile
+import tomllib
 from pathlib import Path
 
 from tests.flags import QUICK
@@ -21,6 +23,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import jax  # noqa: E402, after the flags
 import pytest  # noqa: E402
 
+CI = "MOSS_JAX_CI"  # set by .ci/run: a skip that is not on the list fails the session
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.toml")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -34,6 +38,46 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionfinish():
     if OWNER:
         shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
+
+
+def pytest_configure(config):
+    # Workers of pytest-xdist send their reports to the session that started them, which is the one that judges.
+    if CI in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipGuard(os.environ[CI]))
+
+
+class SkipGuard:
+    """Fails a session in which a test was skipped for a reason that tests/allowed_skips.toml does not list."""
+
+    def __init__(self, kind: str):
+        entries = tomllib.loads(ALLOWED_SKIPS.read_text())["skip"]
+        self.allowed = [entry["message"] for entry in entries if entry.get("when", kind) == kind]
+        self.refused: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._judge(report)
+
+    def pytest_collectreport(self, report):
+        if report.skipped:
+            self._judge(report)
+
+    def _judge(self, report):
+        message = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        message = message.removeprefix("Skipped: ")
+        if not any(fnmatch.fnmatchcase(message, pattern) for pattern in self.allowed):
+            self.refused.append(f"{report.nodeid}: {message}")
+
+    def pytest_sessionfinish(self, session):
+        if self.refused and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.refused:
+            count = len(self.refused)
+            terminalreporter.section(f"{count} skipped for a reason that {ALLOWED_SKIPS.name} does not list")
+            for line in self.refused:
+                terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,10 @@
 """How the tests compile: quickly, as most of their time goes into compiling tiny models that run once.
 
-The flags change how XLA's CPU backend generates code, not what is computed.
+The flags change how XLA's CPU backend generates code, not what is computed. MOSS_JAX_TEST_ISA (SSE4_2, AVX2, AVX512)
+limits the instructions that it may use: rounding then is that of an older processor.
 """
 
+import os
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -12,6 +14,8 @@ QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 # 0.12, and never in libtpu, which reads the same flags.
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11) and find_spec("libtpu") is None:
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+if ISA := os.environ.get("MOSS_JAX_TEST_ISA"):
+    QUICK += f" --xla_cpu_max_isa={ISA}"
 
 
 def devices(count: int) -> str:

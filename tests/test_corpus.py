@@ -1,6 +1,5 @@
 """The corpus of spoken facts: what is said is what is written, and words lie where the sound says so."""
 
-import ctypes.util
 import json
 from itertools import pairwise
 
@@ -15,14 +14,11 @@ from moss_jax.errors import MossError
 from moss_jax.evaluate.pairs import read_stories
 from moss_jax.evaluate.spoken_qa import read_questions
 
-needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
-
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@needs_espeak
 def test_words_follow_each_other_and_fill_the_sound():
     wave, rate, words = speak("The capital of France is Paris.", "en-us", 150)
     assert [word for word, _, _ in words] == ["The", "capital", "of", "France", "is", "Paris."]
@@ -34,7 +30,6 @@ def test_words_follow_each_other_and_fill_the_sound():
     assert len(speak("one two three", words_per_minute=300)[0]) < 0.7 * len(speak("one two three")[0])
 
 
-@needs_espeak
 def test_the_corpus_is_whole(tmp_path, capsys):
     folder = tmp_path / "corpus"
     assert main(["corpus", str(folder), "--utterances", "20"]) == 0
@@ -69,7 +64,6 @@ def test_bad_requests(tmp_path, capsys):
     assert "utterances: 0, expected at least 1" in capsys.readouterr().err
 
 
-@needs_espeak
 def test_an_unknown_voice():
     with pytest.raises(MossError, match="voice 'nobody'"):
         speak("hello", "nobody")

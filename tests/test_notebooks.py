@@ -1,6 +1,5 @@
 """The notebooks: text and ipynb say the same, and every cell runs."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,6 @@ def test_text_and_notebook_are_one(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name, tmp_path, monkeypatch):
-    if "train" in name and shutil.which("espeak-ng") is None:
-        pytest.skip("no espeak-ng")
     monkeypatch.setenv("MOSS_JAX_QUICK", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)

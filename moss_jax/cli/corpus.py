@@ -5,7 +5,7 @@
 
 Writes sound files and manifests for `moss-jax tokenize`: text, speech with the times of its words, conversations spoken
 and written. Nano's has questions in a dozen voices, hours of them, and one voice that answers; it is made on all cores,
-and the same command goes on where it was stopped. Debian: apt install espeak-ng.
+and the same command goes on where it was stopped. It needs pip install 'moss-jax[espeak]'.
 """
 
 import sys

@@ -60,8 +60,8 @@ and is not the paper's protocol, which trains a recogniser on the codes.
   moss-jax eval nano --model FOLDER -o OUT
   moss-jax eval nano --model FOLDER -o OUT --sets voices phrasings --ways ss st --items 50
 
-The items are frozen in the package and spoken by espeak-ng (Debian: apt install espeak-ng); the judge is pocketsphinx
-with a closed grammar (pip install 'moss-jax[judge]'). Any system can be measured. docs/nano.md explains each row.
+The items are frozen in the package and spoken by espeak-ng; the judge is pocketsphinx with a closed grammar
+(pip install 'moss-jax[judge,espeak]'). Any system can be measured. docs/nano.md explains each row.
 """,
     "tokenizer": """Word error rate of the recogniser that a speech tokenizer was trained with, from its codes.
 

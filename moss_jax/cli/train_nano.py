@@ -6,7 +6,7 @@
   moss-jax train-nano --quick               a few lines and steps of everything, to see that it goes; learns nothing
 
 Everything lands in ./nano: the system in nano/system, the report in nano/report, each training in nano/runs. It needs
-espeak-ng (Debian: apt install espeak-ng) and pip install 'moss-jax[train]'; the report needs 'moss-jax[judge]' too.
+pip install 'moss-jax[train,espeak]'; the report needs the extra `judge` too.
 Steps: corpus, speech_tokenizer, tokenize, flow, vocoder, text, split, stage1, stage2, sft, system, report. SIGTERM or
 Ctrl-C: what is being trained is saved, exit code 75.
 """

@@ -1,10 +1,13 @@
-"""Speech synthesis with espeak-ng, with the time of each word. Debian: `apt install espeak-ng`.
+"""Speech synthesis with espeak-ng, with the time of each word.
 
-The library that comes with the program is called, as only it tells when a word begins.
+The shared library is called, as the `espeak-ng` program does not report when a word begins. It is taken from the Python
+package espeakng-loader (`pip install 'moss-jax[espeak]'`) where that is installed, else from the system (Debian:
+`apt install espeak-ng`). The package comes first because its version, and so the sound, is the same on every machine.
 """
 
 import ctypes
 import ctypes.util
+import importlib.util
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,6 +19,7 @@ from moss_jax.errors import MossError
 SYNCHRONOUS, UTF8, BY_CHARACTER = 2, 1, 1  # espeak_AUDIO_OUTPUT, espeakCHARS_UTF8, POS_CHARACTER of speak_lib.h
 RATE, PITCH = 1, 3  # espeak_PARAMETER
 ENDED, WORD = 0, 1  # espeak_EVENT_TYPE
+INSTALL = "pip install 'moss-jax[espeak]' or apt install espeak-ng"
 
 
 class _Event(ctypes.Structure):
@@ -38,15 +42,22 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[ctypes.CDLL, int]:
-    """The library, ready, and its sample rate."""
-    name = ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1"
+    """The initialised library and its sample rate in Hz."""
+    if importlib.util.find_spec("espeakng_loader") is not None:
+        import espeakng_loader
+
+        name = espeakng_loader.get_library_path()
+        voices = espeakng_loader.get_data_path().encode()
+    else:
+        name = ctypes.util.find_library("espeak-ng") or "libespeak-ng.so.1"
+        voices = None  # the library knows where the system keeps them
     try:
         library = ctypes.CDLL(name)
     except OSError:
-        raise MossError("espeak-ng is not installed, expected it for synthetic speech: apt install espeak-ng") from None
-    rate = library.espeak_Initialize(SYNCHRONOUS, 0, None, 0)
+        raise MossError(f"espeak-ng is not installed, expected it for synthetic speech: {INSTALL}") from None
+    rate = library.espeak_Initialize(SYNCHRONOUS, 0, voices, 0)
     if rate <= 0:
-        raise MossError("espeak-ng does not start, expected its voices beside the library: apt install espeak-ng")
+        raise MossError(f"espeak-ng does not start, expected its voices beside the library: {INSTALL}")
     return library, rate
 
 

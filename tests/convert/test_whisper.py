@@ -51,7 +51,6 @@ def ours(whisper):
     return unflatten(parameters | import_whisper(whisper[1], CONFIG, parameters, lambda line: None))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_decoder_gives_whispers_logits(whisper, ours):
     import torch
@@ -71,7 +70,6 @@ def test_the_decoder_gives_whispers_logits(whisper, ours):
     np.testing.assert_allclose(again, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_encoder_is_whispers_made_causal_before_the_codes_and_as_it_was_after_them(whisper, ours):
     import torch
@@ -101,7 +99,6 @@ def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_what_does_not_fit_is_told(whisper):
     with pytest.raises(MossError, match="its num_mel_bins is 24, the run's model has 40"):

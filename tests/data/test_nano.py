@@ -1,6 +1,5 @@
 """Nano's domain: nothing that is kept for tests gets into training, and the corpus is what its plan says."""
 
-import ctypes.util
 import json
 from collections import Counter
 from concurrent.futures import Future
@@ -24,7 +23,6 @@ from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.transformer.config import NANO
 
 NANO_ROWS = NANO.max_position_embeddings - 25  # the system turn has the rest
-needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
 PLAN = corpus.make_plan()
 
 
@@ -151,7 +149,6 @@ def test_the_text_tokenizer_has_every_word():
         assert len(ids) == len(text.replace(",", " ,").replace(".", " .").replace("?", " ?").split())
 
 
-@needs_espeak
 def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 12)
     said = []
@@ -212,7 +209,6 @@ def test_a_recording_has_its_level_noise_and_pauses():
     assert all(PLAN.utterances[place].room is None for place in (*PLAN.answers.values(), *PLAN.extras))
 
 
-@needs_espeak
 @pytest.mark.slow
 def test_conversations_change_their_subject_and_fit_the_model(tmp_path):
     """Every answer in a conversation is right, at the place where it stands."""
@@ -266,7 +262,6 @@ class Here:
         pass
 
 
-@needs_espeak
 def test_items_are_said_once(tmp_path):
     items = read_items("two-turn")[:2]
     (first, second) = speak_items("two-turn", tmp_path, items)
@@ -277,7 +272,6 @@ def test_items_are_said_once(tmp_path):
     assert first["questions"][0].stat().st_mtime_ns == before
 
 
-@needs_espeak
 def test_manifests_with_codes(tmp_path, capsys):
     """Each recording is encoded once, as it would be alone, and not again."""
     init_random(tmp_path / "tiny", "tiny", say=lambda line: None)

@@ -19,7 +19,7 @@ from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("librosa")
 SECONDS = (0.9, 1.3, 0.6, 1.1)

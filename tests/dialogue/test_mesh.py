@@ -12,7 +12,6 @@ from tests import flags
 MESHES = [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_eight_devices_give_the_grids_of_one():
     environment = {**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}

@@ -10,7 +10,6 @@ import pytest
 from tests import flags
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_eight_devices_score_as_one(folder):
     run = subprocess.run(

@@ -1,6 +1,5 @@
 """The judge hears what is said and nothing else; the report runs on any system and goes on where it was stopped."""
 
-import ctypes.util
 import json
 import re
 
@@ -17,8 +16,6 @@ from moss_jax.evaluate.nano import judge as judges
 from moss_jax.evaluate.nano import report
 from moss_jax.evaluate.nano.judge import Heard, expected_seconds, grammar, measure
 from moss_jax.evaluate.words import errors, words
-
-needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,6 @@ def test_what_counts_as_the_right_answer():
     assert expected_seconds("hello how can i help you") > expected_seconds("grass is green") > 0.5
 
 
-@needs_espeak
 def test_the_judge_hears_the_answering_voice(judge):
     items = read_items("sentences")[::40] + read_items("voices")[::60]
     heard = [judge.hear(*speak(item.answers[0], *domain.ANSWERS)[:2]) for item in items]
@@ -63,7 +59,6 @@ def test_the_judge_hears_the_answering_voice(judge):
     assert judge.hear(wave, rate) == judge.hear(0.3 * wave, rate) == heard[0]  # whatever was heard before
 
 
-@needs_espeak
 def test_the_judge_refuses_what_is_no_speech(judge):
     draw = np.random.default_rng(0)
     wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWERS)
@@ -116,7 +111,6 @@ def test_pesq_and_stoi_of_a_sound_itself():
     assert worse["pesq"] < same["pesq"] - 1 and worse["stoi"] < 0.95
 
 
-@needs_espeak
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):

@@ -20,8 +20,6 @@ from moss_jax.speech_decoder.flow.stream import CachedFlow
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from tests.speech_decoder.test_flow import tiny_params
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
-
 CODES = 12
 CONFIG = replace(TINY, mel_mean=-5.0, mel_std=2.5)
 
@@ -125,7 +123,6 @@ def test_chunks_of_each_item():
     np.testing.assert_array_equal(each[2], attention.allowed(11, valid[2:], None)[0])
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_start_is_centred_and_steps_teach(batch):
     """What explodes from scratch is a flow whose mel lies at -6 while the weights say 0: here the first loss is the
@@ -160,7 +157,6 @@ def test_the_start_is_centred_and_steps_teach(batch):
     assert float(value) < 0.9 * float(first)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_bfloat16_is_the_same_but_for_rounding(params, batch):
     drawn = draw(jax.random.key(1), FlowObjective(), CONFIG, batch["count"], CODES)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +126,24 @@ def test_tensorboard_gets_every_number(tmp_path):
     (written,) = (tmp_path / "tensorboard").iterdir()
     content = written.read_bytes()
     assert b"train/loss" in content and b"train/sources/a/text_loss" in content
+
+
+def test_wandb_gets_every_number(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(
+        log=lambda numbers, step: calls.append((step, numbers)),
+        finish=lambda: calls.append("finished"),
+    )
+    module = ModuleType("wandb")
+    module.init = lambda **settings: calls.append(settings) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    board = Board(tmp_path, False, "project", "run", {"seed": 3})
+    board.write("train", entry(1) | {"sources": {"a": {"text_loss": 3.5}}})
+    board.close()
+    begun, (step, numbers), ended = calls
+    assert begun == {"project": "project", "name": "run", "id": "run", "resume": "allow", "config": {"seed": 3}}
+    assert step == 1 and numbers["train/sources/a/text_loss"] == 3.5 and numbers["train/loss"] == entry(1)["loss"]
+    assert ended == "finished"
 
 
 def test_curves(tmp_path, capsys):

@@ -1,7 +1,5 @@
 """The nano recipe: sizes, configs that fit together, and a quick run of the whole."""
 
-import ctypes.util
-import importlib.util
 import json
 import runpy
 from itertools import pairwise
@@ -15,7 +13,7 @@ from moss_jax.convert.random_system import SIZES, init_random
 from moss_jax.data.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
 from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
-from moss_jax.train.nano import CONFIGS, Recipe, make_base, make_system
+from moss_jax.train.nano import Recipe, make_base, make_system
 from moss_jax.train.run import Run
 from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import NANO
@@ -104,9 +102,6 @@ def test_table_of_made_up_results():
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="espeak-ng is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("librosa") is None, reason="librosa is not installed")
-@pytest.mark.skipif(not (CONFIGS / "speech_tokenizer.py").is_file(), reason="no config of nano's speech tokenizer")
 def test_the_whole_recipe_quickly(tmp_path, monkeypatch, capsys):
     """From nothing to a system that can be asked; and nothing is made twice."""
     monkeypatch.chdir(tmp_path)

@@ -17,8 +17,6 @@ from moss_jax.train.step import make_step
 from moss_jax.transformer import LayerSplitModel, init_cache, model_shapes
 from tests.train.small import SMALL, random_batch, random_params
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
-
 WHOLE = replace(SMALL, num_shared_layers=3, num_modality_layers=0)
 
 

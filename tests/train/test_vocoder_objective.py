@@ -60,7 +60,6 @@ def weights(batch):
     return flatten(nn.unbox(mine)["params"]), flatten(nn.unbox(judges)["params"])
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_stft_loss_is_torch_s(waves):
     torch = pytest.importorskip("torch")
@@ -94,7 +93,6 @@ def test_the_mel_is_that_of_the_features_and_librosa_s(waves):
     assert distance > 0.5 and spectral.mel_loss(waves[0], waves[0], (MEL_24K,)) == 0
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_discriminators(weights, waves):
     _, judges = weights
@@ -122,7 +120,6 @@ def test_the_relativistic_loss_is_the_formula():
     np.testing.assert_allclose(relativistic_loss(better, worse, tau), expected, rtol=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
     params = {f"vocoder/{path}": leaf for path, leaf in weights[0].items()}
