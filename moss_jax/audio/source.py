@@ -80,6 +80,9 @@ def is_file_start(head: bytes) -> bool:
 
 def bytes_at(file: IO[bytes], offset: int, count: int) -> bytes:
     """Up to `count` bytes at `offset`; fewer at the end of the file."""
+    # An offset from a damaged header can be larger than the largest that `seek` takes.
+    if offset >= length_of(file):
+        return b""
     file.seek(offset)
     return file.read(count)
 

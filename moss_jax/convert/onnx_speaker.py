@@ -240,7 +240,9 @@ class SpeakerGraph:
             inner, growth = shapes[count + 1][0], shapes[count + 2][0]
             pools = [n for n in self.model.graph.node if n.op_type == "AveragePool"]
             segment = _ints(pools[0], "kernel_shape", [SEGMENT])[-1] if pools else SEGMENT
-            config = SpeakerConfig(
+            # SpeakerConfig refuses such numbers as well, but its message would be replaced below.
+            long = [n for n in (*dilations, segment) if not 1 <= n <= LONGEST]
+            config = None if long else SpeakerConfig(
                 num_mel_bins=shapes[count][1] // shapes[0][0] * 2 ** (len(head) + 1), embedding_size=shapes[-1][0],
                 head_channels=shapes[0][0], head_blocks=head, init_channels=shapes[count][0], growth_rate=growth,
                 bottleneck=inner, context_reduction=inner // shapes[count + 3][0], dense_layers=tuple(layers[:-1]),
@@ -249,8 +251,8 @@ class SpeakerGraph:
             )  # fmt: skip
         except (StopIteration, IndexError, ValueError, ZeroDivisionError):
             raise MossError(f"{self.path}: its {len(shapes)} convolutions are not those of CAM++") from None
-        if wrong := [n for n in (*config.dense_dilations, config.segment_frames) if not 1 <= n <= LONGEST]:
-            raise MossError(f"{self.path}: a dilation or pooling of {wrong[0]} frames, expected 1 to {LONGEST}")
+        if config is None:
+            raise MossError(f"{self.path}: a dilation or pooling of {long[0]} frames, expected 1 to {LONGEST}")
         return config
 
     def _walk(self) -> None:

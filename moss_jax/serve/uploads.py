@@ -5,7 +5,6 @@ file but not all of them. Here each upload has a folder of its own, is used by o
 """
 
 import asyncio
-import json
 import re
 import secrets
 import shutil
@@ -22,6 +21,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moss_jax.documents import parse_json
+from moss_jax.errors import MossError
 
 CALLS = re.compile(r"/gradio_api/(queue/join|call/|run/)")
 MEBI = 2**20
@@ -189,12 +191,12 @@ class OnlyUploads:
             return
         try:
             body = await Request(scope, receive).body()
-            paths = set(_file_paths(json.loads(body)))
+            paths = set(_file_paths(parse_json(body)))
         except HTTPException as error:
             await PlainTextResponse(f"{error.detail}\n", error.status_code)(scope, receive, send)
             return
-        except (ValueError, RecursionError):
-            await PlainTextResponse("this is no JSON\n", 400)(scope, receive, send)
+        except MossError as error:
+            await PlainTextResponse(f"the request: {error}\n", 400)(scope, receive, send)
             return
         if not self.uploads.claim(paths):
             line = "a recording is not here: send it first; it is kept until the questions that name it are answered\n"
