@@ -285,7 +285,7 @@ CASES = [
         "a voice of 300 characters",
         lambda shop: f"chat --text Hi --model {{system}} -o a.wav --voice {LONG}",
         "neither a file nor",
-    )
+    ),
     case("a model of 300 characters", lambda shop: f"chat --text Hi --model {LONG} --reply text", LONG),
     case("a codec of 300 characters", lambda shop: f"convert --model {{system}} --codec {LONG} -o new", LONG),
     case("questions of 300 characters", lambda shop: f"chat --jsonl {LONG} --model {{system}} --reply text", LONG),
