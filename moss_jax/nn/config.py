@@ -153,7 +153,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], foreign: bool
         value = float(value)
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if not right:
-        problems.append(f"wrong type: {where} is {_name(value)}, expected {hint.__name__}")
+        expected = "an object" if hint is dict else hint.__name__
+        problems.append(f"wrong type: {where} is {_name(value)}, expected {expected}")
     elif hint is int and abs(value) > MAX_INT:
         problems.append(f"out of range: {where} is {shown(value)}, expected at most {MAX_INT}")
     elif hint is float and not math.isfinite(value):

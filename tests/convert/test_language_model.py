@@ -263,7 +263,9 @@ def test_a_trained_qwen3_is_exported_whatever_its_dtypes(qwen3_systems, original
     assert all(len(kind) == 1 for kind in kinds.values())
     if len(set(dtypes)) == 1 or dtypes[2] != dtypes[3]:
         assert len({str(tensor.dtype) for tensor in found.values()}) == 1
-    assert config["torch_dtype"] in {str(tensor.dtype) for tensor in found.values()}
+    names = {str(tensor.dtype) for tensor in found.values()}
+    # Where they differ and none is the original one, the widest is named: a loader then loses nothing.
+    assert config["torch_dtype"] in names or (len(names) > 1 and config["torch_dtype"] == "float32")
     assert found["model.embed_tokens.weight"].shape == (400, 32)
     table = ours["text/embed/embedding"].astype(np.float32)
     np.testing.assert_array_equal(found["model.embed_tokens.weight"][:384].astype(np.float32), table)

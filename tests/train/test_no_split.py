@@ -77,5 +77,5 @@ def test_it_trains(stage):
 def test_no_layers_at_all():
     with pytest.raises(MossError, match="has no layers, expected at least 1"):
         replace(SMALL, num_shared_layers=0, num_modality_layers=0)
-    with pytest.raises(MossError, match="num_modality_layers is -1, expected 0 or more"):
+    with pytest.raises(MossError, match="num_modality_layers is -1, expected at least 0"):
         replace(SMALL, num_modality_layers=-1)

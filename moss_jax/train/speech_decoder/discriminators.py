@@ -89,7 +89,10 @@ class SpectrumDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, wave: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         wave = wave - wave.mean(1, keepdims=True)
-        wave = 0.8 * wave / (jnp.abs(wave).max(1, keepdims=True) + 1e-9)
+        # The sample itself and not `max`: its gradient compares every sample with the maximum, and where the compiler
+        # has rounded the two differently none is equal, which gives 0 / 0.
+        peak = jnp.abs(jnp.take_along_axis(wave, jnp.abs(wave).argmax(1)[:, None], 1))
+        wave = 0.8 * wave / (peak + 1e-9)
         spectrum = stft(wave, self.fft, self.fft // 4, self.fft)
         parts = jnp.stack([spectrum.real, spectrum.imag], -1)  # [B, T, bins, 2]
         bins, features, bands = parts.shape[2], [], []
