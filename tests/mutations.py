@@ -67,6 +67,27 @@ MUTATIONS = (
         ("tests/serve/test_limits.py::test_a_recording_above_the_limit_is_refused",),
     ),
     Mutation(
+        "uploads together have no limit",
+        "moss_jax/serve/uploads.py",
+        "            if used > self.total_bytes:\n",
+        "            if False:\n",
+        ("tests/serve/test_sessions.py::test_all_uploads_together_are_limited_and_old_ones_make_room",),
+    ),
+    Mutation(
+        "sessions have no limit",
+        "moss_jax/serve/sessions.py",
+        "                if len(self._sessions) >= self.limits.sessions:\n",
+        "                if False:\n",
+        ("tests/serve/test_sessions.py",),
+    ),
+    Mutation(
+        "any Host is served",
+        "moss_jax/serve/door.py",
+        "        if host is None or not self._serves(host[0]):\n",
+        "        if host is None:\n",
+        ("tests/serve/test_door.py",),
+    ),
+    Mutation(
         "loss weights ignored",
         "moss_jax/train/losses.py",
         "    weighted = jnp.where(weights > 0, nll, 0.0) * weights\n",
