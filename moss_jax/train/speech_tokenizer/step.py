@@ -30,8 +30,10 @@ CODEBOOK = "encoder/codebook"  # the one parameter without a gradient; it lies i
 def new_codebook(codebook: jax.Array, trained: bool) -> dict[str, jax.Array]:
     """The codebook's part of the state: codes [K, C], how often each is chosen a step [K], sums of what chose it, and
     the steps that it has followed so far (a trained one: enough that the averages are as long as they get)."""
-    count = jnp.full(codebook.shape[0], 1.0 if trained else 0.0)
-    age = jnp.full((), 1e6 if trained else 0.0)
+    # With a dtype, as an array without one has a weak type: the state that comes back from the first update has not,
+    # and the step would be compiled twice.
+    count = jnp.full(codebook.shape[0], 1.0 if trained else 0.0, jnp.float32)
+    age = jnp.full((), 1e6 if trained else 0.0, jnp.float32)
     return {"codebook": codebook, "count": count, "sum": codebook * count[:, None], "age": age}
 
 
