@@ -186,8 +186,9 @@ def _ffmpeg(file: IO[bytes], container: str, check: Callable[[IO[bytes], str], N
     def frames() -> Iterator["av.AudioFrame"]:
         file.seek(0)
         try:
-            # Bytes in tags that are not UTF-8 would be an error otherwise.
-            with av.open(file, format=container, metadata_errors="replace") as opened:
+            # Bytes in tags that are not UTF-8 are an error in PyAV before 19, unless it is told to replace them.
+            tags = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+            with av.open(file, format=container, **tags) as opened:
                 if not opened.streams.audio:
                     raise MossError(f"{name}: has no audio track")
                 planar = av.AudioResampler(format="fltp")  # the rate and the channels stay as they are
