@@ -30,7 +30,8 @@ MAX_DIGITS = 300  # of a whole number; a longer one does not fit a float
 MAX_NAME = 200  # bytes of an id; most file systems allow 255 for a file name, some of which is an ending
 BOM = b"\xef\xbb\xbf"  # of UTF-8; editors on Windows write it
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a UTF-16 pair
-
+# A string, closed or not, so that the search is linear; or a bracket.
+TOKEN = re.compile(r'"(?:\\.|[^"\\])*+"?|[][{}]', re.DOTALL)
 REFERENCE = re.compile(r"\s*<(\w+)>\s*")  # what follows `!ref` where it is a plain name
 
 
@@ -121,6 +122,9 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     except RecursionError:
         raise MossError(f"nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
+        # Newer Pythons parse much deeper text before they give up, and then complain about what is at its bottom.
+        if _depth(text[: error.pos]) > MAX_DEPTH:
+            raise MossError(f"nested deeper than {MAX_DEPTH} levels") from None
         line = f"line {error.lineno} " if "\n" in text.strip() else ""
         raise MossError(f"not valid JSON ({error.msg} at {line}column {error.colno})") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -288,6 +292,12 @@ def _children(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []
+
+
+def _depth(text: str) -> int:
+    """How many lists and objects are open at the end of a part of a JSON text."""
+    tokens = TOKEN.findall(text)
+    return tokens.count("[") + tokens.count("{") - tokens.count("]") - tokens.count("}")
 
 
 def _check_depth(value: Any) -> None:
