@@ -286,7 +286,7 @@ def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
     dtype = fields.get("dtype")
     shape = fields.get("shape")
     offsets = fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not _sizes(shape) or not _whole(offsets) or len(offsets) != 2:
         raise MossError(f"{path}: damaged header, {shown(name)} has no proper dtype, shape and data_offsets")
     if dtype not in DTYPES:
         raise MossError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
@@ -300,9 +300,12 @@ def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
 
 def _sizes(value: Any) -> bool:
     """Whether this is a list of whole numbers that numpy takes for a shape."""
-    if not isinstance(value, list) or len(value) > MAX_RANK or not all(type(n) is int and n >= 0 for n in value):
-        return False
-    return math.prod(n for n in value if n) < MAX_ELEMENTS
+    return _whole(value) and len(value) <= MAX_RANK and math.prod(n for n in value if n) < MAX_ELEMENTS
+
+
+def _whole(value: Any) -> bool:
+    """Whether this is a list of whole numbers from 0."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _string_map(value: Any, what: str) -> dict[str, str]:
