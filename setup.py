@@ -11,16 +11,34 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "moss_jax/__init__.py").re
 M4A = ["av>=12"]  # m4a and webm; libsndfile, inside soundfile, reads the other containers
 CONVERT = ["torch>=2.4,<2.14", "onnx>=1.16"]  # newer torch: not tried yet
 TRAIN = [
-    "optax>=0.2.8", "orbax-checkpoint>=0.11", "grain>=0.2.10", "array_record>=0.8", "tensorflow-datasets>=4.9.9",
-    "matplotlib>=3.8", "librosa>=0.10",
-]  # fmt: skip
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.11",
+    "grain>=0.2.10",
+    "array_record>=0.8",
+    "tensorflow-datasets>=4.9.9",
+    "matplotlib>=3.8",
+    "librosa>=0.10",
+]
 SERVE = ["gradio>=6.31,<7", "matplotlib>=3.8", *M4A]  # browsers record webm
 ESPEAK = ["espeakng-loader==0.2.4"]  # pinned: another release of espeak-ng sounds different
 JUDGE = ["pocketsphinx>=5", "pesq>=0.0.4", "pystoi>=0.4", "jiwer>=3"]  # what hears and measures nano
 TEST = [
-    "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff==0.17.*", "librosa>=0.10", "transformers>=4.51",
-    "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", "tensorboardX>=2.6", *M4A, *TRAIN, *SERVE, *ESPEAK, *JUDGE,
-]  # fmt: skip
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "hypothesis>=6",
+    "ruff==0.17.*",
+    "librosa>=0.10",
+    "transformers>=4.51",
+    "jupytext>=1.16",
+    "nbclient>=0.10",
+    "ipykernel>=6",
+    "tensorboardX>=2.6",
+    *M4A,
+    *TRAIN,
+    *SERVE,
+    *ESPEAK,
+    *JUDGE,
+]
 
 setup(
     name="moss-jax",

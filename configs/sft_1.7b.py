@@ -17,12 +17,20 @@ from moss_jax.train.stages import SFT
 STEPS = 3_000
 
 RUN = Run(
-    name="sft-1.7b", folder="runs/sft_1.7b", init="runs/stage2_1.7b", stage=SFT,
+    name="sft-1.7b",
+    folder="runs/sft_1.7b",
+    init="runs/stage2_1.7b",
+    stage=SFT,
     optimizer=OptimizerConfig(
         learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=50, total_steps=STEPS, weight_decay=0.1
     ),
     data=Mixture((("chat", "data/chat", 1.0),)),
     held_out=Mixture((("chat", "data/chat-valid", 1.0),)),
-    context=10240, batch_size=32, steps=STEPS, workers=4,
-    save_every=100, evaluate_every=100, evaluate_batches=4,
-)  # fmt: skip
+    context=10240,
+    batch_size=32,
+    steps=STEPS,
+    workers=4,
+    save_every=100,
+    evaluate_every=100,
+    evaluate_batches=4,
+)

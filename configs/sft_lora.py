@@ -17,12 +17,22 @@ from moss_jax.train.stages import SFT, with_lora
 STEPS = 3_000
 
 RUN = Run(
-    name="sft-lora-8b", folder="runs/sft_lora", init="runs/stage2", stage=with_lora(SFT, Lora(rank=16, alpha=32.0)),
+    name="sft-lora-8b",
+    folder="runs/sft_lora",
+    init="runs/stage2",
+    stage=with_lora(SFT, Lora(rank=16, alpha=32.0)),
     optimizer=OptimizerConfig(
         learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=50, total_steps=STEPS, weight_decay=0.0
     ),
     data=Mixture((("chat", "data/chat", 1.0),)),
     held_out=Mixture((("chat", "data/chat-valid", 1.0),)),
-    context=10240, batch_size=8, accumulate=8, steps=STEPS, workers=2,
-    save_every=100, evaluate_every=100, evaluate_batches=2, export_dtype="bfloat16",
-)  # fmt: skip
+    context=10240,
+    batch_size=8,
+    accumulate=8,
+    steps=STEPS,
+    workers=2,
+    save_every=100,
+    evaluate_every=100,
+    evaluate_batches=2,
+    export_dtype="bfloat16",
+)

@@ -18,12 +18,25 @@ from moss_jax.train.stages import STAGE_1
 STEPS = 20_000
 
 RUN = Run(
-    name="stage1-0.6b", folder="runs/stage1_0.6b", init="systems/Qwen3-0.6B", stage=STAGE_1,
+    name="stage1-0.6b",
+    folder="runs/stage1_0.6b",
+    init="systems/Qwen3-0.6B",
+    stage=STAGE_1,
     optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1_000, total_steps=STEPS, weight_decay=0.1),
-    data=Mixture((
-        ("interleaved", "data/interleaved", 1.0), ("synthetic", "data/synthetic", 1.0), ("speech", "data/speech", 1.4),
-    )),
+    data=Mixture(
+        (
+            ("interleaved", "data/interleaved", 1.0),
+            ("synthetic", "data/synthetic", 1.0),
+            ("speech", "data/speech", 1.4),
+        )
+    ),
     held_out=Mixture((("interleaved", "data/interleaved-valid", 1.0), ("speech", "data/speech-valid", 1.0))),
-    context=14336, batch_size=16, steps=STEPS, workers=4,
-    save_every=500, evaluate_every=1_000, evaluate_batches=4, export_every=10_000,
-)  # fmt: skip
+    context=14336,
+    batch_size=16,
+    steps=STEPS,
+    workers=4,
+    save_every=500,
+    evaluate_every=1_000,
+    evaluate_batches=4,
+    export_every=10_000,
+)

@@ -17,18 +17,34 @@ from moss_jax.train.stages import STAGE_2
 STEPS = 130_000
 
 RUN = Run(
-    name="stage2-8b", folder="runs/stage2", init="runs/stage1", stage=STAGE_2,
+    name="stage2-8b",
+    folder="runs/stage2",
+    init="runs/stage1",
+    stage=STAGE_2,
     optimizer=OptimizerConfig(
         learning_rate=6e-5, final_learning_rate=6e-6, warmup_steps=1_000, total_steps=STEPS, weight_decay=0.1
     ),
-    data=Mixture((
-        ("interleaved", "data/interleaved", 1.0), ("synthetic", "data/synthetic", 1.0), ("speech", "data/speech", 1.4),
-        ("text", "data/text", 0.3),
-    )),
-    held_out=Mixture((
-        ("interleaved", "data/interleaved-valid", 1.0), ("speech", "data/speech-valid", 1.0),
-        ("text", "data/text-valid", 1.0),
-    )),
-    context=14336, batch_size=192, steps=STEPS, workers=4,
-    save_every=500, evaluate_every=1_000, evaluate_batches=4, export_every=10_000,
-)  # fmt: skip
+    data=Mixture(
+        (
+            ("interleaved", "data/interleaved", 1.0),
+            ("synthetic", "data/synthetic", 1.0),
+            ("speech", "data/speech", 1.4),
+            ("text", "data/text", 0.3),
+        )
+    ),
+    held_out=Mixture(
+        (
+            ("interleaved", "data/interleaved-valid", 1.0),
+            ("speech", "data/speech-valid", 1.0),
+            ("text", "data/text-valid", 1.0),
+        )
+    ),
+    context=14336,
+    batch_size=192,
+    steps=STEPS,
+    workers=4,
+    save_every=500,
+    evaluate_every=1_000,
+    evaluate_batches=4,
+    export_every=10_000,
+)

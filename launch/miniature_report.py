@@ -14,11 +14,13 @@ from moss_jax.checkpoint import open_tensors
 
 
 def main(folder: Path) -> int:
-    before, after = open_tensors(folder / "qwen3"), open_tensors(folder / "qwen3-after-stage1")
+    before = open_tensors(folder / "qwen3")
+    after = open_tensors(folder / "qwen3-after-stage1")
     same = [
-        name for name in before.tensors
+        name
+        for name in before.tensors
         if name in after.tensors and np.array_equal(_bytes(before.read(name)), _bytes(after.read(name)))
-    ]  # fmt: skip
+    ]
     print(f"stage 1: {len(same)} of {len(before.tensors)} tensors of the Qwen3 are the same, byte for byte")
     print("\n| run | held-out loss of text |\n| --- | --- |")
     for name, told in (

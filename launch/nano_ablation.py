@@ -59,9 +59,11 @@ def runs_of(arm: str, seed: int, share: float, configs: Path = CONFIGS) -> list[
         stage1 = dataclasses.replace(stage1, stage=stage2.stage)
     if arm.endswith("NoSplit"):
         stage1 = dataclasses.replace(stage1, split=0)
-    runs, before = [], stage1.init
+    runs = []
+    before = stage1.init
     for name, run in (("stage1", stage1), ("stage2", stage2), ("sft", sft)):
-        run, folder = scaled(run, share), str(PLACE / f"{arm}-{seed}" / name)
+        run = scaled(run, share)
+        folder = str(PLACE / f"{arm}-{seed}" / name)
         data = dataclasses.replace(run.data, seed=seed)
         runs.append(
             dataclasses.replace(run, name=f"{arm}-{seed} {name}", folder=folder, init=before, seed=seed, data=data)
@@ -75,11 +77,13 @@ def text_kept(folder: Path, limit: int | None = None) -> tuple[int, int]:
     from moss_jax.evaluate.model import Model
 
     model = Model(folder, batch_size=32)
-    config, encode = model.config, model.text_tokenizer.encode
+    config = model.config
+    encode = model.text_tokenizer.encode
     items = [item for name in TEXT_SETS for item in read_items(name)][:limit]
     prompts = [len(encode(item.questions[0])) for item in items]
     rows = [text_rows(encode(f"{item.questions[0]} {item.answers[0]}"), config) for item in items]
-    size, right = padded_length(max(map(len, rows))), 0
+    size = padded_length(max(map(len, rows)))
+    right = 0
     guess = jax.jit(partial(_likeliest, config=config))
     for first in range(0, len(rows), model.scorer.batch_size):
         part = rows[first : first + model.scorer.batch_size]
@@ -122,9 +126,11 @@ def table(before: tuple[int, int], results: Mapping[str, Sequence[Result]]) -> s
     lines.append("")
     for other in (arm for arm in percent if arm != "FP" and "FP" in percent):
         for name, told in COLUMNS.items():
-            mine, theirs = percent["FP"][name], percent[other][name]
+            mine = percent["FP"][name]
+            theirs = percent[other][name]
             if len(mine) > 1 and len(theirs) > 1:
-                difference, spread = np.mean(mine) - np.mean(theirs), max(np.std(mine, ddof=1), np.std(theirs, ddof=1))
+                difference = np.mean(mine) - np.mean(theirs)
+                spread = max(np.std(mine, ddof=1), np.std(theirs, ddof=1))
                 where = "within" if abs(difference) <= spread else "beyond"
                 told_spread = f"{where} the larger spread over seeds ({spread:.1f})"
                 lines.append(f"FP - {other}, {told}: {difference:+.1f} points, {told_spread}")
@@ -146,7 +152,8 @@ class Arm:
     args: argparse.Namespace
 
     def make(self, say: Callable[[str], None]) -> int:
-        args, place = self.args, PLACE / f"{self.name}-{self.seed}"
+        args = self.args
+        place = PLACE / f"{self.name}-{self.seed}"
         runs = runs_of(self.name, self.seed, args.share)
         for run in map(shortened, runs) if args.quick else runs:
             jax.clear_caches()

@@ -61,7 +61,8 @@ def make_mesh(
         return jax.make_mesh(sizes, MESH_AXES, kinds, devices=devices)
     if data % slices:
         raise MossError(f"mesh: data is {data}, expected a multiple of {slices}: it alone lies across the TPU slices")
-    inside, across = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
+    inside = (data // slices, *sizes[1:])
+    across = (slices, 1, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, kinds)
 
 
@@ -78,7 +79,8 @@ def shardings_for(
         MossError: every parameter of which a name is unknown, two axes meet on one mesh axis, or a dimension does not
             divide; all of them at once.
     """
-    shardings, problems = {}, []
+    shardings = {}
+    problems = []
     for path, names in axes.items():
         try:
             spec = _spec(names, rules)
@@ -157,7 +159,8 @@ def per_device(
                 arguments[i] = part
             return function(*arguments)
 
-        specs, out = tuple(map(spec, given)), _spec(out_axes, fit)
+        specs = tuple(map(spec, given))
+        out = _spec(out_axes, fit)
         return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*(args[i] for i in given))
 
     return run

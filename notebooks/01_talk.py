@@ -112,7 +112,8 @@ import time
 stream = system.stream([moss_jax.Turn("user", audio=question)])
 list(stream)  # the first call compiles
 
-begin, pieces = time.perf_counter(), []
+begin = time.perf_counter()
+pieces = []
 stream = system.stream([moss_jax.Turn("user", audio=question)])
 for piece in stream:
     pieces.append((time.perf_counter() - begin, piece.wave.size / stream.sample_rate))

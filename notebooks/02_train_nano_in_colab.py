@@ -53,7 +53,8 @@ from moss_jax.train.nano import Recipe
 
 QUICK = bool(os.environ.get("MOSS_JAX_QUICK"))  # a few steps of everything, to see that the notebook goes
 recipe = Recipe(quick=QUICK, share=1.0 if QUICK else 0.1)
-CORPUS, RUNS = Path("nano/corpus"), Path("nano/runs")
+CORPUS = Path("nano/corpus")
+RUNS = Path("nano/runs")
 
 
 def lines(path):

@@ -23,7 +23,9 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300  # seconds; a mutant whose tests take longer counts as killed
-PASSED, FAILED = 0, 1  # exit codes of pytest
+# exit codes of pytest
+PASSED = 0
+FAILED = 1
 
 
 @dataclass(frozen=True)

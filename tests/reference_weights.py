@@ -10,7 +10,8 @@ def draw_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, 
 
     Matrices keep the variance of what goes through them; scales lie around one, biases and means around zero.
     """
-    random, weights = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    weights = {}
     for name in sorted(shapes):
         shape = shapes[name]
         if name.endswith(("running_var", "alpha", "original0")):

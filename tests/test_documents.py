@@ -180,13 +180,17 @@ pipeline: [
 ]
 """
     flow = {
-        "vocab_size": 20480, "name": "mel",
+        "vocab_size": 20480,
+        "name": "mel",
         "encoder": {"use": True, "chunk": 24000, "other": "!ref <rate> * 2", "nothing": "!name:a.b.f"},
-    }  # fmt: skip
+    }
     assert yaml_of(tmp_path, BOM + text.encode()) == {
-        "__set_seed1": ["false"], "rate": 24000, "flow": flow,
-        "hift": {"rates": [8, 5, 3], "small": 1e-06, "copy": flow}, "pipeline": [24000, "!ref <none>"],
-    }  # fmt: skip
+        "__set_seed1": ["false"],
+        "rate": 24000,
+        "flow": flow,
+        "hift": {"rates": [8, 5, 3], "small": 1e-06, "copy": flow},
+        "pipeline": [24000, "!ref <none>"],
+    }
     assert yaml_of(tmp_path, "# nothing\n") == {}
 
 

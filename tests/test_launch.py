@@ -243,9 +243,13 @@ def test_two_hosts_are_started_and_their_exit_code_is_ours(hosts, tmp_path):
 
 def test_ctrl_c_lets_all_hosts_save(hosts, tmp_path):
     process = subprocess.Popen(
-        COMMAND, env=hosts | {"WAIT": "300"}, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        COMMAND,
+        env=hosts | {"WAIT": "300"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
-    )  # fmt: skip
+    )
     while len(list(tmp_path.glob("arguments.*"))) < 2:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -157,9 +157,12 @@ def test_the_lock_of_an_output_leaves_nothing(tmp_path):
 
 def start(words, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "moss_jax", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tiny.ROOT), **environment},
-    )  # fmt: skip
+        [sys.executable, "-m", "moss_jax", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tiny.ROOT), **environment},
+    )
 
 
 @pytest.mark.slow
@@ -203,9 +206,13 @@ def test_a_second_run_is_refused_and_a_killed_one_resumes(tmp_path, capsys):
         return [int(path.name) for path in (tmp_path / "run/checkpoints").glob("*") if path.name.isdigit()]
 
     first = subprocess.Popen(
-        tiny.command(config, *settings, "steps=100000"), env=tiny.environment(), cwd=tiny.ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        tiny.command(config, *settings, "steps=100000"),
+        env=tiny.environment(),
+        cwd=tiny.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         while not checkpoints():
             assert first.stdout.readline(), "the run has ended"

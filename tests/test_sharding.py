@@ -22,7 +22,8 @@ from moss_jax.sharding import RULES, make_mesh, shardings_for
 from moss_jax.transformer import MOSS_SPEECH_8B, TINY, LayerSplitModel
 from tests import flags
 
-GRID, ROWS = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+GRID = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32)
+ROWS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 MESHES = [
     {"fsdp": 8},
     {"data": 4, "tensor": 2},
@@ -45,8 +46,11 @@ class Devices:
 
 def test_a_mesh_needs_a_place_for_each_device():
     assert dict(make_mesh(data=len(jax.devices())).shape) == {
-        "data": len(jax.devices()), "fsdp": 1, "tensor": 1, "sequence": 1
-    }  # fmt: skip
+        "data": len(jax.devices()),
+        "fsdp": 1,
+        "tensor": 1,
+        "sequence": 1,
+    }
     with pytest.raises(MossError, match=r"fsdp 3.*has 3 places, expected \d+"):
         make_mesh(fsdp=3, devices=jax.devices()[:1])
 
@@ -98,7 +102,8 @@ def _compare_on_a_mesh():
     flat = {k: rng.normal(k.endswith("scale"), 0.15, leaf.shape).astype(leaf.dtype) for k, leaf in shapes.items()}
     text = np.where(rng.random((8, 12)) < 0.5, config.modality_pad_id, rng.integers(0, 287, (8, 12)))
     grid = np.stack([text, rng.integers(0, 96, (8, 12))], -1).astype(np.int32)
-    positions, segments = np.arange(12)[None].repeat(8, 0), np.ones((8, 12), np.int32)
+    positions = np.arange(12)[None].repeat(8, 0)
+    segments = np.ones((8, 12), np.int32)
     segments[3, :5] = 0
 
     def logits(params):
@@ -109,13 +114,12 @@ def _compare_on_a_mesh():
 
     def reply(params):
         settings = GenerationSettings(ChannelSettings(greedy=True), ChannelSettings(greedy=True), max_new_tokens=4)
-        state, keys = new_state(config, 8, 16), request_keys(0, 8)
+        state = new_state(config, 8, 16)
+        keys = request_keys(0, 8)
         state = prefill(params, state, grid, segments != 0, 12, keys, config=config)
         return decode_chunk(params, state, settings, 4, config=config).grid
 
-    expected = (
-        jax.jit(logits)(unflatten(flat)), reply(unflatten(flat)), jax.jit(jax.grad(loss))(unflatten(flat))
-    )  # fmt: skip
+    expected = (jax.jit(logits)(unflatten(flat)), reply(unflatten(flat)), jax.jit(jax.grad(loss))(unflatten(flat)))
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         shardings = shardings_for(axes, shapes, mesh)

@@ -20,8 +20,13 @@ RUN = SpeechTokenizerRun(
     held_out=("nano/corpus/tokenizer-valid.jsonl",),
     objective=Objective(layers=2, commitment_from=200),
     optimizer=OptimizerConfig(
-        method="muon", learning_rate=3e-3, final_learning_rate=3e-5, warmup_steps=100, total_steps=STEPS,
-        betas=(0.9, 0.98), weight_decay=0.01,
+        method="muon",
+        learning_rate=3e-3,
+        final_learning_rate=3e-5,
+        warmup_steps=100,
+        total_steps=STEPS,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
     ),
     buckets=(1.92, 2.56, 3.2, 5.12, 10.24),
     batch_size=8,
@@ -32,4 +37,4 @@ RUN = SpeechTokenizerRun(
     evaluate_batches=32,
     export_every=2500,
     log_every=50,
-)  # fmt: skip
+)

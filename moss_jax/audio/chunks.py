@@ -17,10 +17,43 @@ from moss_jax.errors import MossError
 OPEN_SIZE = {4: 0x7FFF0000, 8: 1 << 62}  # by the bytes of the size field
 # Chunks that programs add behind the samples. One that is itself cut off does not make the recording incomplete.
 METADATA = (
-    b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"fact", b"JUNK", b"junk", b"PAD ", b"FLLR", b"smpl", b"inst", b"iXML",
-    b"_PMX", b"acid", b"afsp", b"LGWV", b"PEAK", b"MARK", b"COMT", b"NAME", b"AUTH", b"ANNO", b"(c) ", b"APPL", b"INST",
-    b"info", b"free", b"ovvw", b"uuid", b"umid", b"strg", b"mark", b"regn", b"midi", b"peak",
-)  # fmt: skip
+    b"LIST",
+    b"id3 ",
+    b"ID3 ",
+    b"bext",
+    b"cue ",
+    b"fact",
+    b"JUNK",
+    b"junk",
+    b"PAD ",
+    b"FLLR",
+    b"smpl",
+    b"inst",
+    b"iXML",
+    b"_PMX",
+    b"acid",
+    b"afsp",
+    b"LGWV",
+    b"PEAK",
+    b"MARK",
+    b"COMT",
+    b"NAME",
+    b"AUTH",
+    b"ANNO",
+    b"(c) ",
+    b"APPL",
+    b"INST",
+    b"info",
+    b"free",
+    b"ovvw",
+    b"uuid",
+    b"umid",
+    b"strg",
+    b"mark",
+    b"regn",
+    b"midi",
+    b"peak",
+)
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # metadata that programs append to any file
 
 

@@ -179,7 +179,8 @@ def _hann(length: int) -> np.ndarray:
 def _dft(n_fft: int) -> tuple[np.ndarray, np.ndarray]:
     """The cosines and sines of a DFT under a Hann window: two [n_fft, n_fft // 2 + 1]."""
     turns = np.outer(np.arange(n_fft), np.arange(n_fft // 2 + 1)) % n_fft  # exact, so that cos and sin are too
-    angle, weights = 2 * np.pi * turns / n_fft, _hann(n_fft)[:, None]
+    angle = 2 * np.pi * turns / n_fft
+    weights = _hann(n_fft)[:, None]
     return (weights * np.cos(angle)).astype(np.float32), (weights * np.sin(angle)).astype(np.float32)
 
 

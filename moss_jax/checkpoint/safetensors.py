@@ -21,12 +21,22 @@ from moss_jax.errors import MossError
 from moss_jax.files import is_file, is_folder
 
 DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 MAX_RANK = 32  # dimensions of an array in numpy
@@ -58,7 +68,9 @@ class TensorReader:
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, Any]):
-        self.path, self.tensors, self.metadata = path, tensors, metadata
+        self.path = path
+        self.tensors = tensors
+        self.metadata = metadata
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in the mapped file; the mapping ends with the last reference to it."""
@@ -141,7 +153,8 @@ class FileWriter:
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None):
-        path, specs = Path(path), _specs(tensors)
+        path = Path(path)
+        specs = _specs(tensors)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         # Widest dtype first keeps every tensor aligned, as the safetensors library does.
@@ -165,7 +178,8 @@ class FileWriter:
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Writes one announced tensor; its shape and dtype are those announced."""
-        info, tensor = self._tensors[name], np.asarray(tensor)
+        info = self._tensors[name]
+        tensor = np.asarray(tensor)
         if tensor.shape != info.shape or tensor.dtype != info.dtype:
             announced = f"{list(info.shape)} {info.dtype}"
             raise ValueError(f"tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, announced as {announced}")
@@ -201,7 +215,8 @@ class TensorWriter:
         metadata: Mapping[str, str] | None = None,
         shard_bytes: int = SHARD_BYTES,
     ):
-        folder, specs = Path(folder), _specs(tensors)
+        folder = Path(folder)
+        specs = _specs(tensors)
         shards = _shards(specs, shard_bytes)
         files = [f"{stem}.safetensors"]
         if len(shards) > 1:
@@ -237,7 +252,8 @@ def _nbytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
 
 
 def _shards(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[list[str]]:
-    shards, size = [[]], 0
+    shards = [[]]
+    size = 0
     for name, spec in specs.items():
         if shards[-1] and size + _nbytes(spec) > limit:
             shards.append([])

@@ -41,9 +41,19 @@ def run(args) -> int:
     from moss_jax.tools.compile import Request, compile_function
 
     request = Request(
-        args.function, args.size, args.topology, args.data, args.fsdp, args.tensor, args.sequence, args.batch,
-        args.context, args.accumulate, args.remat, args.mfu,
-    )  # fmt: skip
+        args.function,
+        args.size,
+        args.topology,
+        args.data,
+        args.fsdp,
+        args.tensor,
+        args.sequence,
+        args.batch,
+        args.context,
+        args.accumulate,
+        args.remat,
+        args.mfu,
+    )
     request.check()
     if args.output and not args.output.parent.is_dir():
         raise MossError(f"--output {args.output}: the folder {args.output.parent} does not exist")

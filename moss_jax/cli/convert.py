@@ -27,13 +27,17 @@ def add_arguments(parser):
     add_revision_arguments(parser)
     parser.add_argument("--from-qwen3", metavar="FOLDER", help="a plain Qwen3 of any size")
     parser.add_argument(
-        "--split", type=int, metavar="N",
+        "--split",
+        type=int,
+        metavar="N",
         help="how many of Qwen3's last layers become the text branch and, copied, the audio branch (default: a ninth)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--audio-branch", default="copy", choices=("copy", "random"),
+        "--audio-branch",
+        default="copy",
+        choices=("copy", "random"),
         help="what the audio branch starts from: a copy of the text branch (default), or random weights",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=0, help="of new random weights, default 0")
     parser.add_argument("--export", choices=EXPORTS, help="write a system in another layout")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="not there yet, or empty")

@@ -32,7 +32,8 @@ def run(args) -> int:
     from moss_jax.speech_decoder.codes import read_codes
     from moss_jax.speech_decoder.flow.sampler import check_codes
 
-    items, out = read_codes(args.codes), Path(args.out)
+    items = read_codes(args.codes)
+    out = Path(args.out)
     check_seed(args.seed, "--seed")
     if args.chunk is not None and not args.stream:
         raise MossError("--chunk: only a stream has chunks, give --stream too")

@@ -20,7 +20,8 @@ def run(args) -> int:
     from moss_jax.tools.parity import check_golden, read_golden
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    unreadable, checks = False, []
+    unreadable = False
+    checks = []
     row = "{:<28} {:<46} {:>9} {:>10} {:>9}  {}"
     print(row.format("file", "output", "compared", "worst", "of tol.", ""))
     for file in args.files:

@@ -34,14 +34,16 @@ def run(args) -> int:
         raise MossError("--heatmaps and --batch-size: expected numbers from 0 and from 1")
     sizes = {"fsdp": args.fsdp, "tensor": args.tensor, "batch_size": args.batch_size}
     model = Model(system_folder(args), **sizes)
-    cache, codes = cache_folder(), model.code_count
+    cache = cache_folder()
+    codes = model.code_count
     made = [(_name(folder), control_folder(folder, codes, cache, progress)) for folder in args.control]
     controls = ((name, Model(folder, **sizes)) for name, folder in made)  # one at a time in memory
     print(
         similarity.run(
             model, args.file, args.out, controls=controls, heatmaps=args.heatmaps, name=_name(args.model), say=progress
-        ), end="",
-    )  # fmt: skip
+        ),
+        end="",
+    )
     return 0
 
 

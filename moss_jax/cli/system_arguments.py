@@ -13,15 +13,19 @@ DEFAULT_CACHE = "~/.cache/moss_jax"
 def add_system_arguments(parser, nano: bool = False) -> None:
     """`nano`: without --model the verb takes the system that comes with the package."""
     parser.add_argument(
-        "--model", required=not nano, default=None, metavar="FOLDER",
+        "--model",
+        required=not nano,
+        default=None,
+        metavar="FOLDER",
         help="a system folder (moss-jax convert, moss-jax init-random), or a released language model: "
         "a folder or a hub name such as fnlp/MOSS-Speech" + ("; default: the bundled nano model" if nano else ""),
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--codec", metavar="FOLDER",
+        "--codec",
+        metavar="FOLDER",
         help="the released codec, a folder or a hub name such as fnlp/MOSS-Speech-Codec; only beside a released "
         "language model. The pair is converted once, into MOSS_JAX_CACHE or ~/.cache/moss_jax",
-    )  # fmt: skip
+    )
     add_revision_arguments(parser)
 
 

@@ -62,10 +62,19 @@ def run(args) -> int:
 
     index, count = _process(args)
     request = Request(
-        manifest=args.manifest, model=system_folder(args), format=args.format, out=args.out, seed=args.seed,
-        variants=args.variants, system=args.system, aligner=args.aligner, shard_documents=args.shard_documents,
-        process_index=index, process_count=count, max_audio_bytes=args.max_audio_mib * 2**20,
-    )  # fmt: skip
+        manifest=args.manifest,
+        model=system_folder(args),
+        format=args.format,
+        out=args.out,
+        seed=args.seed,
+        variants=args.variants,
+        system=args.system,
+        aligner=args.aligner,
+        shard_documents=args.shard_documents,
+        process_index=index,
+        process_count=count,
+        max_audio_bytes=args.max_audio_mib * 2**20,
+    )
     about = tokenize(request, _teller())
     if about is None:
         say(f"process {index} of {count}: its shards are there")

@@ -19,9 +19,10 @@ from moss_jax.train.host_memory import keep_freed_memory
 def add_arguments(parser):
     parser.add_argument("--config", required=True, metavar="FILE.py", help="a Python file that sets RUN")
     parser.add_argument(
-        "--init", metavar="FOLDER",
+        "--init",
+        metavar="FOLDER",
         help="what to start from: a Qwen3, a released model, a system, or the folder of an earlier run",
-    )  # fmt: skip
+    )
     parser.add_argument("--folder", metavar="FOLDER", help="gets checkpoints, metrics and exports")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the run")
     parser.add_argument("--print", action="store_true", help="print the run as JSON and leave")

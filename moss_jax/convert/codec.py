@@ -48,20 +48,69 @@ CHUNK_FILE = re.compile(r"flow-chunk-(\d+)\.pt")
 NEEDED = ("config.json", "model.safetensors", "flow/flow.pt", "flow/hift.pt", "flow/campplus.onnx")
 # Of config.json: what decides the codes, what concerns training, and what every Whisper has.
 KNOWN_KEYS = {
-    "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers", "num_mel_bins",
-    "max_source_positions", "activation_function", "encoder_causal_attention", "encoder_causal_convolution",
-    "pooling_kernel_size", "pooling_type", "pooling_position", "quantize_vocab_size", "quantize_position",
-    "quantize_encoder_only", "quantize_causal_encoder", "quantize_causal_block_size", "quantize_commit_coefficient",
-    "quantize_ema_decay", "quantize_loss_scale", "quantize_restart_interval", "architectures", "model_type",
-    "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "vocab_size", "num_hidden_layers",
-    "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "decoder_start_token_id",
-    "encoder_layerdrop", "use_cache", "is_encoder_decoder", "dropout", "attention_dropout", "activation_dropout",
-    "init_std", "scale_embedding", "max_target_positions", "max_length", "pad_token_id", "bos_token_id",
-    "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "use_weighted_layer_sum",
-    "classifier_proj_size", "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
-    "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks", "median_filter_width",
+    "d_model",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "encoder_layers",
+    "num_mel_bins",
+    "max_source_positions",
+    "activation_function",
+    "encoder_causal_attention",
+    "encoder_causal_convolution",
+    "pooling_kernel_size",
+    "pooling_type",
+    "pooling_position",
+    "quantize_vocab_size",
+    "quantize_position",
+    "quantize_encoder_only",
+    "quantize_causal_encoder",
+    "quantize_causal_block_size",
+    "quantize_commit_coefficient",
+    "quantize_ema_decay",
+    "quantize_loss_scale",
+    "quantize_restart_interval",
+    "architectures",
+    "model_type",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "vocab_size",
+    "num_hidden_layers",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "decoder_layerdrop",
+    "decoder_start_token_id",
+    "encoder_layerdrop",
+    "use_cache",
+    "is_encoder_decoder",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "init_std",
+    "scale_embedding",
+    "max_target_positions",
+    "max_length",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_decoder_ids",
+    "use_weighted_layer_sum",
+    "classifier_proj_size",
+    "apply_spec_augment",
+    "mask_time_prob",
+    "mask_time_length",
+    "mask_time_min_masks",
+    "mask_feature_prob",
+    "mask_feature_length",
+    "mask_feature_min_masks",
+    "median_filter_width",
     "skip_language_detection",
-}  # fmt: skip
+}
 NOTES = "carried/codec.json"
 
 
@@ -96,13 +145,18 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     target = system / "speech_tokenizer"
     target.mkdir(parents=True)
     import_tensors(
-        reader, tokenizer_table.table(tokenizer), encoder_shapes(tokenizer), target,
-        carried=unused / "speech_tokenizer.safetensors", say=say,
-    )  # fmt: skip
+        reader,
+        tokenizer_table.table(tokenizer),
+        encoder_shapes(tokenizer),
+        target,
+        carried=unused / "speech_tokenizer.safetensors",
+        say=say,
+    )
     write_json(target / "config.json", write_config(tokenizer))
     say("speech tokenizer: done")
 
-    target, notes = system / "speech_decoder", {}
+    target = system / "speech_decoder"
+    notes = {}
     target.mkdir()
     yaml_file = folder / "flow" / "config.yaml"
     yaml = read_released_yaml(yaml_file) if is_file(yaml_file) else ReleasedYaml()
@@ -128,9 +182,12 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     speaker = graph.config
     _import_part(graph.tensors(), speaker_table.table(speaker), speaker_shapes(speaker), system, "speaker", say)
     decoder = SpeechDecoderConfig(
-        flow=flow, vocoder=vocoder, speaker=speaker, chunks=tuple(chunks),
+        flow=flow,
+        vocoder=vocoder,
+        speaker=speaker,
+        chunks=tuple(chunks),
         code_rate=tokenizer.code_rate,
-    )  # fmt: skip
+    )
     write_json(target / "config.json", write_config(decoder))
     tell_unknown(folder / "config.json", KNOWN_KEYS, say)
     if not chunks:
@@ -143,7 +200,8 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
 def export_codec(system: str | Path, folder: Path, say: Say) -> None:
     """Writes the codec of a system in the released layout into an existing folder."""
     system = Path(system)
-    codec, carried = read_codec_configs(system), system / "carried" / "codec"
+    codec = read_codec_configs(system)
+    carried = system / "carried" / "codec"
     (folder / "flow").mkdir(exist_ok=True)
     notes: dict[str, Any] = {}
     if carried.is_dir():
@@ -160,13 +218,15 @@ def export_codec(system: str | Path, folder: Path, say: Say) -> None:
     )
     write_source(tokenizer, folder, metadata={"format": "pt"}, say=say)
     flow = codec.decoder.flow
-    table, shapes = flow_table.table(flow), flow_shapes(flow)
+    table = flow_table.table(flow)
+    shapes = flow_shapes(flow)
     for chunk in (None, *codec.decoder.chunks):
         file = "flow.pt" if chunk is None else f"flow-chunk-{chunk}.pt"
         source = _export_part(system, "speech_decoder", flow_stem(chunk), table, shapes)
         write_torch(folder / "flow" / file, source, notes.get(file, {}).get("extras", {}))
         say(f"flow/{file}: done")
-    vocoder, note = codec.decoder.vocoder, notes.get("hift.pt", {})
+    vocoder = codec.decoder.vocoder
+    note = notes.get("hift.pt", {})
     spelling = vocoder_table.Spelling(**note.get("spelling", {}))
     source = _export_part(
         system, "speech_decoder", "vocoder", vocoder_table.table(vocoder, spelling), vocoder_shapes(vocoder)

@@ -172,15 +172,26 @@ def released_tokenizer_config(config: SpeechTokenizerConfig) -> dict[str, Any]:
             "only code_dim = d_model and normalize_codes = false can be exported"
         )
     names = (
-        "d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
-        "pooling_kernel_size", "quantize_vocab_size",
-    )  # fmt: skip
+        "d_model",
+        "encoder_attention_heads",
+        "encoder_ffn_dim",
+        "num_mel_bins",
+        "max_source_positions",
+        "pooling_kernel_size",
+        "quantize_vocab_size",
+    )
     return {
-        "architectures": ["WhisperVQEncoder"], **{name: getattr(config, name) for name in names},
-        "quantize_position": config.num_layers, "pooling_position": config.num_layers,
-        "encoder_layers": config.num_layers, "pooling_type": "avg", "activation_function": "gelu",
-        "encoder_causal_attention": True, "encoder_causal_convolution": True, "quantize_encoder_only": True,
-    }  # fmt: skip
+        "architectures": ["WhisperVQEncoder"],
+        **{name: getattr(config, name) for name in names},
+        "quantize_position": config.num_layers,
+        "pooling_position": config.num_layers,
+        "encoder_layers": config.num_layers,
+        "pooling_type": "avg",
+        "activation_function": "gelu",
+        "encoder_causal_attention": True,
+        "encoder_causal_convolution": True,
+        "quantize_encoder_only": True,
+    }
 
 
 def released_yaml(flow: FlowConfig, vocoder: VocoderConfig) -> str:
@@ -228,7 +239,8 @@ class _Shapes:
     """Shapes by name; one that is not there or has another rank is a readable error."""
 
     def __init__(self, shapes: Shapes, where: str):
-        self.shapes, self._where = shapes, where
+        self.shapes = shapes
+        self._where = where
 
     def __call__(self, name: str, rank: int) -> tuple[int, ...]:
         shape = self.shapes.get(name)

@@ -126,7 +126,8 @@ def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:
     yield f"{folder}: a released folder"
     yield ""
     yield _row("file", "tensors", "parameters", "size", "dtype")
-    codec, kind = (folder / "flow").is_dir(), read_json(folder / "config.json").get("model_type")
+    codec = (folder / "flow").is_dir()
+    kind = read_json(folder / "config.json").get("model_type")
     part = "speech tokenizer" if codec else "Qwen3" if kind == "qwen3" else "language model"
     reader = open_tensors(folder)
     seen[part] = set(reader.tensors)

@@ -32,11 +32,30 @@ from moss_jax.transformer.model import model_shapes
 
 KEYS = CONFIG_KEYS | ID_KEYS  # our field -> key of the released config.json
 KNOWN_KEYS = {
-    *KEYS.values(), "architectures", "model_type", "auto_map", "num_hidden_layers",
-    "hidden_act", "initializer_range", "rope_scaling", "attention_bias", "attention_dropout", "use_cache",
-    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "channels",
-    "torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id",
-}  # fmt: skip
+    *KEYS.values(),
+    "architectures",
+    "model_type",
+    "auto_map",
+    "num_hidden_layers",
+    "hidden_act",
+    "initializer_range",
+    "rope_scaling",
+    "attention_bias",
+    "attention_dropout",
+    "use_cache",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "tie_word_embeddings",
+    "channels",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
 
 
 def import_language_model(folder: str | Path, system: Path, say: Say) -> TransformerConfig:
@@ -47,7 +66,8 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
             names that are unmapped, missing or misshapen.
     """
     folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
-    config, reader = language_config(folder), open_tensors(folder)
+    config = language_config(folder)
+    reader = open_tensors(folder)
     files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
     config = replace(config, **compute_dtypes(reader))
     target = system / "transformer"
@@ -63,7 +83,8 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> Transfo
 def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
     """Writes the language model of a system in the released layout into an existing folder."""
     system = Path(system)
-    config, carried = read_transformer_config(system), system / "carried" / "model"
+    config = read_transformer_config(system)
+    carried = system / "carried" / "model"
     source = exported(open_tensors(system / "transformer"), table(config), model_shapes(config))
     if carried.is_dir():
         carry_files(carried, folder, within=system)
@@ -93,11 +114,17 @@ def released_config(config: TransformerConfig) -> dict[str, Any]:
     """The keys of a released config.json that our config decides, and the fixed ones that its readers expect."""
     values = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
     return {
-        "architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **values,
-        "num_hidden_layers": config.num_shared_layers + config.num_modality_layers, "hidden_act": "silu",
-        "attention_bias": False, "rope_scaling": None, "tie_word_embeddings": False, "channels": 2,
+        "architectures": ["MossSpeechForCausalLM"],
+        "model_type": "moss_speech",
+        **values,
+        "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "channels": 2,
         "torch_dtype": config.param_dtype,
-    }  # fmt: skip
+    }
 
 
 def read_transformer_config(system: Path) -> TransformerConfig:

@@ -30,9 +30,13 @@ BN_INPUTS = ("weight", "bias", "running_mean", "running_var")
 LONGEST = 10_000  # frames that a dilation or a segment mean may cover
 # TensorProto's types that parameters and shapes have: bytes of an element, and its field where there is no raw data.
 STORED = {
-    1: (4, "float_data"), 6: (4, "int32_data"), 7: (8, "int64_data"), 10: (2, "int32_data"), 11: (8, "double_data"),
+    1: (4, "float_data"),
+    6: (4, "int32_data"),
+    7: (8, "int64_data"),
+    10: (2, "int32_data"),
+    11: (8, "double_data"),
     16: (2, "int32_data"),
-}  # fmt: skip
+}
 UNIT_VARIANCE = np.float32(1 - EPSILON)
 
 
@@ -100,7 +104,8 @@ class SpeakerGraph:
     """
 
     def __init__(self, path: str | Path):
-        self._onnx, self.path = import_onnx(), Path(path)
+        self._onnx = import_onnx()
+        self.path = Path(path)
         if not self.path.is_file():
             raise MossError(f"{path}: no such file")
         try:
@@ -137,7 +142,8 @@ class SpeakerGraph:
         for bn in self.folded:
             bias = found.pop(f"{bn}.bias")
             if _has_affine(bn):
-                found[f"{bn}.weight"], found[f"{bn}.bias"] = np.ones_like(bias), bias
+                found[f"{bn}.weight"] = np.ones_like(bias)
+                found[f"{bn}.bias"] = bias
                 found[f"{bn}.running_mean"] = np.zeros_like(bias)
             else:
                 found[f"{bn}.running_mean"] = -bias
@@ -227,7 +233,9 @@ class SpeakerGraph:
             starts = [i - 2 for i in range(count) if shapes[i][2:] == (1, 1)]
             ends = [*starts[1:], count - 1]
             head = tuple((end - start - 1) // 2 for start, end in zip(starts, ends, strict=True))
-            i, layers, dilations = count + 1, [0], []
+            i = count + 1
+            layers = [0]
+            dilations = []
             while i + 1 < len(shapes):
                 if shapes[i + 1][2:] == (3,):
                     if layers[-1] == 0:
@@ -237,18 +245,29 @@ class SpeakerGraph:
                 else:
                     layers.append(0)
                     i += 1
-            inner, growth = shapes[count + 1][0], shapes[count + 2][0]
+            inner = shapes[count + 1][0]
+            growth = shapes[count + 2][0]
             pools = [n for n in self.model.graph.node if n.op_type == "AveragePool"]
             segment = _ints(pools[0], "kernel_shape", [SEGMENT])[-1] if pools else SEGMENT
             # SpeakerConfig refuses such numbers as well, but its message would be replaced below.
             long = [n for n in (*dilations, segment) if not 1 <= n <= LONGEST]
-            config = None if long else SpeakerConfig(
-                num_mel_bins=shapes[count][1] // shapes[0][0] * 2 ** (len(head) + 1), embedding_size=shapes[-1][0],
-                head_channels=shapes[0][0], head_blocks=head, init_channels=shapes[count][0], growth_rate=growth,
-                bottleneck=inner, context_reduction=inner // shapes[count + 3][0], dense_layers=tuple(layers[:-1]),
-                dense_dilations=tuple(dilations),
-                segment_frames=segment,
-            )  # fmt: skip
+            config = (
+                None
+                if long
+                else SpeakerConfig(
+                    num_mel_bins=shapes[count][1] // shapes[0][0] * 2 ** (len(head) + 1),
+                    embedding_size=shapes[-1][0],
+                    head_channels=shapes[0][0],
+                    head_blocks=head,
+                    init_channels=shapes[count][0],
+                    growth_rate=growth,
+                    bottleneck=inner,
+                    context_reduction=inner // shapes[count + 3][0],
+                    dense_layers=tuple(layers[:-1]),
+                    dense_dilations=tuple(dilations),
+                    segment_frames=segment,
+                )
+            )
         except (StopIteration, IndexError, ValueError, ZeroDivisionError):
             raise MossError(f"{self.path}: its {len(shapes)} convolutions are not those of CAM++") from None
         if config is None:
@@ -256,7 +275,9 @@ class SpeakerGraph:
         return config
 
     def _walk(self) -> None:
-        nodes, extra, problems = list(self._nodes), None, []
+        nodes = list(self._nodes)
+        extra = None
+        problems = []
         for slot in slots(self.config.head_blocks, self.config.dense_layers):
             if not slot.conv and extra is not None:
                 self.folded.add(slot.name)
@@ -354,7 +375,8 @@ def _pairs(config: SpeakerConfig) -> Iterator[tuple[str, str]]:
 
 def _fold(source: Source, conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
     """Weight and bias of a convolution with the BatchNorm behind it folded in; exact for one that only adds."""
-    weight, mean = source.read(f"{conv}.weight"), source.read(f"{bn}.running_mean")
+    weight = source.read(f"{conv}.weight")
+    mean = source.read(f"{bn}.running_mean")
     variance = source.read(f"{bn}.running_var")
     scale = source.read(f"{bn}.weight") if _has_affine(bn) else np.ones_like(mean)
     bias = source.read(f"{bn}.bias") if _has_affine(bn) else np.zeros_like(mean)

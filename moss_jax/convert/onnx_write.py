@@ -22,8 +22,11 @@ class _Graph:
     """Nodes in the order in which they are computed; every method returns the name of its result."""
 
     def __init__(self, onnx: Any, source: Source):
-        self.onnx, self.source = onnx, source
-        self.nodes, self.initializers, self._given = [], [], set()
+        self.onnx = onnx
+        self.source = source
+        self.nodes = []
+        self.initializers = []
+        self._given = set()
 
     def constant(self, name: str, value: np.ndarray) -> str:
         if name not in self._given:
@@ -81,11 +84,12 @@ def write_speaker_graph(path: str | Path, source: Source, config: SpeakerConfig)
     g.nodes[-1].output[0] = "output"
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        g.nodes, "campplus",
+        g.nodes,
+        "campplus",
         [value("input", onnx.TensorProto.FLOAT, ["B", "T", config.num_mel_bins])],
         [value("output", onnx.TensorProto.FLOAT, ["B", config.embedding_size])],
         g.initializers,
-    )  # fmt: skip
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     with atomic_file(path) as part:
@@ -98,7 +102,8 @@ def _head(g: _Graph, x: str, config: SpeakerConfig) -> str:
     x = g.norm(g.conv(x, "head.conv1", **same), "head.bn1")
     for group, blocks in enumerate(config.head_blocks, 1):
         for block in range(blocks):
-            name, strides = f"head.layer{group}.{block}", [1 if block else 2, 1]
+            name = f"head.layer{group}.{block}"
+            strides = [1 if block else 2, 1]
             y = g.norm(g.conv(x, f"{name}.conv1", strides=strides, **same), f"{name}.bn1")
             y = g.norm(g.conv(y, f"{name}.conv2", **same), f"{name}.bn2", relu=False)
             if block == 0:
@@ -111,7 +116,8 @@ def _head(g: _Graph, x: str, config: SpeakerConfig) -> str:
 
 def _dense(g: _Graph, x: str, name: str, dilation: int, config: SpeakerConfig) -> str:
     y = g.conv(g.norm(x, f"{name}.nonlinear1.batchnorm"), f"{name}.linear1")
-    y, size = g.norm(y, f"{name}.nonlinear2.batchnorm"), config.segment_frames
+    y = g.norm(y, f"{name}.nonlinear2.batchnorm")
+    size = config.segment_frames
     cam = f"{name}.cam_layer"
     local = g.conv(y, f"{cam}.linear_local", dilations=[dilation], pads=[dilation, dilation])
     pooled = g.op("AveragePool", y, kernel_shape=[size], strides=[size], ceil_mode=1, count_include_pad=0)

@@ -34,14 +34,20 @@ from moss_jax.transformer import model_shapes
 from moss_jax.transformer.config import DTYPES, TransformerConfig
 
 SAME_KEYS = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_theta",
+    "rms_norm_eps",
     "max_position_embeddings",
-)  # fmt: skip
+)
 AUDIO_BRANCH = ("copy", "random")
 CODES = 16384  # of the released codec
 ROW_BLOCK = 128  # vocabularies are padded to a multiple of this
 DROPPED = "dropped_rows.safetensors"
-HEAD, EMBED = "text/head/kernel", "text/embed/embedding"
+HEAD = "text/head/kernel"
+EMBED = "text/embed/embedding"
 ROWS = {EMBED: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
 
 
@@ -84,7 +90,8 @@ def import_qwen3(
     if audio_branch not in AUDIO_BRANCH:
         raise MossError(f"audio branch {audio_branch!r}: unknown, there are {', '.join(AUDIO_BRANCH)}")
     folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
-    reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
+    reader = open_tensors(folder)
+    special = special_ids(folder / "tokenizer.json")
     files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
     config, vocab = split_config(folder, special, modality_layers, codes)
     config = replace(config, **compute_dtypes(reader))
@@ -115,7 +122,8 @@ def import_qwen3(
     announced |= {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in tables.items()}
     target = system / "transformer"
     target.mkdir(parents=True)
-    dropped, progress = {}, Progress(say, "writing model", announced)
+    dropped = {}
+    progress = Progress(say, "writing model", announced)
     with TensorWriter(target, announced) as writer:
         for entry in entries:
             value = entry.to_ours(reader.read)
@@ -139,7 +147,8 @@ def import_qwen3(
 def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None) -> None:
     """Writes the text path (text table, shared block, text branch, text head) as a plain Qwen3 into a folder."""
     system = Path(system)
-    config, carried = read_transformer_config(system), system / "carried" / "qwen3"
+    config = read_transformer_config(system)
+    carried = system / "carried" / "qwen3"
     ours = open_tensors(system / "transformer")
     rows = open_tensors(carried / DROPPED) if (carried / DROPPED).exists() else None
     tied = False
@@ -153,9 +162,10 @@ def export_qwen3(system: str | Path, folder: Path, say: Say = lambda line: None)
         copy_file(system / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json", within=system)
     source = TextPath(ours, config, rows, tied)
     values = {key: getattr(config, key) for key in (*SAME_KEYS, "head_dim")} | {
-        "vocab_size": source.vocab_size, "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,
+        "vocab_size": source.vocab_size,
+        "num_hidden_layers": config.num_shared_layers + config.num_modality_layers,
         "tie_word_embeddings": tied,
-    }  # fmt: skip
+    }
     if carried.is_dir():
         original = {"head_dim": config.head_dim, "tie_word_embeddings": False} | qwen3_keys(folder / "config.json")
         values = {key: value for key, value in values.items() if original[key] != value}
@@ -212,7 +222,8 @@ class TextPath:
         expected = model_shapes(config)
         if lost := [path for path in expected if path not in ours.tensors]:
             raise MossError("\n  ".join([f"{ours.path}: parameters are missing", *lost]))
-        self.tensors, self._places = {}, {}
+        self.tensors = {}
+        self._places = {}
         entries = table(source).entries(shapes)
         dtypes = {entry.path: self._dtypes(entry) for entry in entries}
         mixed = any(len(found) > 1 for found in dtypes.values())
@@ -229,7 +240,8 @@ class TextPath:
 
     def _value(self, entry: Entry, index: tuple[int, ...]) -> np.ndarray:
         if index:
-            depth, shared = index[0], self._config.num_shared_layers
+            depth = index[0]
+            shared = self._config.num_shared_layers
             path = entry.path if depth >= shared else entry.path.replace("text/", "shared/", 1)
             return self._ours.read(path)[depth - shared if depth >= shared else depth]
         value = self._ours.read(entry.path)
@@ -264,17 +276,23 @@ def split_config(
     """The layer-split config and the vocabulary size of the Qwen3."""
     where = folder / "config.json"
     released = qwen3_keys(where)
-    depth, vocab = released["num_hidden_layers"], released["vocab_size"]
+    depth = released["num_hidden_layers"]
+    vocab = released["vocab_size"]
     branch = default_modality_layers(depth) if modality_layers is None else modality_layers
     if not 0 <= branch < depth:
         raise MossError(f"{where}: {branch} layers for each branch, expected 0 to {depth - 1} of the {depth} there are")
     sizes = {key: released[key] for key in SAME_KEYS}
     config = TransformerConfig(
-        **sizes, head_dim=released.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
-        num_shared_layers=depth - branch, num_modality_layers=branch,
+        **sizes,
+        head_dim=released.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
+        num_shared_layers=depth - branch,
+        num_modality_layers=branch,
         text_vocab_size=min(vocab, _padded(tokenizer_size(folder / "tokenizer.json"))),
-        audio_vocab_size=_padded(codes + 1), eosp_id=codes, audio_pad_id=min(512, codes - 1), **special,
-    )  # fmt: skip
+        audio_vocab_size=_padded(codes + 1),
+        eosp_id=codes,
+        audio_pad_id=min(512, codes - 1),
+        **special,
+    )
     check_special(config, special, folder)
     return config, vocab
 

@@ -64,19 +64,27 @@ def _tiny() -> Sizes:
     speaker = replace(speaker_config.TINY, num_mel_bins=80, embedding_size=192)
     return Sizes(
         replace(
-            TRANSFORMER_TINY, audio_vocab_size=384, eosp_id=TINY_CODES, audio_pad_id=TINY_CODES - 1,
+            TRANSFORMER_TINY,
+            audio_vocab_size=384,
+            eosp_id=TINY_CODES,
+            audio_pad_id=TINY_CODES - 1,
             max_position_embeddings=40960,
         ),
         replace(tokenizer_config.TINY, quantize_vocab_size=TINY_CODES, max_source_positions=1500),
         replace(decoder, flow=flow, vocoder=replace(decoder.vocoder, mel_bins=80), speaker=speaker, chunks=(5, 25)),
-    )  # fmt: skip
+    )
 
 
 # The language model of Qwen3-0.6B's widths, with the released codec.
 SMALL_TRANSFORMER = replace(
-    MOSS_SPEECH_8B, hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8,
-    num_shared_layers=25, num_modality_layers=3,
-)  # fmt: skip
+    MOSS_SPEECH_8B,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    num_shared_layers=25,
+    num_modality_layers=3,
+)
 SIZES = {
     "tiny": _tiny(),
     "0.6b": Sizes(SMALL_TRANSFORMER, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
@@ -117,8 +125,11 @@ def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed:
 
 def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
     """The files of a random system, in an existing folder; one parameter in memory at a time."""
-    lm, tokenizer, decoder = sizes.transformer, sizes.tokenizer, sizes.decoder
-    flow, flow_rows = flow_shapes(decoder.flow), flow_table.table(decoder.flow)
+    lm = sizes.transformer
+    tokenizer = sizes.tokenizer
+    decoder = sizes.decoder
+    flow = flow_shapes(decoder.flow)
+    flow_rows = flow_table.table(decoder.flow)
     parts = [
         ("transformer", "model", transformer_table.table(lm), model_shapes(lm)),
         ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), encoder_shapes(tokenizer)),
@@ -126,7 +137,8 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
         ("speech_decoder", "vocoder", vocoder_table.table(decoder.vocoder), vocoder_shapes(decoder.vocoder)),
     ]
     if decoder.speaker is not None:
-        rows, shapes = speaker_table.table(decoder.speaker), speaker_shapes(decoder.speaker)
+        rows = speaker_table.table(decoder.speaker)
+        shapes = speaker_shapes(decoder.speaker)
         parts.append(("speech_decoder", "speaker", rows, shapes))
     for room, stem, table, shapes in parts:
         (folder / room).mkdir(exist_ok=True)
@@ -154,14 +166,16 @@ def random_parameter(entry: Entry, seed: str) -> np.ndarray:
 
     Drawn layer by layer straight into the parameter's dtype.
     """
-    leaf, dtype = entry.path.rpartition("/")[2], np.dtype(entry.dtype)
+    leaf = entry.path.rpartition("/")[2]
+    dtype = np.dtype(entry.dtype)
     if leaf in ("scale", "var", "g", "alpha"):
         return np.ones(entry.shape, dtype)
     if leaf in ("bias", "mean", "bias_u", "bias_v"):
         return np.zeros(entry.shape, dtype)
     # In the foreign layout the inputs are all axes but the first; a table of vectors has unit entries.
     deviation = 1.0 if leaf in ("embedding", "codebook") else 1 / np.sqrt(np.prod(entry.source_shape[1:]))
-    out, rng = np.empty(entry.shape, dtype), np.random.default_rng(list(seed.encode()))
+    out = np.empty(entry.shape, dtype)
+    rng = np.random.default_rng(list(seed.encode()))
     for index in np.ndindex(entry.names.shape):
         part = rng.standard_normal(entry.shape[len(index) :], np.float32)
         out[index] = np.multiply(part, np.float32(deviation), out=part)

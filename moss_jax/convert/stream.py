@@ -32,7 +32,8 @@ class MemoryTensors:
     """Tensors that are in memory, as a source."""
 
     def __init__(self, path: str | Path, tensors: Mapping[str, np.ndarray]):
-        self.path, self.tensors = Path(path), dict(tensors)
+        self.path = Path(path)
+        self.tensors = dict(tensors)
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
@@ -44,7 +45,8 @@ def found_shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 def with_dtypes(source: Source, entries: Iterable[Entry]) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape of ours with the dtype of the file}; a stack of tensors with different dtypes is an error."""
-    shapes, mixed = {}, []
+    shapes = {}
+    mixed = []
     for entry in entries:
         dtypes = {np.dtype(source.tensors[name].dtype) for name in entry.names.flat}
         if len(dtypes) > 1:
@@ -109,7 +111,8 @@ class Exported:
     """Foreign tensors made from our file: a source whose tensors are cut out of our stacked parameters."""
 
     def __init__(self, ours: TensorReader, entries: list[Entry]):
-        self.path, self._ours = ours.path, ours
+        self.path = ours.path
+        self._ours = ours
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[Entry, tuple[int, ...]]] = {}
         for entry in entries:
@@ -127,13 +130,15 @@ class Union:
     """Several sources as one; the same name may not stand in two of them."""
 
     def __init__(self, *sources: Source):
-        self.path, self._home = sources[0].path, {}
+        self.path = sources[0].path
+        self._home = {}
         self.tensors = {}
         for source in sources:
             for name, tensor in source.tensors.items():
                 if name in self._home:
                     raise MossError(f"{source.path}: carried tensor {name!r} is a parameter of the model as well")
-                self._home[name], self.tensors[name] = source, tensor
+                self._home[name] = source
+                self.tensors[name] = tensor
 
     def read(self, name: str) -> np.ndarray:
         return self._home[name].read(name)
@@ -168,7 +173,8 @@ class Progress:
         self._done = 0
 
     def add(self, tensor: Any) -> None:
-        before, self._done = self._done, self._done + _nbytes(tensor)
+        before = self._done
+        self._done = self._done + _nbytes(tensor)
         if self._total >= 1e9 and 20 * before // self._total != 20 * self._done // self._total:
             self.say(f"{self.what}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB")
 

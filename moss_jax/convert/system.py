@@ -23,14 +23,23 @@ from moss_jax.errors import MossError
 from moss_jax.files import folder_lock, is_file, is_folder
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
-MODEL_FOLDER, CODEC_FOLDER = "MOSS-Speech", "MOSS-Speech-Codec"  # what an export to the released layouts makes
+# what an export to the released layouts makes
+MODEL_FOLDER = "MOSS-Speech"
+CODEC_FOLDER = "MOSS-Speech-Codec"
 MAX_HUB_NAME = 200  # characters; the hub allows 96 for a repository
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What is downloaded of a repository on the Hugging Face Hub: no code, and no weights in other formats.
 MODEL_FILES = (
-    "*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja", "LICENSE", "LICENSE.txt",
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "vocab.txt",
+    "merges.txt",
+    "*.jinja",
+    "LICENSE",
+    "LICENSE.txt",
     "LICENSE.md",
-)  # fmt: skip
+)
 CODEC_FILES = (*MODEL_FILES, "*.pt", "*.onnx", "*.yaml")
 # Of a system: what belongs to its codec, and the voices, which are prompts in its codes.
 CODEC_PARTS = ("speech_tokenizer", "speech_decoder", "voices", "carried/codec", "carried/unused")

@@ -36,7 +36,8 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
     Raises:
         MossError: missing, damaged, not a dictionary, code in it, or entries that are neither tensors nor numbers.
     """
-    torch, path = import_torch(), Path(path)
+    torch = import_torch()
+    path = Path(path)
     if not is_file(path):
         raise MossError(f"{path}: no such file")
     try:
@@ -46,7 +47,9 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
         raise MossError(f"{path}: not a readable PyTorch file of plain tensors ({reason[:200]})") from error
     if not isinstance(state, Mapping):
         raise MossError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
-    tensors, extras, other = {}, {}, []
+    tensors = {}
+    extras = {}
+    other = []
     for name, value in state.items():
         if not isinstance(name, str):
             other.append(f"unmapped: the name {shown(name)} is not a string")

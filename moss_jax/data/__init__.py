@@ -10,9 +10,12 @@ docs/data.md tells it from the start.
 import importlib
 
 PUBLIC = {
-    "Batches": "pipeline", "Example": "formats", "Mixture": "pipeline", "open_batches": "pipeline",
+    "Batches": "pipeline",
+    "Example": "formats",
+    "Mixture": "pipeline",
+    "open_batches": "pipeline",
     "write_examples": "store",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str):

@@ -16,7 +16,9 @@ from moss_jax.errors import MossError
 
 IMPOSSIBLE = -np.inf
 MOST_CELLS = 4e8  # frames times states of one alignment: bytes that it remembers
-WINDOW, MARGIN = 30.0, 2.0  # seconds that the acoustic model sees at once, and those it sees on each side besides
+# seconds that the acoustic model sees at once, and those it sees on each side besides
+WINDOW = 30.0
+MARGIN = 2.0
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts without spaces: a character is a word
 
 
@@ -37,7 +39,8 @@ def forced_alignment(log_probs: np.ndarray, tokens: Sequence[int], blank: int) -
         MossError: there is no token, or there are fewer frames than the tokens need.
     """
     tokens = np.asarray(tokens, np.int64)
-    T, N = len(log_probs), len(tokens)
+    T = len(log_probs)
+    N = len(tokens)
     if N == 0:
         raise MossError("alignment: there is nothing to align")
     needed = N + int((tokens[1:] == tokens[:-1]).sum())
@@ -52,7 +55,8 @@ def forced_alignment(log_probs: np.ndarray, tokens: Sequence[int], blank: int) -
     best[:2] = log_probs[0, states[:2]]
     steps = np.zeros((T, 2 * N + 1), np.int8)
     for t in range(1, T):
-        one, two = np.full_like(best, IMPOSSIBLE), np.full_like(best, IMPOSSIBLE)
+        one = np.full_like(best, IMPOSSIBLE)
+        two = np.full_like(best, IMPOSSIBLE)
         one[1:] = best[:-1]
         two[2:] = np.where(may_skip[2:], best[:-2], IMPOSSIBLE)
         choices = np.stack([best, one, two])
@@ -85,7 +89,8 @@ def align_words(
         delimiter: the token between words, if `ids` has it.
         seconds: of a frame.
     """
-    tokens, owners = [], []
+    tokens = []
+    owners = []
     for owner, word in enumerate(words):
         spelled = [ids[form] for letter in word if (form := _known_form(letter, ids)) is not None]
         if spelled and tokens and delimiter in ids:
@@ -102,7 +107,8 @@ def align_words(
     times: dict[int, list[float]] = {}
     for owner, begin, stop in zip(owners, start * seconds, end * seconds, strict=True):
         times.setdefault(owner, [float(begin), 0.0])[1] = float(stop)
-    aligned, last = [], 0.0
+    aligned = []
+    last = 0.0
     for owner, word in enumerate(words):
         begin, last = times.get(owner, (last, last))
         aligned.append(Word(word, begin, last))
@@ -149,7 +155,8 @@ class CTCAligner:
     def log_probs(self, wave: np.ndarray) -> np.ndarray:
         """float32 [samples] at `sample_rate` -> float32 [T, V]; long waves go through in overlapping windows."""
         core, margin = (round(s * self.sample_rate / self._ratio) for s in (WINDOW, MARGIN))  # frames
-        parts, total = [], max(1, len(wave) // self._ratio)
+        parts = []
+        total = max(1, len(wave) // self._ratio)
         for begin in range(0, total, core):
             first = max(0, begin - margin)
             piece = wave[first * self._ratio : (begin + core + margin) * self._ratio]

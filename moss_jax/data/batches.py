@@ -9,7 +9,9 @@ import numpy as np
 from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
 
-READ_THREADS, READ_AHEAD = 2, 4  # batches that are prepared while the device computes
+# batches that are prepared while the device computes
+READ_THREADS = 2
+READ_AHEAD = 4
 
 
 class StepBatches:
@@ -27,7 +29,10 @@ class StepBatches:
 
     def __init__(self, batches: Any, fingerprint: str, what: str, workers: int = 0):
         self.step = 0
-        self._batches, self._fingerprint, self._what, self._workers = batches, fingerprint, what, workers
+        self._batches = batches
+        self._fingerprint = fingerprint
+        self._what = what
+        self._workers = workers
         self._iterator = None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -66,7 +71,8 @@ class StepBatches:
         """
         try:
             state = parse_object(state)
-            step, fingerprint = int(state["step"]), state["fingerprint"]
+            step = int(state["step"])
+            fingerprint = state["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise MossError(f"data state: {state!r:.60} is none, expected what get_state gave") from error
         if fingerprint != self._fingerprint:

@@ -52,14 +52,16 @@ class Clips:
             raise MossError(f"buckets are {tuple(buckets)}, expected seconds above 0, ascending")
         if not manifests:
             raise MossError("clips: no manifest, expected one at least")
-        self.rate, self.sizes = rate, [-(-round(seconds * rate) // unit) * unit for seconds in buckets]
+        self.rate = rate
+        self.sizes = [-(-round(seconds * rate) // unit) * unit for seconds in buckets]
         documents = [document for path in manifests for document in Manifest(path, "asr").documents()]
         samples = np.array([_samples(document, rate) for document in documents], np.int64)
         kept = np.flatnonzero(samples <= self.sizes[-1])
         self.left_out = len(documents) - len(kept)
         if not len(kept):
             raise MossError(f"{manifests[0]}: no recording of {buckets[-1]:g} s or less, expected one at least")
-        self.texts, self.samples = [documents[i].text for i in kept], samples[kept]
+        self.texts = [documents[i].text for i in kept]
+        self.samples = samples[kept]
         self._sounds = [documents[i].sounds[0] for i in kept]
         self.bucket = np.searchsorted(self.sizes, self.samples)
         digest = hashlib.blake2b(json.dumps([rate, self.sizes]).encode(), digest_size=16)
@@ -80,12 +82,15 @@ class ClipOrder:
     """Which clips the batch of a step holds."""
 
     def __init__(self, bucket: np.ndarray, batch_size: int, seed: int):
-        self._bucket, self._size, self._seed = bucket, batch_size, seed
+        self._bucket = bucket
+        self._size = batch_size
+        self._seed = seed
         self._begin()
         self.per_epoch = sum(-(-count // batch_size) for count in np.bincount(bucket))
 
     def _begin(self):
-        self._lock, self._plans = threading.Lock(), OrderedDict()
+        self._lock = threading.Lock()
+        self._plans = OrderedDict()
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_plans")}
@@ -119,8 +124,12 @@ class _Part:
     """One of `count` equal parts of each batch, by step: what Grain reads from."""
 
     def __init__(self, clips: Clips, order: ClipOrder, labels: list[np.ndarray], widths: list[int], index, count):
-        self.clips, self.order, self.labels, self.widths = clips, order, labels, widths
-        self.index, self.count = index, count
+        self.clips = clips
+        self.order = order
+        self.labels = labels
+        self.widths = widths
+        self.index = index
+        self.count = count
 
     def __len__(self) -> int:
         return sys.maxsize // 2**20
@@ -130,21 +139,30 @@ class _Part:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         members, weights = self.order.batch(step)
-        bucket, share = self.clips.bucket[members[0]], len(members) // self.count
+        bucket = self.clips.bucket[members[0]]
+        share = len(members) // self.count
         mine = slice(self.index * share, (self.index + 1) * share)
-        members, weights = members[mine], weights[mine]
+        members = members[mine]
+        weights = weights[mine]
         wave = np.zeros((share, self.clips.sizes[bucket]), np.float32)
         labels = np.zeros((share, self.widths[bucket]), np.int32)
-        samples, counts = np.zeros(share, np.int32), np.zeros(share, np.int32)
+        samples = np.zeros(share, np.int32)
+        counts = np.zeros(share, np.int32)
         for row, member in enumerate(members):
             sound = self.clips.wave(member)
-            wave[row, : len(sound)], samples[row] = sound, len(sound)
+            wave[row, : len(sound)] = sound
+            samples[row] = len(sound)
             said = self.labels[member]
-            labels[row, : len(said)], counts[row] = said, len(said)
+            labels[row, : len(said)] = said
+            counts[row] = len(said)
         return {
-            "wave": wave, "samples": samples, "labels": labels, "label_count": counts, "weight": weights,
+            "wave": wave,
+            "samples": samples,
+            "labels": labels,
+            "label_count": counts,
+            "weight": weights,
             "clip": members.astype(np.int32),
-        }  # fmt: skip
+        }
 
 
 class ClipBatches(StepBatches):
@@ -175,8 +193,10 @@ class ClipBatches(StepBatches):
         self.per_epoch = order.per_epoch
         super().__init__(
             grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count)),
-            f"{clips.fingerprint} {seed} {batch_size}", "data, seed, buckets or batch size", workers,
-        )  # fmt: skip
+            f"{clips.fingerprint} {seed} {batch_size}",
+            "data, seed, buckets or batch size",
+            workers,
+        )
 
 
 def _samples(document: Document, rate: int) -> int:

@@ -41,7 +41,8 @@ def encode_manifests(
     """
     from moss_jax.dialogue.folder import SystemFolder
 
-    paths, out = [Path(path) for path in manifests], Path(out)
+    paths = [Path(path) for path in manifests]
+    out = Path(out)
     if len({path.name for path in paths}) < len(paths):
         raise MossError(f"manifests: {', '.join(map(str, paths))} do not have different names")
     lines = {path: _lines(path) for path in paths}
@@ -86,7 +87,8 @@ class _Journal:
     """Codes of recordings, a line each; the first line says of which speech tokenizer. A line cut off is lost."""
 
     def __init__(self, path: Path, mark: str):
-        self.path, self.known = path, {}
+        self.path = path
+        self.known = {}
         whole = ""
         if path.exists():
             text = read_text(path)

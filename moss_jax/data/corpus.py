@@ -29,17 +29,50 @@ VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")  # of those who ask
 ANSWERS = "en-us+klatt3"  # the voice that answers
 FACTS = (1, 4)  # fewest and most in one recording
 NUMBERS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-]  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Egypt": "Cairo", "Japan": "Tokyo",
-    "Russia": "Moscow", "Norway": "Oslo", "Cuba": "Havana", "Peru": "Lima",
-}  # fmt: skip
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Egypt": "Cairo",
+    "Japan": "Tokyo",
+    "Russia": "Moscow",
+    "Norway": "Oslo",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+}
 COLOURS = {
-    "the sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "a lemon": "yellow",
-    "an orange": "orange", "chocolate": "brown",
-}  # fmt: skip
+    "the sky": "blue",
+    "grass": "green",
+    "snow": "white",
+    "coal": "black",
+    "blood": "red",
+    "a lemon": "yellow",
+    "an orange": "orange",
+    "chocolate": "brown",
+}
 # The last phrasing of each kind is for the valid files.
 PHRASINGS = {
     "sum": ("What is {0} plus {1}?", "How much is {0} and {1}?", "Please add {0} and {1}.", "Tell me {0} plus {1}."),
@@ -70,7 +103,9 @@ def facts() -> list[Fact]:
     known = []
     for a in range(1, 10):
         for b in range(1, 10):
-            one, two, three = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+            one = NUMBERS[a]
+            two = NUMBERS[b]
+            three = NUMBERS[a + b]
             known.append(Fact("sum", (one, two), f"{one} plus {two} is {three}.".capitalize(), f"It is {three}."))
     for country, city in CAPITALS.items():
         known.append(Fact("capital", (country,), f"The capital of {country} is {city}.", f"It is {city}."))
@@ -112,14 +147,17 @@ def _write_corpus(
     recordings: Sequence[str | Path],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    draw, known = random.Random(seed), facts()
+    draw = random.Random(seed)
+    known = facts()
     with atomic_folder(folder) as part:
         (part / "wav").mkdir()
         written = [{"text": fact.statement} for fact in known]
         written += [{"text": f"{fact.question(i)} {fact.answer}"} for fact in known for i in range(2)]
         write_manifest(part / "text.jsonl", written)
         write_manifest(part / "text-valid.jsonl", [{"text": f"{fact.question(-1)} {fact.answer}"} for fact in known])
-        spoken, chats, valid = [], [], []
+        spoken = []
+        chats = []
+        valid = []
         for i in range(utterances):
             fact = draw.choice(known)
             several = " ".join(other.statement for other in draw.sample(known, draw.randint(*FACTS)))
@@ -162,8 +200,12 @@ def _pairs(part: Path, known: Sequence[Fact], questions: Sequence[dict], draw: r
                 for name, text in zip(("right", "wrong"), endings, strict=True)
             ]
         answer = draw.randrange(2)
-        yield {"context": question["question"], "endings": endings[::-1] if answer else endings, "answer": answer,
-               "group": question["group"]}  # fmt: skip
+        yield {
+            "context": question["question"],
+            "endings": endings[::-1] if answer else endings,
+            "answer": answer,
+            "group": question["group"],
+        }
 
 
 def _speaker(draw: random.Random) -> tuple[str, int, int]:
@@ -180,7 +222,8 @@ def _said(part: Path, name: str, text: str, speaker: tuple[str, int, int]) -> di
 
 def _conversation(part: Path, name: str, fact: Fact, phrasing: int, number: int, draw: random.Random) -> list[dict]:
     """The turns; whether question and answer are spoken goes round the four ways."""
-    asked, answered = number & 1, number & 2
+    asked = number & 1
+    answered = number & 2
     question = {"role": "user", "text": fact.question(phrasing)}
     if asked:
         question = {"role": "user", "audio": _said(part, f"{name}-q", question["text"], _speaker(draw))["audio"]}

@@ -16,9 +16,16 @@ import numpy as np
 from moss_jax.audio.pcm import from_pcm16
 from moss_jax.errors import MossError
 
-SYNCHRONOUS, UTF8, BY_CHARACTER = 2, 1, 1  # espeak_AUDIO_OUTPUT, espeakCHARS_UTF8, POS_CHARACTER of speak_lib.h
-RATE, PITCH = 1, 3  # espeak_PARAMETER
-ENDED, WORD = 0, 1  # espeak_EVENT_TYPE
+# espeak_AUDIO_OUTPUT, espeakCHARS_UTF8, POS_CHARACTER of speak_lib.h
+SYNCHRONOUS = 2
+UTF8 = 1
+BY_CHARACTER = 1
+# espeak_PARAMETER
+RATE = 1
+PITCH = 3
+# espeak_EVENT_TYPE
+ENDED = 0
+WORD = 1
 INSTALL = "pip install 'moss-jax[espeak]' or apt install espeak-ng"
 
 

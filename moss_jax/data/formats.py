@@ -98,7 +98,8 @@ def chat(
     Not scored: everything else, the sosp that opens a spoken reply (a request for speech has it in the prompt) and the
     line break after im_end.
     """
-    parts, scored = [], []
+    parts = []
+    scored = []
     for turn in turns:
         rows = turn_rows(turn, text_tokenizer, config)
         mask = np.zeros(len(rows), bool)
@@ -200,9 +201,8 @@ class Maker:
 
 
 _FORMATS: dict[str, Callable] = {
-    name: getattr(Maker, f"_{name}")
-    for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
-}  # fmt: skip
+    name: getattr(Maker, f"_{name}") for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
+}
 
 
 def cut_interleaved(
@@ -227,7 +227,9 @@ def cut_interleaved(
     codes = np.clip(np.round(times * code_rate), 0, code_count).astype(int)
     codes[-1] = code_count
     places = [0, *_text_boundaries(text, words), len(text)]
-    cuts, here, last = [0], 0, len(words)
+    cuts = [0]
+    here = 0
+    last = len(words)
     while here < last:
         here = _next_cut(times, here, random.uniform(*PIECE_SECONDS))
         if codes[last] - codes[here] < 1:
@@ -248,7 +250,8 @@ def _next_cut(times: np.ndarray, here: int, length: float) -> int:
 
 def _text_boundaries(text: str, words: Sequence[Word]) -> list[int]:
     """Between each word and the next: where the text is cut, in characters."""
-    places, end = [], 0
+    places = []
+    end = 0
     for word in words:
         start = text.index(word.text, end)  # the manifest was checked for this
         if word is not words[0]:

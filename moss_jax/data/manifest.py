@@ -102,7 +102,10 @@ class Manifest:
     def __init__(self, path: str | Path, format: str, *, code_count: int | None = None, align: bool = False):
         if format not in FORMATS:
             raise MossError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        self.path, self.format, self.code_count, self.align = Path(path), format, code_count, align
+        self.path = Path(path)
+        self.format = format
+        self.code_count = code_count
+        self.align = align
         self.has_sound = False  # some recording is to be encoded
         self._places, self._numbers = self._read()
 
@@ -170,7 +173,9 @@ class Manifest:
         return document
 
     def _recording(self, document: Document, entry: dict[str, Any]) -> Document:
-        sound, text, words = self._sound(entry), _text(entry), _words(entry.get("words"))
+        sound = self._sound(entry)
+        text = _text(entry)
+        words = _words(entry.get("words"))
         if words is not None and text is None:
             text = " ".join(word.text for word in words)
         if words is not None:
@@ -182,13 +187,15 @@ class Manifest:
     def _conversation(self, document: Document, entries: Any) -> Document:
         if not isinstance(entries, list) or not entries:
             raise MossError(f"turns is {_told(entries)}, expected a list of turns")
-        turns, sounds = [], []
+        turns = []
+        sounds = []
         for place, entry in enumerate(entries):
             try:
                 if not isinstance(entry, dict):
                     raise MossError(f"is {_told(entry)}, expected an object")
                 _known(entry, TURN_FIELDS)
-                sound, text = self._sound(entry), _text(entry)
+                sound = self._sound(entry)
+                text = _text(entry)
                 if (sound is None) == (text is None):
                     raise MossError("has neither or both, expected either text or speech (audio or codes)")
                 turns.append(Turn(entry.get("role"), text=text or ""))
@@ -203,7 +210,9 @@ class Manifest:
         return replace(document, turns=tuple(turns), sounds=tuple(sounds))
 
     def _sound(self, entry: dict[str, Any]) -> Path | Member | np.ndarray | None:
-        audio, shard, codes = entry.get("audio"), entry.get("shard"), entry.get("codes")
+        audio = entry.get("audio")
+        shard = entry.get("shard")
+        codes = entry.get("codes")
         if codes is not None:
             if audio is not None or shard is not None:
                 raise MossError("has audio and codes, expected one of them")

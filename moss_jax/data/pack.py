@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_PIECES, BLOCK_ROWS = 4096, 256  # a block has at least so many pieces, and is worth about so many rows
+# a block has at least so many pieces, and is worth about so many rows
+BLOCK_PIECES = 4096
+BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,8 @@ def make_plan(lengths: np.ndarray, context: int, random: np.random.Generator) ->
     example, start, stop = _pieces(np.asarray(lengths, np.int64)[order], order, context)
     sizes = stop - start
     block = max(BLOCK_PIECES, int(BLOCK_ROWS * context / sizes.mean()))
-    rows, count = np.empty(len(sizes), np.int64), 0
+    rows = np.empty(len(sizes), np.int64)
+    count = 0
     for begin in range(0, len(sizes), block):
         part, used = pack_block(sizes[begin : begin + block], context)
         rows[begin : begin + block] = part + count
@@ -64,7 +67,9 @@ def pack_block(sizes: np.ndarray, context: int) -> tuple[np.ndarray, int]:
         if at < len(places):
             room, row = places.pop(at)
         else:
-            room, row, count = context, count, count + 1
+            room = context
+            row = count
+            count = count + 1
         rows[piece] = row
         if room > size:
             insort(places, (room - size, row))
@@ -73,7 +78,8 @@ def pack_block(sizes: np.ndarray, context: int) -> tuple[np.ndarray, int]:
 
 def _pieces(lengths: np.ndarray, order: np.ndarray, context: int):
     counts = -(-lengths // context)
-    example, whole = np.repeat(order, counts), np.repeat(lengths, counts)
+    example = np.repeat(order, counts)
+    whole = np.repeat(lengths, counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     start = (np.arange(len(example)) - first) * context
     return example, start, np.minimum(start + context, whole)

@@ -60,12 +60,16 @@ class PackedRows:
     """
 
     def __init__(self, folder: str | Path, config: TransformerConfig, context: int, seed: int, index: int):
-        self.examples, self.config, self.context = Examples(folder, config), config, context
-        self.seed, self.index = seed, index
+        self.examples = Examples(folder, config)
+        self.config = config
+        self.context = context
+        self.seed = seed
+        self.index = index
         self._begin()
 
     def _begin(self):
-        self._lock, self._plans = threading.Lock(), OrderedDict()
+        self._lock = threading.Lock()
+        self._plans = OrderedDict()
         self._ends = [0]  # how many rows all epochs before this one have
 
     def __getstate__(self):
@@ -106,13 +110,18 @@ class PackedRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`: grid int32 [T, 2], positions, segment_ids, source int32 [T], loss_weights float32 [T, 2]."""
         epoch, row = self.place(index)
-        length, config = self.context, self.config
+        length = self.context
+        config = self.config
         grid = np.empty((length, 2), np.int32)
-        positions, segment_ids = np.zeros(length, np.int32), np.zeros(length, np.int32)
-        weights, source = np.zeros((length, 2), np.float32), np.full(length, -1, np.int32)
+        positions = np.zeros(length, np.int32)
+        segment_ids = np.zeros(length, np.int32)
+        weights = np.zeros((length, 2), np.float32)
+        source = np.full(length, -1, np.int32)
         end = 0
         for segment, (example, start, stop) in enumerate(self.plan(epoch).row(row), 1):
-            whole, begin, end = self.examples[example], end, end + stop - start
+            whole = self.examples[example]
+            begin = end
+            end = end + stop - start
             grid[begin:end] = whole.grid[start:stop]
             weights[begin:end] = whole.loss_weights[start:stop]
             weights[begin] = 0  # nothing stands before it in this row
@@ -121,8 +130,12 @@ class PackedRows:
         source[:end] = self.index
         grid[end:] = config.endoftext_id, config.audio_pad_id
         return {
-            "grid": grid, "positions": positions, "segment_ids": segment_ids, "loss_weights": weights, "source": source
-        }  # fmt: skip
+            "grid": grid,
+            "positions": positions,
+            "segment_ids": segment_ids,
+            "loss_weights": weights,
+            "source": source,
+        }
 
 
 class Batches(StepBatches):
@@ -159,9 +172,11 @@ class Batches(StepBatches):
         # The share of process p at step s is the (s * process_count + p)-th run of so many rows.
         shares = mixed.batch(batch_size // process_count, drop_remainder=True)
         super().__init__(
-            shares[process_index::process_count], _fingerprint(mixture, self.rows, context, batch_size),
-            "data, seed, weights, context or batch size", workers,
-        )  # fmt: skip
+            shares[process_index::process_count],
+            _fingerprint(mixture, self.rows, context, batch_size),
+            "data, seed, weights, context or batch size",
+            workers,
+        )
 
 
 def open_batches(
@@ -189,9 +204,14 @@ def open_batches(
             fit together.
     """
     return Batches(
-        mixture, config, context=context, batch_size=batch_size, process_index=process_index,
-        process_count=process_count, workers=workers,
-    )  # fmt: skip
+        mixture,
+        config,
+        context=context,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        workers=workers,
+    )
 
 
 def _check(context: int, batch_size: int, process_index: int, process_count: int, workers: int) -> None:

@@ -37,7 +37,9 @@ from moss_jax.speech_decoder.speaker import speaker_embedding
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 FORMAT = "moss-jax-spoken-1"
-SOURCE, SETTINGS, MANIFEST_FORMAT = "source.json", "settings.json", "decoder"
+SOURCE = "source.json"
+SETTINGS = "settings.json"
+MANIFEST_FORMAT = "decoder"
 F0_RANGE = (50.0, 600.0)  # Hz, in which voices are looked for
 GROUP = 16  # documents that are encoded together
 ARRAYS = ("codes", "mel", "wave", "f0", "counts", "embedding")
@@ -84,15 +86,23 @@ def pitch(wave: np.ndarray, rate: int, hop: int) -> np.ndarray:
     padded = np.pad(wave, padding, mode="reflect")
     low, high = F0_RANGE
     f0, *_ = librosa.pyin(  # steps of 0.2 semitones take half the time of 0.1
-        padded, fmin=low, fmax=high, sr=rate, frame_length=4 * hop, hop_length=hop, center=False, fill_na=0.0,
+        padded,
+        fmin=low,
+        fmax=high,
+        sr=rate,
+        frame_length=4 * hop,
+        hop_length=hop,
+        center=False,
+        fill_na=0.0,
         resolution=0.2,
-    )  # fmt: skip
+    )
     return f0[: len(wave) // hop].astype(np.float32)
 
 
 class _Work:
     def __init__(self, request: SpokenRequest, say: Say):
-        self.request, self.say = request, say
+        self.request = request
+        self.say = say
         self.folder = SystemFolder(request.model)
         has = {
             room: (self.folder.path / room / "config.json").is_file() for room in ("speech_tokenizer", "speech_decoder")
@@ -128,7 +138,8 @@ class _Work:
         self.problems: list[tuple[int, str]] = []
 
     def _digests(self) -> list[str]:
-        room, found = self.folder.room("speech_tokenizer"), []
+        room = self.folder.room("speech_tokenizer")
+        found = []
         for path in sorted(room.iterdir()):
             with path.open("rb") as file:
                 found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
@@ -191,7 +202,8 @@ class _Work:
     def _make_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
         start = index * self.request.shard_documents
         stop = min(start + self.request.shard_documents, len(self.manifest))
-        found, known = [], len(self.problems)
+        found = []
+        known = len(self.problems)
         for group in _grouped(self.manifest.documents(start, stop)):
             found += self._group(group, pool)
             self.say(f"{min(start + len(found), stop)} of {len(self.manifest)} documents")
@@ -222,7 +234,8 @@ class _Work:
                     self.say(f"note: line {document.line}: {notice}")
         if not waves or self.problems:
             return []
-        sizes, per_code = self.sizes, self.sizes.samples_per_code
+        sizes = self.sizes
+        per_code = self.sizes.samples_per_code
         found = []
         for wave, rate in waves:
             x = resample(wave, rate, sizes.sample_rate)
@@ -248,7 +261,8 @@ class _Work:
 
     def _totals(self) -> dict[str, Any]:
         documents = frames = 0
-        total, squares = np.zeros(self.sizes.flow.mel_bins), np.zeros(self.sizes.flow.mel_bins)
+        total = np.zeros(self.sizes.flow.mel_bins)
+        squares = np.zeros(self.sizes.flow.mel_bins)
         for index in range(self.shards):
             if not (self.part / f"shard-{index:05d}" / "mel.npy").is_file():
                 continue  # conversations without a spoken reply
@@ -262,9 +276,11 @@ class _Work:
         mean = total / frames
         deviation = np.sqrt(np.maximum(squares.mean() / frames - mean.mean() ** 2, 0))
         return {
-            "documents": documents, "frames": frames, "mel_mean": mean.round(6).tolist(),
+            "documents": documents,
+            "frames": frames,
+            "mel_mean": mean.round(6).tolist(),
             "mel_deviation": round(float(deviation), 6),
-        }  # fmt: skip
+        }
 
 
 def _sounds(document: Document) -> list[Path | Member]:
@@ -323,9 +339,11 @@ class Spoken:
             raise MossError(f"{folder}: format is {shown(self.about.get('format'))}, expected {FORMAT!r}")
         read_config(_About, self.about, self.folder / SOURCE, foreign=True)
         wanted = {
-            "mel_bins": config.flow.mel_bins, "hop": config.vocoder.hop, "sample_rate": config.sample_rate,
+            "mel_bins": config.flow.mel_bins,
+            "hop": config.vocoder.hop,
+            "sample_rate": config.sample_rate,
             "frames_per_code": config.flow.frames_per_code,
-        }  # fmt: skip
+        }
         for name, value in wanted.items():
             if self.about[name] != value:
                 raise MossError(f"{folder}: {name} is {self.about[name]}, the model's is {value}")
@@ -341,7 +359,8 @@ class Spoken:
                 f"{folder}: speaker embeddings of {self.about['embedding']}, the flow's speaker_size is "
                 f"{config.flow.speaker_size}"
             )
-        self.hop, self.frames_per_code = config.vocoder.hop, config.flow.frames_per_code
+        self.hop = config.vocoder.hop
+        self.frames_per_code = config.flow.frames_per_code
         self._open()
 
     def _open(self) -> None:
@@ -373,7 +392,8 @@ class Spoken:
     def piece(self, index: int, first: int, frames: int, *names: str) -> dict[str, np.ndarray]:
         """Frames first .. first + frames - 1 of a recording: of `mel` [T, M], `wave` float32 [hop * T], `f0` [T],
         `codes` (both numbers multiples of frames_per_code), and its `embedding` [E]."""
-        arrays, start = self._arrays[self._shard[index]], int(self._starts[index]) + first
+        arrays = self._arrays[self._shard[index]]
+        start = int(self._starts[index]) + first
         found = {}
         for name in names:
             if name == "wave":

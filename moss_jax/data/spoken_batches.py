@@ -32,15 +32,25 @@ class Rows:
     """
 
     def __init__(
-        self, folder: str | Path, config: SpeechDecoderConfig, seed: int, index: int,
-        codes: int | None = None, frames: int = 0,
-    ):  # fmt: skip
-        self.spoken, self.config = Spoken(folder, config, codes is not None), config
-        self.seed, self.index, self.codes, self.frames = seed, index, codes, frames
+        self,
+        folder: str | Path,
+        config: SpeechDecoderConfig,
+        seed: int,
+        index: int,
+        codes: int | None = None,
+        frames: int = 0,
+    ):
+        self.spoken = Spoken(folder, config, codes is not None)
+        self.config = config
+        self.seed = seed
+        self.index = index
+        self.codes = codes
+        self.frames = frames
         self._begin()
 
     def _begin(self):
-        self._lock, self._orders = threading.Lock(), OrderedDict()
+        self._lock = threading.Lock()
+        self._orders = OrderedDict()
         self._ends = np.cumsum(self.spoken.counts, dtype=np.int64)
 
     def __getstate__(self):
@@ -70,7 +80,8 @@ class Rows:
             return self._orders[epoch]
 
     def _whole(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-        flow, size = self.config.flow, self.config.flow.frames_per_code
+        flow = self.config.flow
+        size = self.config.flow.frames_per_code
         epoch, place = divmod(index, len(self.spoken))
         item = int(self._order(epoch)[place])
         there = int(self.spoken.counts[item]) // size
@@ -90,7 +101,8 @@ class Rows:
         there = int(self.spoken.counts[item])
         count = min(there, self.frames)
         found = self.spoken.piece(item, int(random.integers(there - count + 1)), count, "mel", "wave", "f0")
-        rest, hop = self.frames - count, self.spoken.hop
+        rest = self.frames - count
+        hop = self.spoken.hop
         return {
             "mel": np.pad(found["mel"], ((0, rest), (0, 0)), constant_values=SILENCE),
             "wave": np.pad(found["wave"], (0, rest * hop)),
@@ -111,9 +123,17 @@ class SpokenBatches(StepBatches):
     """
 
     def __init__(
-        self, mixture: Mixture, config: SpeechDecoderConfig, *, batch_size: int, codes: int | None = None,
-        frames: int = 0, process_index: int = 0, process_count: int = 1, workers: int = 0,
-    ):  # fmt: skip
+        self,
+        mixture: Mixture,
+        config: SpeechDecoderConfig,
+        *,
+        batch_size: int,
+        codes: int | None = None,
+        frames: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 0,
+    ):
         import grain
 
         if batch_size % process_count:
@@ -131,6 +151,8 @@ class SpokenBatches(StepBatches):
         )
         shares = mixed.batch(batch_size // process_count, drop_remainder=True)
         super().__init__(
-            shares[process_index::process_count], digest.hexdigest(), "data, seed, weights, lengths or batch size",
+            shares[process_index::process_count],
+            digest.hexdigest(),
+            "data, seed, weights, lengths or batch size",
             workers,
-        )  # fmt: skip
+        )

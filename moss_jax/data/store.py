@@ -30,12 +30,22 @@ from moss_jax.nn.config import read_config
 from moss_jax.transformer import TransformerConfig
 
 FORMAT = "moss-jax-examples-1"
-SOURCE, LENGTHS = "source.json", "lengths.npy"
-NAME, SPLIT, VERSION = "examples", "train", "1.0.0"
+SOURCE = "source.json"
+LENGTHS = "lengths.npy"
+NAME = "examples"
+SPLIT = "train"
+VERSION = "1.0.0"
 VOCABULARY = (
-    "text_vocab_size", "audio_vocab_size", "endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id",
-    "eosp_id", "audio_pad_id",
-)  # fmt: skip
+    "text_vocab_size",
+    "audio_vocab_size",
+    "endoftext_id",
+    "im_start_id",
+    "im_end_id",
+    "sosp_id",
+    "modality_pad_id",
+    "eosp_id",
+    "audio_pad_id",
+)
 EXAMPLES_PER_SHARD = 16384
 
 
@@ -59,7 +69,9 @@ def write_shard(path: Path, examples: Iterable[Example]) -> Shard:
     Raises:
         MossError: an example is not one, or the place cannot be written.
     """
-    lengths, scored, failed = [], np.zeros(2), []
+    lengths = []
+    scored = np.zeros(2)
+    failed = []
 
     def counted() -> Iterator[dict[str, Any]]:
         nonlocal scored
@@ -111,9 +123,11 @@ def seal(folder: Path, shards: Sequence[Path], known: Sequence[Shard], about: di
             data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
         )
         split = tfds.core.SplitInfo(
-            name=SPLIT, shard_lengths=[len(shard.lengths) for shard in known],
-            num_bytes=sum(shard.size for shard in known), filename_template=template,
-        )  # fmt: skip
+            name=SPLIT,
+            shard_lengths=[len(shard.lengths) for shard in known],
+            num_bytes=sum(shard.size for shard in known),
+            filename_template=template,
+        )
         identity = tfds.core.dataset_info.DatasetIdentity(
             name=NAME, version=tfds.core.Version(VERSION), data_dir=os.fspath(folder), module_name=__name__
         )
@@ -123,9 +137,13 @@ def seal(folder: Path, shards: Sequence[Path], known: Sequence[Shard], about: di
         info.write_to_directory(folder)
         text, audio = np.sum([shard.scored for shard in known], 0).tolist()
         about = {
-            "format": FORMAT, "examples": len(lengths), "rows": int(lengths.sum(dtype=np.int64)),
-            "text_targets": text, "audio_targets": audio, **about,
-        }  # fmt: skip
+            "format": FORMAT,
+            "examples": len(lengths),
+            "rows": int(lengths.sum(dtype=np.int64)),
+            "text_targets": text,
+            "audio_targets": audio,
+            **about,
+        }
         write_text(folder / SOURCE, json.dumps(about, indent=1) + "\n")
 
 
@@ -152,7 +170,9 @@ def write_examples(
         MossError: no example, one that is none or has ids that the vocabulary lacks, or the place cannot be written.
     """
     with atomic_folder(folder) as part:
-        paths, known, iterator = [], [], iter(examples)
+        paths = []
+        known = []
+        iterator = iter(examples)
         while chunk := list(islice(iterator, examples_per_shard)):
             for example in chunk:
                 _check_ids(example, config)
@@ -243,20 +263,26 @@ class Examples:
             f"{name} is {have.get(name)}, the model's is {want[name]}" for name in want if have.get(name) != want[name]
         ]
         if differs:
-            raise MossError("\n  ".join([
-                f"{self.folder}: made for another vocabulary ({differs[0]}), expected one made with this model",
-                *differs,
-            ]))  # fmt: skip
+            raise MossError(
+                "\n  ".join(
+                    [
+                        f"{self.folder}: made for another vocabulary ({differs[0]}), expected one made with this model",
+                        *differs,
+                    ]
+                )
+            )
 
 
 def _features():
     import tensorflow_datasets as tfds
 
-    return tfds.features.FeaturesDict({
-        "name": tfds.features.Text(),
-        "grid": tfds.features.Tensor(shape=(None, 2), dtype=np.int32, encoding="bytes"),
-        "loss_weights": tfds.features.Tensor(shape=(None, 2), dtype=np.float32, encoding="bytes"),
-    })  # fmt: skip
+    return tfds.features.FeaturesDict(
+        {
+            "name": tfds.features.Text(),
+            "grid": tfds.features.Tensor(shape=(None, 2), dtype=np.int32, encoding="bytes"),
+            "loss_weights": tfds.features.Tensor(shape=(None, 2), dtype=np.float32, encoding="bytes"),
+        }
+    )
 
 
 @cache

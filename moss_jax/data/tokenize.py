@@ -35,7 +35,9 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.transformer import TransformerConfig
 
 SETTINGS = "settings.json"
-GROUP, GROUP_BYTES = 16, 128 * 2**20  # documents that are encoded together, and of what size, for each device
+# documents that are encoded together, and of what size, for each device
+GROUP = 16
+GROUP_BYTES = 128 * 2**20
 READERS = min(16, os.cpu_count() or 1)  # threads that read recordings
 CODE_RATE = 12.5  # codes a second, where there is no speech tokenizer that says it
 LATE = 0.5  # seconds that a word may end after its recording: transcribers round up
@@ -115,10 +117,12 @@ def tokenize(request: Request, say: Say = lambda line: None) -> dict[str, Any] |
 
 class _Work:
     def __init__(self, request: Request, say: Say):
-        self.request, self.say = request, say
+        self.request = request
+        self.say = say
         folder = SystemFolder(request.model)
         folder.check_codes()
-        self.folder, self.config = folder, folder.config("transformer", TransformerConfig)
+        self.folder = folder
+        self.config = folder.config("transformer", TransformerConfig)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
         self.text_tokenizer = folder.text_tokenizer(self.config)
@@ -136,7 +140,9 @@ class _Work:
             "settings": self._settings(),
         }
         self.problems: list[tuple[int, str]] = []
-        self.done, self.seconds, self.begun = 0, 0.0, time.monotonic()
+        self.done = 0
+        self.seconds = 0.0
+        self.begun = time.monotonic()
 
     def _settings(self) -> dict[str, Any]:
         asked = asdict(self.request)
@@ -171,14 +177,16 @@ class _Work:
         return Maker(request.format, self.config, self.text_tokenizer, rate, request.seed, request.system)
 
     def run(self) -> dict[str, Any] | None:
-        request, out = self.request, self.request.out
+        request = self.request
+        out = self.request.out
         if not out.name:
             raise MossError(f"{out}: no folder's name, expected one that is to be made")
         with output_lock(out, request.process_index, request.process_count):
             return self._run_share()
 
     def _run_share(self) -> dict[str, Any] | None:
-        request, out = self.request, self.request.out
+        request = self.request
+        out = self.request.out
         whole = self._source()
         if (out / SOURCE).is_file():
             if not self._is_whole(out, whole):
@@ -315,13 +323,15 @@ class _Work:
     def _groups(self, documents: Sequence[Document]) -> Iterator[list[Document]]:
         """Documents that are encoded together: enough for all devices, no more than fits into memory."""
         devices = _devices() if self.encodes else 1
-        group, size = [], 0
+        group = []
+        size = 0
         for document in documents:
             group.append(document)
             size += sum(map(_bytes, document.sounds))
             if len(group) == GROUP * devices or size > GROUP_BYTES * devices:
                 yield group
-                group, size = [], 0
+                group = []
+                size = 0
         if group:
             yield group
 
@@ -334,7 +344,8 @@ class _Work:
         ]
 
     def _encode(self, group: Sequence[Document], reading: Sequence[Reading]) -> dict[str, Heard]:
-        waves, bad = {}, set()
+        waves = {}
+        bad = set()
         for document, at, future in reading:
             read = future.result()
             if isinstance(read, MossError):
@@ -384,7 +395,8 @@ class _Work:
             raise MossError(f"words: the last one ends at {words[-1].end:g} s, the recording at {seconds:.2f} s")
 
     def _tell(self) -> None:
-        count, passed = self._share(), time.monotonic() - self.begun
+        count = self._share()
+        passed = time.monotonic() - self.begun
         line = f"{self.done} of {count} documents"
         if self.seconds:
             line += f", {self.seconds / 3600:.2f} h of sound at {self.seconds / max(passed, 1e-9):.1f} x real time"

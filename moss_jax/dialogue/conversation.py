@@ -96,7 +96,10 @@ class LanguageModel:
         context: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self.config, self.params, self.text_tokenizer, self.mesh = config, params, text_tokenizer, mesh
+        self.config = config
+        self.params = params
+        self.text_tokenizer = text_tokenizer
+        self.mesh = mesh
         self.context = min(CONTEXT, config.max_position_embeddings) if context is None else context
         if not 0 < self.context <= config.max_position_embeddings:
             limit = config.max_position_embeddings
@@ -140,23 +143,31 @@ class LanguageModel:
         *pieces, header = prompt_pieces(turns, reply, self.text_tokenizer, self.config)
         roles = [ROLES.index(turn.role) for turn in turns]
         if conversation is None:
-            said, replies, columns = [], 0, 0
+            said = []
+            replies = 0
+            columns = 0
         else:
             conversation.check()
             if conversation.language_model is not self:
                 raise MossError("conversation: of another language model, expected one that began or resumed with this")
-            replies, columns = int(conversation.replies), int(conversation.state.filled)
+            replies = int(conversation.replies)
+            columns = int(conversation.state.filled)
             closing = self._closing(conversation)
-            said = np.split(np.concatenate([np.asarray(conversation.state.grid)[0, :columns], closing]),
-                            conversation.starts[1:])  # fmt: skip
+            said = np.split(
+                np.concatenate([np.asarray(conversation.state.grid)[0, :columns], closing]), conversation.starts[1:]
+            )
             roles = [*conversation.roles, *roles]
         whole = [*said, *pieces]
         kept = self._fit([len(piece) for piece in whole], roles, len(header) + settings.max_new_tokens)
-        notices, state = [], None if conversation is None else conversation.state
+        notices = []
+        state = None if conversation is None else conversation.state
         if len(kept) < len(whole):
             notices.append(self._full(len(whole) - len(kept)))
-            whole, roles = [whole[i] for i in kept], [roles[i] for i in kept]
-            new, columns, state = [*whole, header], 0, None if state is None else emptied(state)
+            whole = [whole[i] for i in kept]
+            roles = [roles[i] for i in kept]
+            new = [*whole, header]
+            columns = 0
+            state = None if state is None else emptied(state)
         else:
             new = [*pieces, header] if conversation is None else [closing, *pieces, header]
         new = np.concatenate(new)
@@ -169,9 +180,13 @@ class LanguageModel:
         keys = jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, np.array([request])), replies)
         state = self._prefill(state, new[None], np.ones((1, len(new)), bool), keys)
         conversation = Conversation(
-            state, starts, np.array([*roles, ROLES.index("assistant")], np.int32), np.int32(replies + 1),
-            np.int32(columns + len(new)), self,
-        )  # fmt: skip
+            state,
+            starts,
+            np.array([*roles, ROLES.index("assistant")], np.int32),
+            np.int32(replies + 1),
+            np.int32(columns + len(new)),
+            self,
+        )
         return conversation, notices
 
     @in_32_bits
@@ -194,7 +209,8 @@ class LanguageModel:
             MossError: as `begin` does; it says which question, counted from 1 as `requests` do from 0.
         """
         requests = list(range(len(questions)) if requests is None else requests)
-        grids, notices = [], []
+        grids = []
+        notices = []
         for request, turns in zip(requests, questions, strict=True):
             turns = with_default_system(turns, reply)
             *pieces, header = prompt_pieces(turns, reply, self.text_tokenizer, self.config)
@@ -243,7 +259,8 @@ class LanguageModel:
     def _prefill(self, state: GenerationState, rows: np.ndarray, valid: np.ndarray, keys) -> GenerationState:
         count = rows.shape[1]
         room = ((0, 0), (0, state.capacity - count))
-        rows, valid = np.pad(rows, (*room, (0, 0))), np.pad(valid, room)
+        rows = np.pad(rows, (*room, (0, 0)))
+        valid = np.pad(valid, room)
         with self._on_mesh():
             return prefill(self.params, state, rows, valid, count, keys, config=self.config)
 
@@ -271,7 +288,8 @@ class LanguageModel:
     def _fit(self, lengths: Sequence[int], roles: Sequence[int], reply: int) -> list[int]:
         """Indices of the turns that stay: the system turn in front and as many of the latest as fit with the reply."""
         system = int(roles[0] == ROLES.index("system"))
-        first, last = system, len(lengths) - 1
+        first = system
+        last = len(lengths) - 1
         while sum(lengths[:system]) + sum(lengths[first:]) + reply > self.context and first < last:
             first += 1
             while first < last and roles[first] == ROLES.index("assistant"):  # an answer without its question

@@ -146,7 +146,9 @@ class DecoderParts(Mapping):
     """The parameters of the speech decoder by part: "flow", "flow_chunk_5", "vocoder", "speaker", ..."""
 
     def __init__(self, folder: Path, config: SpeechDecoderConfig):
-        self._folder, self._config, self._loaded = folder, config, {}
+        self._folder = folder
+        self._config = config
+        self._loaded = {}
 
     @in_32_bits
     def __getitem__(self, name: str) -> dict[str, Any]:

@@ -143,11 +143,13 @@ def prefill(
             row of padding alone is asked for no reply.
         keys: PRNG keys [B] for the draws of this reply.
     """
-    capacity, width = state.capacity, rows.shape[1]
+    capacity = state.capacity
+    width = rows.shape[1]
     columns = state.filled + jnp.arange(width)
     columns = jnp.where(jnp.arange(width) < count, columns, capacity)  # the others fall off the end
     valid = valid & (jnp.arange(width) < count)
-    text, audio = rows[..., 0], rows[..., 1]
+    text = rows[..., 0]
+    audio = rows[..., 1]
     spoken = embeds_audio(text, config)
     counts = (valid, valid) if compat else (valid & ~spoken, valid & spoken)
     seen = {
@@ -168,7 +170,8 @@ def prefill(
         stop=jnp.full(batch, RUNNING, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    chunk, last = min(chunk, capacity), state.filled - 1
+    chunk = min(chunk, capacity)
+    last = state.filled - 1
     run = functools.partial(_run_columns, LayerSplitModel(config), params, state, positions_of(state.valid), "shared")
 
     def pass_chunk(carry):
@@ -209,7 +212,8 @@ def decode_chunk(
 
 def _step(model, params, state: GenerationState, settings: GenerationSettings, chunk: int) -> GenerationState:
     """One more row: the last column goes through the blocks that are asked, and a new column is appended."""
-    config, compat = model.config, settings.compat
+    config = model.config
+    compat = settings.compat
     last = jax.lax.dynamic_index_in_dim(state.grid, state.filled - 1, 1, keepdims=False)
     mode = next_mode(state.mode, last[:, 0], last[:, 1], config, compat)
     run = functools.partial(_run_columns, model, params, state, positions_of(state.valid))
@@ -224,7 +228,10 @@ def _step(model, params, state: GenerationState, settings: GenerationSettings, c
         "text": False if compat else sampling.forbid_text(settings.text_size, config),
         "audio": sampling.forbid_audio(step, settings.min_new_tokens, config),
     }
-    drawn, logits, done, caches = {}, {}, dict(state.done), dict(state.caches)
+    drawn = {}
+    logits = {}
+    done = dict(state.done)
+    caches = dict(state.caches)
     for branch, channel in BRANCHES.items():
         channel_settings = getattr(settings, branch)
 
@@ -237,7 +244,8 @@ def _step(model, params, state: GenerationState, settings: GenerationSettings, c
         drawing = _pass_branch(model, params, state, branch, asked, chunk, draw)
         done[branch], caches[branch], logits[branch], drawn[branch] = drawing
 
-    speaking, running = mode == AUDIO, state.running
+    speaking = mode == AUDIO
+    running = state.running
     text = jnp.where(speaking, config.modality_pad_id, drawn["text"])
     audio = drawn["audio"] if compat else jnp.where(speaking, drawn["audio"], config.audio_pad_id)
     counted = {
@@ -283,7 +291,8 @@ def _pass_branch(model, params, state: GenerationState, branch: str, asked: jax.
         _, y, cache = run(*carry[:2], 1)
         return last + 1, cache, *draw(y)
 
-    done, cache = state.done[branch], state.caches[branch]
+    done = state.done[branch]
+    cache = state.caches[branch]
     done, cache = jax.lax.while_loop(lambda carry: asked & (carry[0] < last), catch_up, (done, cache))
     silent = jnp.zeros_like(state.logits[branch]), jnp.zeros_like(state.lengths)
     return jax.lax.while_loop(lambda carry: asked & (carry[0] <= last), answer, (done, cache, *silent))
@@ -298,9 +307,15 @@ def _run_columns(model, params, state: GenerationState, positions, name: str, do
     else:
         x = _columns(state.hidden, start, width)
     y, cache = model.apply(
-        {"params": params}, name, x, _columns(positions, start, width), cache=cache, index=start, valid=state.valid,
+        {"params": params},
+        name,
+        x,
+        _columns(positions, start, width),
+        cache=cache,
+        index=start,
+        valid=state.valid,
         method="block",
-    )  # fmt: skip
+    )
     return start, y, cache
 
 

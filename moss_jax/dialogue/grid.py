@@ -55,11 +55,13 @@ def turn_rows(turn: Turn, text_tokenizer: TextTokenizer, config, compat: bool = 
         content = text_rows(encode(turn.text), config)
     else:
         raise MossError(f"turn of {turn.role}: audio must be encoded to codes before it can enter a grid")
-    return np.concatenate([
-        template_rows(f"{SPECIAL_STRINGS['im_start_id']}{turn.role}\n", text_tokenizer, config),
-        content,
-        template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", text_tokenizer, config),
-    ])  # fmt: skip
+    return np.concatenate(
+        [
+            template_rows(f"{SPECIAL_STRINGS['im_start_id']}{turn.role}\n", text_tokenizer, config),
+            content,
+            template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", text_tokenizer, config),
+        ]
+    )
 
 
 def template_rows(piece: str, text_tokenizer: TextTokenizer, config) -> np.ndarray:

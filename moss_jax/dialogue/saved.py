@@ -104,9 +104,13 @@ def _expected(
 def _problem(tensors: Tensors, config: TransformerConfig) -> str | None:
     """What no conversation has, or None. Shapes and dtypes are right."""
     state = {name.removeprefix("state/"): x for name, x in tensors.items() if name.startswith("state/")}
-    starts, roles = tensors["starts"], tensors["roles"]
-    columns, begin, replies = state["grid"].shape[1], int(tensors["begin"]), int(tensors["replies"])
-    text, audio = state["grid"][0, :, 0], state["grid"][0, :, 1]
+    starts = tensors["starts"]
+    roles = tensors["roles"]
+    columns = state["grid"].shape[1]
+    begin = int(tensors["begin"])
+    replies = int(tensors["replies"])
+    text = state["grid"][0, :, 0]
+    audio = state["grid"][0, :, 1]
     length = columns - begin  # of the latest reply
     rules = {
         f"filled is {state['filled']}, expected {columns}": state["filled"] == columns,

@@ -7,8 +7,12 @@ where a prompt that ends in the code `audio_pad` is taken for text.
 
 import jax.numpy as jnp
 
-TEXT, AUDIO = 0, 1
-RUNNING, IM_END, ENDOFTEXT = 0, 1, 2  # stop reasons; a reply that is cut by its length never leaves RUNNING
+TEXT = 0
+AUDIO = 1
+# stop reasons; a reply that is cut by its length never leaves RUNNING
+RUNNING = 0
+IM_END = 1
+ENDOFTEXT = 2
 
 
 def initial_mode(text, audio, config, compat: bool = False):

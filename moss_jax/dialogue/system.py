@@ -79,7 +79,8 @@ class ReplyStream:
     """An iterator over the pieces of a reply as they come. `reply` is the whole of it once it has ended."""
 
     def __init__(self, pieces: Iterator[Piece | Reply], sample_rate: int, stopped: threading.Event):
-        self._pieces, self._stopped = pieces, stopped
+        self._pieces = pieces
+        self._stopped = stopped
         self.sample_rate = sample_rate
         self.reply: Reply | None = None
 
@@ -125,7 +126,9 @@ class System:
         mesh: jax.sharding.Mesh | None = None,
         max_audio_bytes: int = MAX_BYTES,
     ):
-        self.folder, self._context, self._mesh = SystemFolder(folder), context, mesh
+        self.folder = SystemFolder(folder)
+        self._context = context
+        self._mesh = mesh
         self._max_audio_bytes = max_audio_bytes
 
     @cached_property
@@ -188,7 +191,8 @@ class System:
         else:
             what = str(recording)
             read = read_audio(recording, max_bytes=self._max_audio_bytes)
-        wave, rate = read.wave, read.rate
+        wave = read.wave
+        rate = read.rate
         config, parts = self._decoder_parts
         if config.speaker is None:
             raise MossError(f"{self.folder.path}: this system has one fixed voice, expected no recording of another")
@@ -297,7 +301,9 @@ class System:
     def _pieces(self, begun, reply, settings, decoder, voice, seed, notices, stopped) -> Iterator[Piece | Reply]:
         speech = decoder.stream(voice, seed) if decoder else None
         text = TextStream(self.language_model.text_tokenizer)
-        ids_told, codes_told, waves = 0, 0, []
+        ids_told = 0
+        codes_told = 0
+        waves = []
         # The first piece of speech needs a chunk and the codes that the decoder looks ahead.
         step = decoder.config.streaming()[1].chunk if decoder else ROWS
         k = step + decoder.config.flow.lookahead if decoder else ROWS
@@ -310,13 +316,16 @@ class System:
             said = read_reply(rows, self.language_model.config)
             wave = SILENCE
             if speech and len(said.codes) > codes_told:
-                wave, codes_told = speech.push(said.codes[codes_told:]), len(said.codes)
+                wave = speech.push(said.codes[codes_told:])
+                codes_told = len(said.codes)
             if speech and codes_told and (said.complete or not goes_on):
-                wave, speech = np.concatenate([wave, speech.finish()]), None
+                wave = np.concatenate([wave, speech.finish()])
+                speech = None
             if goes_on:  # the transformer thinks while the listener hears this piece
                 begun = begun.replace(state=self.language_model.go_on(begun.state, settings, step))
             waves.append(wave)
-            piece, ids_told = text.push(said.text_ids[ids_told:]), len(said.text_ids)
+            piece = text.push(said.text_ids[ids_told:])
+            ids_told = len(said.text_ids)
             if not goes_on:
                 piece += text.finish()
             if piece or wave.size:
@@ -358,14 +367,19 @@ class System:
         for first in range(0, len(questions), batch_size):
             part, heard = self._with_codes(questions[first : first + batch_size])
             state, begin, told = self.language_model.begin_batch(
-                part, reply, settings, seed=seed,
+                part,
+                reply,
+                settings,
+                seed=seed,
                 requests=range(first_request + first, first_request + first + len(part)),
                 rows=min(batch_size, len(questions)),
-            )  # fmt: skip
-            done, running = 0, True
+            )
+            done = 0
+            running = True
             while running and done < settings.max_new_tokens:
                 state = self.language_model.go_on(state, settings, ROWS)
-                done, running = int(state.step), bool(np.asarray(state.running).any())
+                done = int(state.step)
+                running = bool(np.asarray(state.running).any())
                 if progress is not None:
                     progress(done, settings.max_new_tokens)
             grid, lengths, cut = (np.asarray(x) for x in (state.grid, state.lengths, state.running))

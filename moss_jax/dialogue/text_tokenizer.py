@@ -95,7 +95,8 @@ class TextTokenizer:
     def check(self, config, where: str = "text tokenizer") -> None:
         """Raises MossError when the special strings do not have the ids of the model's config, or ids do not fit."""
         for field, string in SPECIAL_STRINGS.items():
-            found, expected = self._with_specials.token_to_id(string), getattr(config, field)
+            found = self._with_specials.token_to_id(string)
+            expected = getattr(config, field)
             if found != expected:
                 raise MossError(f"{where}: {string} has id {found}, but the model's config says {field} = {expected}")
             if self.encode_template(string) != [expected]:
@@ -122,14 +123,17 @@ class TextStream:
     """Text of ids that arrive in portions; a character is held back until all its bytes are there."""
 
     def __init__(self, text_tokenizer: TextTokenizer):
-        self._text_tokenizer, self._ids, self._told = text_tokenizer, [], 0
+        self._text_tokenizer = text_tokenizer
+        self._ids = []
+        self._told = 0
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
         self._ids.extend(ids)
         text = self._text_tokenizer.decode(self._ids)
         ready = max(self._told, len(text.rstrip("\ufffd")))  # the bytes of a character may be half here
-        piece, self._told = text[self._told : ready], ready
+        piece = text[self._told : ready]
+        self._told = ready
         return piece
 
     def finish(self) -> str:

@@ -55,8 +55,10 @@ class Turn:
             except (ValueError, OverflowError):  # lists in it of other lengths
                 codes = np.zeros((), object)
             if codes.ndim != 1 or (codes.size and not np.issubdtype(codes.dtype, np.integer)):
-                raise MossError(f"turn of {self.role}: codes have shape {list(codes.shape)} and dtype {codes.dtype}, "
-                                "expected a list of integers")  # fmt: skip
+                raise MossError(
+                    f"turn of {self.role}: codes have shape {list(codes.shape)} and dtype {codes.dtype}, "
+                    "expected a list of integers"
+                )
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

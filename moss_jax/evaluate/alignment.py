@@ -13,7 +13,8 @@ def cosines(s: jax.Array, t: jax.Array) -> jax.Array:
 def best_match(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
     """Mean over text positions of the best speech position: c [S, T], of which the first `speech` rows and `text`
     columns count -> scalar."""
-    rows, columns = jnp.arange(c.shape[0]) < speech, jnp.arange(c.shape[1]) < text
+    rows = jnp.arange(c.shape[0]) < speech
+    columns = jnp.arange(c.shape[1]) < text
     best = jnp.where(rows[:, None], c, -jnp.inf).max(0)
     return jnp.where(columns, best, 0).sum() / text
 

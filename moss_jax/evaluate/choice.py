@@ -59,7 +59,8 @@ def read_choices(path: str | Path) -> list[Question]:
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".csv", ".jsonl")]
     if not files:
         raise MossError(f"{path}: no .csv and no .jsonl in it")
-    questions, problems = [], []
+    questions = []
+    problems = []
     for file in files:
         try:
             questions += [Question(f"{file.name} {q.name}", *_rest(q)) for q in _file(file)]
@@ -81,7 +82,8 @@ def _file(path: Path) -> list[Question]:
 
     def parse(entry: dict[str, Any], name: str, folder: Path) -> Question:
         need(entry, ("question", "choices", "answer"), ("subject",))
-        choices, answer = entry["choices"], entry["answer"]
+        choices = entry["choices"]
+        answer = entry["answer"]
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise MossError(f"choices: expected a list of 2 to {len(LETTERS)}")
         if not all(isinstance(choice, str) for choice in choices):
@@ -159,16 +161,22 @@ def _asked(question: Question) -> str:
 def letter_ids(text_tokenizer, count: int) -> tuple[list[int], list[int]]:
     """(ids between "Answer:" and the letter, the one id of each letter): " A" is one id in most vocabularies."""
     ids = [text_tokenizer.encode(f" {letter}") for letter in LETTERS[:count]]
-    between, last = ids[0][:-1], [own[-1] for own in ids]
+    between = ids[0][:-1]
+    last = [own[-1] for own in ids]
     if all(own[:-1] == between for own in ids) and len(set(last)) == count:
         return between, last
     raise MossError("the text tokenizer does not end ' A', ' B', ... in one id each, so letters cannot be compared")
 
 
 def run(
-    model: Model, file: str | Path, out: str | Path, *,
-    shots: int = 0, examples: str | Path | None = None, say: Callable[[str], None] = lambda line: None,
-) -> str:  # fmt: skip
+    model: Model,
+    file: str | Path,
+    out: str | Path,
+    *,
+    shots: int = 0,
+    examples: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
     """Evaluates questions into the folder `out`; returns the table.
 
     Args:
@@ -191,7 +199,8 @@ def run(
     about |= {"examples": file_hash(examples)} if shots else {}
     with Results(out, about) as results:
         left = [question for question in questions if question.name not in results.done]
-        prompts, candidates = [], []
+        prompts = []
+        candidates = []
         for question in left:
             between, letters = letter_ids(model.text_tokenizer, len(question.choices))
             ids = model.text_tokenizer.encode(prompt(question, shown.get(question.subject, [])[:shots]))
@@ -206,8 +215,13 @@ def run(
 
 def _record(question: Question, values: Sequence[float]) -> dict[str, Any]:
     said = int(np.argmax(values))
-    return {"id": question.name, "subject": question.subject, "log_probabilities": list(values),
-            "said": LETTERS[said], "right": said == question.answer}  # fmt: skip
+    return {
+        "id": question.name,
+        "subject": question.subject,
+        "log_probabilities": list(values),
+        "said": LETTERS[said],
+        "right": said == question.answer,
+    }
 
 
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -35,7 +35,8 @@ class CommandJudge:
             raise MossError(f"judge command {command!r}: {error}") from error
         if not any(PLACE in word for word in self._words):
             raise MossError(f"judge command {command!r}: expected {PLACE} in it, where the file's name goes")
-        self.name, self._seconds = f"command {command}", seconds
+        self.name = f"command {command}"
+        self._seconds = seconds
 
     def __call__(self, wav: Path) -> str:
         words = [word.replace(PLACE, str(wav)) for word in self._words]
@@ -70,7 +71,8 @@ class TransformersJudge:
         except Exception as error:  # whatever transformers raises about a folder
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise MossError(f"judge {folder}: transformers cannot open it ({reason})") from error
-        self._folder, self.name = folder, f"transformers {Path(folder).name}"
+        self._folder = folder
+        self.name = f"transformers {Path(folder).name}"
 
     def __call__(self, wav: Path) -> str:
         wave, rate = load_audio(wav)

@@ -41,7 +41,8 @@ def read_stories(path: str | Path, code_count: int | None = None) -> list[Story]
 
     def parse(entry: dict[str, Any], name: str, folder: Path) -> Story:
         need(entry, ("context", "endings", "answer"), ("group",))
-        endings, answer = entry["endings"], entry["answer"]
+        endings = entry["endings"]
+        answer = entry["answer"]
         if not isinstance(endings, list) or len(endings) < 2:
             raise MossError("endings: expected a list of two")
         if type(answer) is not int or not 0 <= answer < len(endings):
@@ -59,13 +60,15 @@ def passage(context: Part, ending: Part, codes: dict[Part, np.ndarray], text_tok
     """The rows of one story with one ending, of which the ending's ids or codes are scored."""
     if context.text is None and ending.text is None:
         rows = speech_rows(np.concatenate([codes[context], codes[ending]]), config)
-        first, last = 1 + len(codes[context]), len(rows) - 1
+        first = 1 + len(codes[context])
+        last = len(rows) - 1
     else:
         rows = _rows(context, context.text, codes, text_tokenizer, config)
         text = ending.text if ending.text is None or context.text is None else joined(context.text, ending.text)
         more = _rows(ending, text, codes, text_tokenizer, config)
         marker = int(ending.text is None)
-        first, last = len(rows) + marker, len(rows) + len(more) - marker
+        first = len(rows) + marker
+        last = len(rows) + len(more) - marker
         rows = np.concatenate([rows, more])
     scored = np.zeros(len(rows), bool)
     scored[first:last] = True
@@ -89,9 +92,9 @@ def run(model: Model, file: str | Path, out: str | Path, *, say: Callable[[str],
         codes = model.codes([part for story in left for part in (story.context, *story.endings)], say)
         groups = []
         for story in left:
-            groups.append([
-                passage(story.context, ending, codes, model.text_tokenizer, model.config) for ending in story.endings
-            ])  # fmt: skip
+            groups.append(
+                [passage(story.context, ending, codes, model.text_tokenizer, model.config) for ending in story.endings]
+            )
             model.scorer.check(max(len(p.rows) for p in groups[-1]), f"{file}, {story.name}")
         for complete in model.scorer.likelihoods(groups):
             results.append([_record(left[i], groups[i], sums) for i, sums in complete])

@@ -16,7 +16,8 @@ from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 
 FORMAT = "moss-jax-eval-1"
-RESULTS, TABLE = "results.jsonl", "table"
+RESULTS = "results.jsonl"
+TABLE = "table"
 Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
 
 
@@ -124,7 +125,8 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a share."""
     if not count:
         return 0.0, 1.0
-    share, square = correct / count, Z95**2
+    share = correct / count
+    square = Z95**2
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = Z95 / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
     return (0.0 if not correct else middle - half), (1.0 if correct == count else middle + half)
@@ -132,7 +134,8 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     """The 95% bootstrap interval (over items, always the same draws) of sum(parts) / sum(wholes)."""
-    parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
+    parts = np.asarray(parts, float)
+    wholes = np.asarray(wholes, float)
     picks = np.random.default_rng(0).integers(0, len(parts), (draws, len(parts)))
     sums = wholes[picks].sum(1)
     low, high = np.quantile(parts[picks].sum(1) / np.where(sums, sums, 1), (0.025, 0.975))
@@ -141,19 +144,32 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float], draws: int =
 
 def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
     """A row of a table of accuracies, in per cent."""
-    count, correct = len(right), int(sum(right))
+    count = len(right)
+    correct = int(sum(right))
     low, high = wilson(correct, count)
     share = correct / count if count else 0.0
-    return {"what": name, "items": count, "right": correct, "accuracy %": _percent(share),
-            "95% from": _percent(low), "95% to": _percent(high)}  # fmt: skip
+    return {
+        "what": name,
+        "items": count,
+        "right": correct,
+        "accuracy %": _percent(share),
+        "95% from": _percent(low),
+        "95% to": _percent(high),
+    }
 
 
 def error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[str, Any]:
     """A row of a table of word error rates, in per cent."""
     low, high = ratio_interval(errors, words)
     rate = sum(errors) / max(sum(words), 1)
-    return {"what": name, "items": len(errors), "words": int(sum(words)), "WER %": _percent(rate),
-            "95% from": _percent(low), "95% to": _percent(high)}  # fmt: skip
+    return {
+        "what": name,
+        "items": len(errors),
+        "words": int(sum(words)),
+        "WER %": _percent(rate),
+        "95% from": _percent(low),
+        "95% to": _percent(high),
+    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,9 +23,15 @@ WAVES = "waves"
 
 
 def run(
-    model: Model, file: str | Path, out: str | Path, *,
-    judge: Judge, voice: str | None = None, seed: int = 0, say: Callable[[str], None] = lambda line: None,
-) -> str:  # fmt: skip
+    model: Model,
+    file: str | Path,
+    out: str | Path,
+    *,
+    judge: Judge,
+    voice: str | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
     """Evaluates a file of {"audio": FILE, "text": ...} into the folder `out`; returns the table.
 
     Args:

@@ -46,7 +46,8 @@ def log_likelihoods(
         float32 [B].
     """
     call, h, positions = _shared(params, grid, config)
-    target, wanted = jnp.roll(grid, -1, 1), jnp.roll(scored, -1, 1).at[:, -1].set(False)
+    target = jnp.roll(grid, -1, 1)
+    wanted = jnp.roll(scored, -1, 1).at[:, -1].set(False)
     spoken = target[..., 0] == config.modality_pad_id
     total = jnp.zeros(grid.shape[0], jnp.float32)
     for channel, name in enumerate(("text", "audio")):
@@ -113,7 +114,9 @@ class Scorer:
     ):
         if batch_size < 1:
             raise MossError(f"batch size is {batch_size}, expected at least 1")
-        self.config, self.params, self.mesh = config, params, mesh
+        self.config = config
+        self.params = params
+        self.mesh = mesh
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // ways) * ways
 
@@ -140,7 +143,8 @@ class Scorer:
             for first in range(0, len(places), self.batch_size):
                 part = places[first : first + self.batch_size]
                 passages = [groups[index][place] for index, place in part]
-                grid, scored = self._grid([p.rows for p in passages], size), np.zeros((self.batch_size, size), bool)
+                grid = self._grid([p.rows for p in passages], size)
+                scored = np.zeros((self.batch_size, size), bool)
                 for row, passage in enumerate(passages):
                     scored[row, 1 : len(passage.rows)] = passage.scored[1:]
                 with self._on_mesh():
@@ -166,7 +170,8 @@ class Scorer:
         for size, members in sorted(plans.items()):
             for first in range(0, len(members), self.batch_size):
                 part = members[first : first + self.batch_size]
-                lengths, ids = np.ones(self.batch_size, np.int32), np.zeros((self.batch_size, width), np.int32)
+                lengths = np.ones(self.batch_size, np.int32)
+                ids = np.zeros((self.batch_size, width), np.int32)
                 for row, index in enumerate(part):
                     lengths[row] = len(prompts[index])
                     ids[row, : len(candidates[index])] = candidates[index]

@@ -147,9 +147,15 @@ class Curves:
 
 
 def measure(
-    name: str, scorer: Scorer, text_tokenizer, sentences: Sequence[Sentence], codes: Sequence[np.ndarray], *,
-    heatmaps: int = 0, say: Callable[[str], None] = lambda line: None,
-) -> Curves:  # fmt: skip
+    name: str,
+    scorer: Scorer,
+    text_tokenizer,
+    sentences: Sequence[Sentence],
+    codes: Sequence[np.ndarray],
+    *,
+    heatmaps: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Curves:
     """Runs the analysis for one model.
 
     Args:
@@ -165,11 +171,14 @@ def measure(
     for sentence, spoken, written in zip(sentences, speech, text, strict=True):
         scorer.check(len(spoken), sentence.name)
         if len(written) < 2 or len(spoken) < 3:
-            raise MossError(f"{sentence.name}: text of {len(written)} ids, speech of {len(spoken) - 2} codes: expected "
-                            "at least two and one")  # fmt: skip
+            raise MossError(
+                f"{sentence.name}: text of {len(written)} ids, speech of {len(spoken) - 2} codes: expected "
+                "at least two and one"
+            )
     spoken_counts, written_counts = (np.array([len(x) - less for x in rows]) for rows, less in ((speech, 2), (text, 1)))
     others = other_text(text)
-    size, text_size = padded_length(max(map(len, speech))), padded_length(max(map(len, text)))
+    size = padded_length(max(map(len, speech)))
+    text_size = padded_length(max(map(len, text)))
     batches = [
         np.resize(range(first, min(first + scorer.batch_size, len(sentences))), scorer.batch_size)
         for first in range(0, len(sentences), scorer.batch_size)
@@ -199,9 +208,12 @@ def measure(
                 mean = totals[block]
                 for centre in CENTRES:
                     scores, c = _compare(
-                        spoken[block], written[block], spoken_counts[members], written_counts[members],
+                        spoken[block],
+                        written[block],
+                        spoken_counts[members],
+                        written_counts[members],
                         mean if centre == "centred" else np.zeros_like(mean),
-                    )  # fmt: skip
+                    )
                     for score, values in scores.items():
                         found[shuffled].setdefault((block, centre, score), []).append(np.asarray(values)[:, :left])
                     if centre == "centred" and not shuffled:
@@ -243,11 +255,13 @@ def numbers(curves: Curves, sentences: Sequence[Sentence]) -> dict[str, Any]:
         }
     after, above = curves.split() or (None, None)
     return {
-        "model": curves.name, "sentences": [sentence.name for sentence in sentences],
-        "plateau_ends_after_layer": after, "layers_above": above,
+        "model": curves.name,
+        "sentences": [sentence.name for sentence in sentences],
+        "plateau_ends_after_layer": after,
+        "layers_above": above,
         "rule": f"centred path effect >= {PLATEAU} of its top",
         "blocks": blocks,
-    }  # fmt: skip
+    }
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -255,10 +269,15 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def run(
-    model: Any, file: str | Path, out: str | Path, *,
-    controls: Iterable[tuple[str, Any]] = (), heatmaps: int = 0, name: str = "model",
+    model: Any,
+    file: str | Path,
+    out: str | Path,
+    *,
+    controls: Iterable[tuple[str, Any]] = (),
+    heatmaps: int = 0,
+    name: str = "model",
     say: Callable[[str], None] = lambda line: None,
-) -> str:  # fmt: skip
+) -> str:
     """The analysis of a system, and of controls with the same codes, into a new folder: similarity.json and .png.
 
     Args:

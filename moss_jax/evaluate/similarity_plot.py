@@ -20,16 +20,19 @@ def plot_curves(everything: Sequence[Curves], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    subject, controls = everything[0], everything[1:]
+    subject = everything[0]
+    controls = everything[1:]
     split = subject.split()
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4, sharex=True)
     for row, centre in enumerate(CENTRES):
         for column, score in enumerate(SCORES):
-            levels, effects = axes[row, 2 * column], axes[row, 2 * column + 1]
+            levels = axes[row, 2 * column]
+            effects = axes[row, 2 * column + 1]
             for block in subject.blocks:
-                colour, name = COLOURS[block], block if block == "shared" else f"{block} branch"
+                colour = COLOURS[block]
+                name = block if block == "shared" else f"{block} branch"
                 own, floor = (_joined(kind, block, centre, score) for kind in (subject.scores, subject.floors))
                 _curve(levels, *own, colour, f"{name}: own text")
                 _curve(levels, *floor, colour, f"{name}: other text", ":")
@@ -88,14 +91,16 @@ def plot_heatmaps(blocks: Mapping[str, np.ndarray], name: str, path: str | Path)
 
 def _joined(scores: Mapping, block: str, centre: str, score: str) -> tuple[np.ndarray, np.ndarray]:
     """(layers counted from 1, values [layers, sentences]) of a block; a branch begins at the last shared layer."""
-    own, shared = scores[block, centre, score], scores.get(("shared", centre, score))
+    own = scores[block, centre, score]
+    shared = scores.get(("shared", centre, score))
     if block == "shared" or shared is None:
         return np.arange(1, len(own) + 1), own
     return np.arange(len(shared), len(shared) + len(own) + 1), np.concatenate([shared[-1:], own])
 
 
 def _curve(axis, place: np.ndarray, values: np.ndarray, colour: str, label: str | None, style: str = "-") -> None:
-    mean, spread = values.mean(1), values.std(1)
+    mean = values.mean(1)
+    spread = values.std(1)
     marker = "o" if len(place) < 2 else None  # a line of one point would not show
     axis.plot(place, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3, linewidth=1.4)
     axis.fill_between(place, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)

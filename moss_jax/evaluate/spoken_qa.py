@@ -50,10 +50,17 @@ def read_questions(path: str | Path, code_count: int | None = None) -> list[Ques
 
 
 def run(
-    model: Model, file: str | Path, out: str | Path, *,
-    reply: str = "speech", judge: Judge | None = None, voice: str | None = None, sampling: dict[str, Any] | None = None,
-    seed: int = 0, say: Callable[[str], None] = lambda line: None,
-) -> str:  # fmt: skip
+    model: Model,
+    file: str | Path,
+    out: str | Path,
+    *,
+    reply: str = "speech",
+    judge: Judge | None = None,
+    voice: str | None = None,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
     """Evaluates a file of questions into the folder `out`; returns the table. Spoken replies stay in `out`/waves.
 
     Args:

@@ -11,13 +11,22 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a query that sees nothing gives numbers, not NaN
 SPLASH_BLOCK = 128  # splash wants lengths and head size in multiples of this
-BLOCKS, SMALLEST_BLOCK = 8, 64  # without a kernel: blocks of a sequence, and queries that a block has at least
+# without a kernel: blocks of a sequence, and queries that a block has at least
+BLOCKS = 8
+SMALLEST_BLOCK = 64
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids=None, implementation: str = "auto", *,
-    key_segment_ids=None, rows=None, kernel=None,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids=None,
+    implementation: str = "auto",
+    *,
+    key_segment_ids=None,
+    rows=None,
+    kernel=None,
+) -> jax.Array:
     """Causal self-attention over whole sequences: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
     Args:
@@ -69,7 +78,8 @@ def cached_attention(
     past = jnp.where(past_mask[:, None, None, None], _scores(q, past_k), MASKED)  # [B, K, G, T, S]
     new = jnp.where(mask[:, None, None], _scores(q, k), MASKED)  # [B, K, G, T, T]
     top = jnp.maximum(past.max(-1), new.max(-1))[..., None]
-    past, new = jnp.exp(past - top), jnp.exp(new - top)
+    past = jnp.exp(past - top)
+    new = jnp.exp(new - top)
     total = past.sum(-1) + new.sum(-1)  # [B, K, G, T]
     y = _weighted(past, past_v) + _weighted(new, v)
     return _ungrouped(y / total.transpose(0, 3, 1, 2)[..., None], v.dtype)
@@ -81,9 +91,11 @@ def _divides(q, length: int, size: int) -> bool:
 
 def _xla(q, k, v, segment_ids, key_segment_ids, rows):
     """Heads first, block of queries after block of queries, each with the keys up to its own end only."""
-    (B, T, N, H), K = q.shape, k.shape[2]
+    (B, T, N, H) = q.shape
+    K = k.shape[2]
     q = (q.transpose(0, 2, 1, 3) / math.sqrt(H)).reshape(B, K, N // K, T, H).astype(k.dtype)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
     if rows is not None:  # a part of the sequence: they may see any of it
         y = _block(q, k, v, _seen(rows, segment_ids, key_segment_ids, slice(None), k.shape[2]))
         return y.reshape(B, N, T, H).transpose(0, 2, 1, 3)
@@ -116,7 +128,8 @@ def _block(q, k, v, seen):
 
     Normalised last: two plain batched products around one pass over the scores, forward and back.
     """
-    (B, K, G, T, H), S = q.shape, k.shape[2]
+    (B, K, G, T, H) = q.shape
+    S = k.shape[2]
     q = q.reshape(B, K, G * T, H)
     scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, S)
     scores = scores + jnp.where(seen, 0.0, MASKED)[:, :, None]
@@ -165,7 +178,8 @@ def splash(q, k, v, segment_ids=None, interpret: bool = False, *, key_segment_id
     if kernel is None:
         kernel = splash_kernel(T, N, interpret=interpret)
     if segment_ids is None:
-        segment_ids, key_segment_ids = jnp.zeros((B, T), jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
+        segment_ids = jnp.zeros((B, T), jnp.int32)
+        key_segment_ids = jnp.zeros(k.shape[:2], jnp.int32)
     elif key_segment_ids is None:
         key_segment_ids = segment_ids
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q / math.sqrt(H), k, v))
@@ -183,10 +197,14 @@ def splash_kernel(length: int, heads: int, head_parts: int = 1, parts: int = 1, 
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)
-    keys, queries = math.gcd(length, 4 * SPLASH_BLOCK), math.gcd(length // parts, 4 * SPLASH_BLOCK)
+    keys = math.gcd(length, 4 * SPLASH_BLOCK)
+    queries = math.gcd(length // parts, 4 * SPLASH_BLOCK)
     blocks = {f"block_{name}": keys for name in ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")}
     blocks |= {f"block_{name}": queries for name in ("q", "q_dkv", "q_dq")}
     return splash_attention.make_splash_mha(
-        mask, head_shards=head_parts, q_seq_shards=parts, block_sizes=splash_attention.BlockSizes(**blocks),
+        mask,
+        head_shards=head_parts,
+        q_seq_shards=parts,
+        block_sizes=splash_attention.BlockSizes(**blocks),
         interpret=interpret,
-    )  # fmt: skip
+    )

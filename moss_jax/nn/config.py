@@ -123,7 +123,8 @@ def _check_range(value: Any, low: float, high: float, where: str, problems: list
 
 
 def _value(hint: Any, value: Any, where: str, problems: list[str], foreign: bool) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None

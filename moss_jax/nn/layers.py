@@ -32,7 +32,8 @@ def _product_forward(x, kernel, in_dims, dtype):
 
 def _product_backward(in_dims, _, saved, y):
     x, kernel = saved
-    out, lead = tuple(range(in_dims, kernel.ndim)), tuple(range(x.ndim - in_dims))
+    out = tuple(range(in_dims, kernel.ndim))
+    lead = tuple(range(x.ndim - in_dims))
     contract = tuple(range(y.ndim - len(out), y.ndim)), out
     dx = jax.lax.dot_general(y, kernel, (contract, ((), ())), preferred_element_type=x.dtype)
     return dx, jax.lax.dot_general(x, y, ((lead, lead), ((), ())), preferred_element_type=kernel.dtype)
@@ -60,7 +61,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         out = (self.out_shape,) if isinstance(self.out_shape, int) else tuple(self.out_shape)
-        in_axes, out_axes = tuple(range(self.in_dims)), tuple(range(self.in_dims, self.in_dims + len(out)))
+        in_axes = tuple(range(self.in_dims))
+        out_axes = tuple(range(self.in_dims, self.in_dims + len(out)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axes, out_axes)
         kernel = self.param("kernel", named(init, *self.axes), (*x.shape[-self.in_dims :], *out), self.param_dtype)
         bias = None

@@ -17,6 +17,7 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the heads of x [B, T, heads, H] by the angles [B, T, H/2]; the result has the dtype of x."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)

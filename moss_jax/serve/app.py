@@ -40,9 +40,11 @@ except ImportError as error:
 PAGE = Path(__file__).parent / "page"
 WAITING = 20  # questions in the queue
 SWEEP = 10.0  # s between two looks for what is too old
-SPEAK, WRITE = "Speak", "Write"
+SPEAK = "Speak"
+WRITE = "Write"
 REPLIES = (("Aloud", "speech"), ("In writing", "text"))
-DEFAULT_VOICE, ONE_VOICE = "no voice in particular", "the one it was trained with"
+DEFAULT_VOICE = "no voice in particular"
+ONE_VOICE = "the one it was trained with"
 REFUSED = "That did not work"
 
 
@@ -390,23 +392,33 @@ class Demo:
         with gr.Blocks(title="MOSS-Speech", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             gr.HTML(
                 "<h1>MOSS-Speech</h1><p>Ask aloud or in writing. The answer is spoken while it is still being made. "
-                f"Speaking here: <b>{escape(self.name)}</b></p>", elem_id="moss-head",
-            )  # fmt: skip
+                f"Speaking here: <b>{escape(self.name)}</b></p>",
+                elem_id="moss-head",
+            )
             with gr.Row():
                 with gr.Column(scale=5, min_width=380):
                     with gr.Column(elem_id="moss-talk"):
-                        talk, live = gr.HTML(cards.EMPTY), gr.HTML("")
+                        talk = gr.HTML(cards.EMPTY)
+                        live = gr.HTML("")
                     with gr.Row():
                         you = gr.Radio([SPEAK, WRITE], value=SPEAK, label="You ask", elem_id="moss-you")
                         reply = gr.Radio(list(REPLIES), value="speech", label="It answers", elem_id="moss-reply")
                     recording = gr.Audio(
-                        sources=["microphone", "upload"], type="filepath", label="Your question", elem_id="moss-mic",
+                        sources=["microphone", "upload"],
+                        type="filepath",
+                        label="Your question",
+                        elem_id="moss-mic",
                         buttons=[],
-                    )  # fmt: skip
+                    )
                     text = gr.Textbox(
-                        label="Your question", placeholder="Type it here and press Enter", visible=False, max_lines=5,
-                        max_length=self.limits.question_characters, elem_id="moss-text", submit_btn=False,
-                    )  # fmt: skip
+                        label="Your question",
+                        placeholder="Type it here and press Enter",
+                        visible=False,
+                        max_lines=5,
+                        max_length=self.limits.question_characters,
+                        elem_id="moss-text",
+                        submit_btn=False,
+                    )
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", scale=3, visible=False, elem_id="moss-ask")
                         stop = gr.Button("Stop the answer", scale=2, elem_id="moss-stop")
@@ -427,9 +439,11 @@ class Demo:
                 "fn": self._ask,
                 "inputs": [recording, text, you, reply, voice, system_turn, *sampling.values()],
                 "outputs": [talk, live, recording, text, ask],
-                "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple",
+                "concurrency_limit": 1,
+                "concurrency_id": "model",
+                "trigger_mode": "multiple",
                 "show_progress": "hidden",
-            }  # fmt: skip
+            }
             # A recording is asked with as soon as it ends, and a file as soon as it is there.
             gr.on([ask.click, text.submit, recording.stop_recording, recording.upload], **asking, api_name="ask")
             # Who begins to speak interrupts the answer.
@@ -453,9 +467,14 @@ class Demo:
             )
             if own is not None:
                 gr.on(
-                    [own.upload, own.stop_recording], self._enrol, own, [own, voice, told], concurrency_limit=1,
-                    concurrency_id="model", api_name="enrol",
-                )  # fmt: skip
+                    [own.upload, own.stop_recording],
+                    self._enrol,
+                    own,
+                    [own, voice, told],
+                    concurrency_limit=1,
+                    concurrency_id="model",
+                    api_name="enrol",
+                )
             blocks.unload(self._leave)
         return blocks
 
@@ -467,7 +486,8 @@ class Demo:
         return names if self.system.folder.settings.get("default_voice") in names else [DEFAULT_VOICE, *names]
 
     def _voice_panel(self):
-        choices, default = self._voices(), self.system.folder.settings.get("default_voice")
+        choices = self._voices()
+        default = self.system.folder.settings.get("default_voice")
         first = default if default in choices else choices[0]
         voice = gr.Dropdown(choices, value=first, label="Voice of the answers", elem_id="moss-voice", interactive=True)
         if not self.system.enrols:
@@ -478,9 +498,12 @@ class Demo:
                 f"Some seconds of clear speech by one person who agrees to it, {self.limits.voice_seconds:.0f} at most."
             )
             own = gr.Audio(
-                sources=["upload", "microphone"], type="filepath", show_label=False, elem_id="moss-own-voice",
+                sources=["upload", "microphone"],
+                type="filepath",
+                show_label=False,
+                elem_id="moss-own-voice",
                 buttons=[],
-            )  # fmt: skip
+            )
         return voice, own, told
 
 
@@ -492,22 +515,24 @@ def _sampling_panel(own: dict[str, Any]) -> dict[str, gr.components.Component]:
                 0.1, 2, own["temperature"], step=0.05, label="Temperature", info="higher is more varied"
             ),
             "top_p": gr.Slider(0.05, 1, own["top_p"], step=0.05, label="Top-p", info="1 is off"),
-            "top_k": gr.Slider(
-                0, 100, own["top_k"], step=1, label="Top-k", info="0 is off; a new value compiles once"
-            ),
+            "top_k": gr.Slider(0, 100, own["top_k"], step=1, label="Top-k", info="0 is off; a new value compiles once"),
             "repetition_penalty": gr.Slider(
                 1, 2, own["repetition_penalty"], step=0.05, label="Repetition penalty", info="1 is off"
             ),
             "greedy": gr.Checkbox(own["greedy"], label="Greedy", info="always the likeliest, no sampling"),
             "max_new_tokens": gr.Slider(
-                1, 2000, own["max_new_tokens"], step=1, label="Longest answer",
+                1,
+                2000,
+                own["max_new_tokens"],
+                step=1,
+                label="Longest answer",
                 info="rows; 12.5 make a second of speech",
             ),
             "min_new_tokens": gr.Slider(
                 0, 100, own["min_new_tokens"], step=1, label="Shortest spoken answer", info="rows"
             ),
             "seed": gr.Number(0, precision=0, minimum=0, label="Seed", info="the same seed gives the same answer"),
-        }  # fmt: skip
+        }
 
 
 def _inputs_shown(you: str) -> tuple[Any, Any, Any]:

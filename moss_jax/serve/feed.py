@@ -13,7 +13,8 @@ class SpeechFeed:
     """What is pushed on one side comes out as bytes on the other, 16-bit little-endian mono; for one listener."""
 
     def __init__(self, sample_rate: int):
-        self.key, self.sample_rate = secrets.token_urlsafe(16), sample_rate
+        self.key = secrets.token_urlsafe(16)
+        self.sample_rate = sample_rate
         self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def push(self, wave: np.ndarray) -> None:

@@ -33,9 +33,14 @@ def draw(path: str | Path, wave: np.ndarray, rate: int, role: str) -> None:
     top.set(ylim=(-most, most), yticks=[], xlim=(0, seconds))
     frames = mel(resample(wave, rate, MEL_24K.sample_rate))
     bottom.imshow(
-        frames.T, origin="lower", aspect="auto", cmap=shades, vmin=FLOOR, vmax=max(FLOOR + 3, float(frames.max())),
+        frames.T,
+        origin="lower",
+        aspect="auto",
+        cmap=shades,
+        vmin=FLOOR,
+        vmax=max(FLOOR + 3, float(frames.max())),
         extent=(0, seconds, 0, MEL_24K.num_mel_bins),
-    )  # fmt: skip
+    )
     bottom.set(yticks=[])
     bottom.set_xlabel("seconds", fontsize=7, color=INK, labelpad=1)
     bottom.tick_params(labelsize=7, colors=INK, length=2, pad=1)

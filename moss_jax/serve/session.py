@@ -94,9 +94,12 @@ class Session:
         self.folder.mkdir(parents=True)
         self._guard = threading.Lock()  # of entries and files against `clear`
         self._drawing = threading.Lock()  # one picture at a time
-        self._epoch, self._count = 0, 0
-        self._stopped, self._stream = threading.Event(), None
-        self._conversation, self._system_turn = None, None
+        self._epoch = 0
+        self._count = 0
+        self._stopped = threading.Event()
+        self._stream = None
+        self._conversation = None
+        self._system_turn = None
 
     def ask(
         self,
@@ -169,7 +172,8 @@ class Session:
         self.stop()
         with self._guard:
             self._epoch += 1
-            self.entries, self._conversation = [], None
+            self.entries = []
+            self._conversation = None
             for path in self.folder.glob("*"):  # none once it is closed
                 path.unlink()
 
@@ -232,10 +236,13 @@ class Session:
             if question.epoch != self._epoch:
                 return
             turns = [question.entry.turn]
-            conversation, self._conversation = self._conversation, None  # it can be used once
+            # it can be used once
+            conversation = self._conversation
+            self._conversation = None
             if conversation is None or self._system_turn != system_turn.text:
                 said = [entry.turn for entry in self.entries if entry.turn is not None]
-                turns, conversation = [system_turn, *said], None
+                turns = [system_turn, *said]
+                conversation = None
             stream = self._stream = self.system.stream(
                 turns, reply=reply, voice=voice, conversation=conversation, seed=seed, **sampling
             )
@@ -256,9 +263,13 @@ class Session:
     def _finish(self, question: _Question, stream: ReplyStream, reply: str, first: float | None) -> bool:
         said: Reply = stream.reply
         answer = Entry(
-            _turn(said, reply), "assistant", said.text, first=first, spent=time.perf_counter() - question.asked,
+            _turn(said, reply),
+            "assistant",
+            said.text,
+            first=first,
+            spent=time.perf_counter() - question.asked,
             notices=said.notices,
-        )  # fmt: skip
+        )
         with self._guard:
             if question.epoch != self._epoch:
                 return False

@@ -26,7 +26,8 @@ class SpeechDecoderConfig:
 
     def __post_init__(self):
         check_sizes(self, "speech decoder", zero=("mel_overlap", "mel_context"))
-        flow, vocoder = self.flow.mel_bins, self.vocoder.mel_bins
+        flow = self.flow.mel_bins
+        vocoder = self.vocoder.mel_bins
         if flow != vocoder:
             raise MossError(f"speech decoder config: flow.mel_bins is {flow}, vocoder.mel_bins is {vocoder}")
         if self.speaker is not None and self.speaker.embedding_size != self.flow.speaker_size:

@@ -47,7 +47,8 @@ class SpeechDecoder:
         self.config = config
         self.vocoder_config = replace(config.vocoder, weight_norm=False)
         self._params = params
-        self._cache_memory, self._cache_dtype = cache_memory, cache_dtype
+        self._cache_memory = cache_memory
+        self._cache_dtype = cache_dtype
         self._flows: dict[str, CachedFlow] = {}
         self._prompts: dict[tuple, Prompt] = {}
 
@@ -64,7 +65,8 @@ class SpeechDecoder:
         config = self.config
         seed = check_seed(seed)
         check_voice(config, voice)
-        flow, vocoder = self._part(flow_stem()), self.vocoder_params
+        flow = self._part(flow_stem())
+        vocoder = self.vocoder_params
         mel = sampler.decode(flow, config.flow, codes, voice)
         return vocode(vocoder, self.vocoder_config, np.asarray(mel[0]), seed)
 
@@ -142,7 +144,8 @@ def _vocode(config: VocoderConfig):
 def check_voice(config: SpeechDecoderConfig, voice: Voice) -> None:
     """Raises MossError when the arrays of a voice do not fit the decoder or each other."""
     flow = config.flow
-    codes, mel = np.shape(voice.codes), np.shape(voice.mel)
+    codes = np.shape(voice.codes)
+    mel = np.shape(voice.mel)
     if len(codes) != 1 or mel != (flow.frames_per_code * codes[0], flow.mel_bins):
         raise MossError(
             f"voice: codes {list(codes)} and mel {list(mel)} do not fit, expected "

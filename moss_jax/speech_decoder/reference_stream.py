@@ -66,7 +66,8 @@ class ReferenceStream:
     """One stream; drop it at any time. `state` is a pytree, all that it remembers; None when it is finished."""
 
     def __init__(self, models: Models):
-        self._models, self.state = models, ReferenceState()
+        self._models = models
+        self.state = ReferenceState()
 
     @in_32_bits
     def push(self, codes: np.ndarray) -> np.ndarray:
@@ -83,7 +84,8 @@ class ReferenceStream:
     def finish(self) -> np.ndarray:
         """The rest of the speech. Raises MossError when there were no codes, or when repeated."""
         self._check_open()
-        chunk, self.state = close(self._models, self.state), None
+        chunk = close(self._models, self.state)
+        self.state = None
         return chunk.wave
 
     def _check_open(self):
@@ -131,7 +133,8 @@ def close(models: Models, state: ReferenceState) -> Chunk:
 
 
 def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, last: bool):
-    config, cache = models.config, state.cache
+    config = models.config
+    cache = state.cache
     hop = config.vocoder.hop
     new = mel[state.cursor * config.flow.frames_per_code :]
     if cache is not None:
@@ -142,7 +145,8 @@ def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, 
     start = np.zeros(0, np.float32) if cache is None else cache.source
     inputs = np.pad(new, ((0, rows - frames), (0, 0))), np.pad(noise, ((0, (rows - frames) * hop), (0, 0)))
     wave, source = _vocoder(config.vocoder)(models.vocoder, *inputs, np.int32(frames), start)
-    wave, source = np.array(wave)[: frames * hop], np.asarray(source)[: frames * hop]
+    wave = np.array(wave)[: frames * hop]
+    source = np.asarray(source)[: frames * hop]
     held = config.mel_overlap * hop
     if cache is not None:
         window = np.hamming(2 * held).astype(np.float32)

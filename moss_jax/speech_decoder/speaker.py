@@ -151,7 +151,9 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
-        channels, keep = self.config.head_channels, keep[:, None]  # [B, 1, T, 1]
+        # [B, 1, T, 1]
+        channels = self.config.head_channels
+        keep = keep[:, None]
         x = features.swapaxes(1, 2)[..., None]  # [B, Q, T, 1]
         x = jax.nn.relu(BatchNorm(name="norm1")(Conv2d(channels, 3, name="conv1")(x))) * keep
         for group, blocks in enumerate(self.config.head_blocks, 1):
@@ -249,7 +251,8 @@ def speaker_embedding(config: SpeakerConfig, params: Any, wave: np.ndarray) -> n
     Raises:
         MossError: the recording is shorter than three filter bank frames (45 ms).
     """
-    length, shift = FBANK_16K.frame_length, FBANK_16K.frame_shift
+    length = FBANK_16K.frame_length
+    shift = FBANK_16K.frame_shift
     frames = 1 + (len(wave) - length) // shift
     if frames < SHORTEST:
         raise MossError(

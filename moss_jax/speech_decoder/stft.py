@@ -28,7 +28,8 @@ def stft(x: jax.Array, size: int, hop: int, lengths: jax.Array | None = None) ->
         float32 [B, S / hop + 1, size + 2], real parts then imaginary parts. Frames after `lengths / hop` are undefined.
     """
     matrix = hann(size)[:, None] * np.concatenate([np.cos(_angles(size)), -np.sin(_angles(size))], 1)
-    half, (batch, samples) = size // 2, x.shape
+    half = size // 2
+    (batch, samples) = x.shape
     x = jnp.pad(x, ((0, 0), (half, half)))
     x = x.at[:, :half].set(x[:, 2 * half : half : -1])
     if lengths is None:
@@ -57,7 +58,8 @@ def istft(spectrum: jax.Array, size: int, hop: int, valid: jax.Array | None = No
     """
     weights = np.full(size // 2 + 1, 2 / size)
     weights[[0, -1]] = 1 / size
-    real, imaginary = weights * np.cos(_angles(size)), -weights * np.sin(_angles(size))
+    real = weights * np.cos(_angles(size))
+    imaginary = -weights * np.sin(_angles(size))
     imaginary[:, [0, -1]] = 0
     matrix = (hann(size)[:, None] * np.concatenate([real, imaginary], 1)).T  # [size + 2, size]
     frames = spectrum @ jnp.asarray(matrix, spectrum.dtype)
@@ -65,7 +67,8 @@ def istft(spectrum: jax.Array, size: int, hop: int, valid: jax.Array | None = No
     if valid is None:
         squares = jnp.broadcast_to(squares, (1, *frames.shape[1:]))
     else:
-        frames, squares = jnp.where(valid[..., None], frames, 0), jnp.where(valid[..., None], squares, 0)
+        frames = jnp.where(valid[..., None], frames, 0)
+        squares = jnp.where(valid[..., None], squares, 0)
     envelope = jnp.maximum(_overlap_add(squares, hop), 1e-11)
     return (_overlap_add(frames, hop) / envelope)[:, size // 2 : -(size // 2)]
 

@@ -29,10 +29,13 @@ class CachedStream:
     """
 
     def __init__(self, config: SpeechDecoderConfig, flow: CachedFlow, prompt: Prompt, vocoder: Any, seed: int):
-        self._config, self._params, self._seed = config, vocoder, np.uint32(seed)
+        self._config = config
+        self._params = vocoder
+        self._seed = np.uint32(seed)
         self._flow = flow.stream(prompt)
         self._vocoder = vocoder_stream.init_state(config.vocoder, config.mel_overlap, config.mel_context)
-        self._frames, self._finished = 0, False
+        self._frames = 0
+        self._finished = False
         self._offset = prompt.codes.size * config.flow.frames_per_code  # of the speech in the sequence, in mel frames
 
     @property
@@ -63,12 +66,14 @@ class CachedStream:
             raise MossError("streaming: the stream is finished, codes that follow need a new one")
 
     def _vocode(self, mel: np.ndarray, finishing: bool) -> np.ndarray:
-        config, waves = self._config, [np.zeros(0, np.float32)]
+        config = self._config
+        waves = [np.zeros(0, np.float32)]
         rows = self._flow.flow.config.chunk_frames
         step = _step(config.vocoder, config.mel_overlap)
         while len(mel):
             piece, mel = np.split(mel, [rows - (self._offset + self._frames) % rows])
-            count, last = len(piece), finishing and not len(mel)
+            count = len(piece)
+            last = finishing and not len(mel)
             padded = np.pad(piece, ((0, rows - count), (0, 0)))
             self._vocoder, wave = step(self._params, self._vocoder, padded, np.int32(count), last, self._seed)
             before = emitted_frames(self._frames, config.mel_overlap, False)

@@ -86,15 +86,29 @@ class VocoderConfig:
 
 RELEASED = VocoderConfig()
 TINY = VocoderConfig(
-    channels=32, f0_channels=16, f0_layers=2, resblock_widths=(3, 5), resblock_dilations=((1, 3), (1, 2)),
-    source_resblock_widths=(3, 3, 5), source_resblock_dilations=((1,), (1, 2), (1,)),
-)  # fmt: skip
+    channels=32,
+    f0_channels=16,
+    f0_layers=2,
+    resblock_widths=(3, 5),
+    resblock_dilations=((1, 3), (1, 2)),
+    source_resblock_widths=(3, 3, 5),
+    source_resblock_dilations=((1,), (1, 2), (1,)),
+)
 
 NANO = VocoderConfig(
-    channels=192, upsample_rates=(5, 4), upsample_widths=(9, 8), resblock_widths=(3, 7),
-    resblock_dilations=((1, 3, 5), (1, 3, 5)), source_resblock_widths=(3, 3),
-    source_resblock_dilations=((1, 3), (1, 3)), fft_size=96, fft_hop=24, f0_channels=96, f0_layers=3, free_phase=True,
-)  # fmt: skip
+    channels=192,
+    upsample_rates=(5, 4),
+    upsample_widths=(9, 8),
+    resblock_widths=(3, 7),
+    resblock_dilations=((1, 3, 5), (1, 3, 5)),
+    source_resblock_widths=(3, 3),
+    source_resblock_dilations=((1, 3), (1, 3)),
+    fft_size=96,
+    fft_hop=24,
+    f0_channels=96,
+    f0_layers=3,
+    free_phase=True,
+)
 
 
 def weight_norm(v, g, axis: int):
@@ -164,7 +178,9 @@ def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int
     """
     width, channels, features = kernel.shape
     padding = (width - rate) // 2
-    first, last = -((rate - 1 + padding) // rate), (width - 1 - padding) // rate  # of q
+    # of q
+    first = -((rate - 1 + padding) // rate)
+    last = (width - 1 - padding) // rate
     before = -(rate * first + padding)
     after = rate * (last + 1) + padding - width
     kernel = jnp.pad(kernel, ((before, after), (0, 0), (0, 0))).reshape(-1, rate, channels, features)  # [q, r, I, O]
@@ -185,7 +201,8 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        channels, layers = x.shape[-1], len(self.dilations)
+        channels = x.shape[-1]
+        layers = len(self.dilations)
         conv1 = NormConv(channels, self.width, self.weight_norm, layers, name="conv1")(channels)
         conv2 = NormConv(channels, self.width, self.weight_norm, layers, name="conv2")(channels)
         ones = named(nn.initializers.ones, "layers", "conv_out")
@@ -230,17 +247,23 @@ class HiFT(nn.Module):
         self.merge = Linear(1, (None, None))
         self.conv_pre = NormConv(c.channels, 7, norm)
         self.conv_post = NormConv(c.fft_size + 2, 7, norm)
-        ups, downs, source_resblocks, resblocks = [], [], [], []
+        ups = []
+        downs = []
+        source_resblocks = []
+        resblocks = []
         for i, width in enumerate(c.upsample_widths):
-            channels, down = c.channels >> (i + 1), prod(c.upsample_rates[i + 1 :])
+            channels = c.channels >> (i + 1)
+            down = prod(c.upsample_rates[i + 1 :])
             ups.append(NormConv(channels, width, norm, transposed=True))
             padding = (down // 2, down // 2) if down > 1 else (0, 0)
             downs.append(Conv1d(channels, 2 * down if down > 1 else 1, stride=down, padding=padding))
             source_resblocks.append(ResBlock(c.source_resblock_widths[i], c.source_resblock_dilations[i], norm))
             for width, dilations in zip(c.resblock_widths, c.resblock_dilations, strict=True):
                 resblocks.append(ResBlock(width, dilations, norm))
-        self.ups, self.source_downs = ups, downs
-        self.source_resblocks, self.resblocks = source_resblocks, resblocks
+        self.ups = ups
+        self.source_downs = downs
+        self.source_resblocks = source_resblocks
+        self.resblocks = resblocks
 
     def __call__(self, mel, noise, lengths=None, source_start=None) -> tuple[jax.Array, jax.Array]:
         """Log-mel -> wave.
@@ -319,7 +342,8 @@ class HiFT(nn.Module):
             x = conv_transpose1d(nn.leaky_relu(x, c.leaky_slope), *self.ups[i](x.shape[-1]), up)
             mask = self._mask(lengths, rate, rate * frames)
             if i == len(c.upsample_rates) - 1:
-                x, mask = jnp.concatenate([x[:, 1:2], x], 1), last_mask
+                x = jnp.concatenate([x[:, 1:2], x], 1)
+                mask = last_mask
             y = _masked(self.source_downs[i](excitation), mask)
             x = _masked(x, mask) + self.source_resblocks[i](y, mask)
             count = len(c.resblock_widths)

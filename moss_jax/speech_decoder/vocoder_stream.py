@@ -78,10 +78,14 @@ def step(
         the state, and samples float32 [(overlap + K) * hop]. The valid ones are those between the `emitted_frames`
         before and after the piece, in the first places.
     """
-    model, hop = HiFT(config), config.hop
-    context, size = state.mel.shape[0], state.mel.shape[0] + mel.shape[0]
+    model = HiFT(config)
+    hop = config.hop
+    context = state.mel.shape[0]
+    size = state.mel.shape[0] + mel.shape[0]
     kept = jnp.minimum(state.frames, context)
-    start, end = state.frames - kept, kept + count  # the window's first frame in the stream, its end in the window
+    # the window's first frame in the stream, its end in the window
+    start = state.frames - kept
+    end = kept + count
     window = jnp.pad(state.mel, ((0, mel.shape[0]), (0, 0)))
     window = jax.lax.dynamic_update_slice(window, mel, (kept, 0))[None]
     lengths = end[None]

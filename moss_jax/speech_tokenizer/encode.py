@@ -103,7 +103,8 @@ class SpeechTokenizer:
         Raises:
             MossError: a wave is not one-dimensional, or holds NaN or infinite samples.
         """
-        config, unit = self.config, self.config.samples_per_code
+        config = self.config
+        unit = self.config.samples_per_code
         parts: list[np.ndarray] = []
         owners: list[int] = []
         for owner, wave in enumerate(waves):
@@ -151,7 +152,8 @@ class SpeechTokenizer:
 
     def _call(self, parts, padded, members, size: int, rows: int) -> jax.Array:
         unit = self.config.samples_per_code
-        batch, lengths = np.zeros((rows, size * unit), np.float32), np.full(rows, size * unit, np.int32)
+        batch = np.zeros((rows, size * unit), np.float32)
+        lengths = np.full(rows, size * unit, np.int32)
         for row, member in enumerate(members):
             batch[row, : len(parts[member])] = parts[member]
             lengths[row] = padded[member] * unit

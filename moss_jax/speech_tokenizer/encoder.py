@@ -75,7 +75,8 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, seen: jax.Array | None):
         """x [B, T, D]; past (keys, values) [B, N, S, H], of which `seen` [B, S] may be attended to."""
         config = self.config
-        heads, axes = (config.encoder_attention_heads, config.head_dim), ("embed", "heads", "head_dim")
+        heads = (config.encoder_attention_heads, config.head_dim)
+        axes = ("embed", "heads", "head_dim")
         y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
         query = Linear(heads, axes, name="query")(y)
         key = Linear(heads, axes, use_bias=False, name="key")(y)
@@ -107,7 +108,8 @@ def _heads_one_by_one(*heads: jax.Array) -> jax.Array:
 
 def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """The causal attention of one head, [T, H] each, block after block of queries."""
-    frames, blocks = query.shape[0], []
+    frames = query.shape[0]
+    blocks = []
     query = query * query.shape[-1] ** -0.5
     for start in range(0, frames, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, frames)
@@ -148,7 +150,8 @@ class Encoder(nn.Module):
         )(config)
         if config.code_dim != config.d_model:
             self.project = Linear(config.code_dim, ("embed", "code"))
-        positions, codes = config.max_source_positions, config.quantize_vocab_size
+        positions = config.max_source_positions
+        codes = config.quantize_vocab_size
         self.positions = self.param("positions", named(sinusoids, None, "embed"), (positions, config.d_model))
         # Beside codes of length 1 positions get the same length.
         beside = _unit_sinusoids if config.normalize_codes else sinusoids

@@ -50,9 +50,13 @@ def log_mel_step(config: SpeechTokenizerConfig, params: Any, frames: jax.Array, 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
 def wave_step(
-    config: SpeechTokenizerConfig, params: Any, samples: jax.Array, valid: jax.Array, start_peak: jax.Array,
+    config: SpeechTokenizerConfig,
+    params: Any,
+    samples: jax.Array,
+    valid: jax.Array,
+    start_peak: jax.Array,
     state: WaveState,
-):  # fmt: skip
+):
     """The same from samples.
 
     Args:
@@ -102,7 +106,8 @@ class LogMelStream:
 
     @in_32_bits
     def __init__(self, config: SpeechTokenizerConfig, params: Any, *, chunk: int = 5):
-        self.config, self.params = config, params
+        self.config = config
+        self.params = params
         self.frames = _frames_per_step(config, chunk)
         self.state = init_state(config, 1)
         self._rest = np.zeros((0, config.num_mel_bins), np.float32)
@@ -120,7 +125,8 @@ class LogMelStream:
     def finish(self) -> np.ndarray:
         """The codes of the frames that are left, int32 [N]; the stream starts anew."""
         codes = _joined([self._step(self._rest)] if len(self._rest) else [])
-        self.state, self._rest = init_state(self.config, 1), self._rest[:0]
+        self.state = init_state(self.config, 1)
+        self._rest = self._rest[:0]
         return codes
 
     def _step(self, frames: np.ndarray) -> tuple[jax.Array, int]:
@@ -140,10 +146,10 @@ class WaveStream:
     """
 
     @in_32_bits
-    def __init__(
-        self, config: SpeechTokenizerConfig, params: Any, *, chunk: int = 5, start_peak: float = START_PEAK
-    ):  # fmt: skip
-        self.config, self.params, self.start_peak = config, params, jnp.float32(start_peak)
+    def __init__(self, config: SpeechTokenizerConfig, params: Any, *, chunk: int = 5, start_peak: float = START_PEAK):
+        self.config = config
+        self.params = params
+        self.start_peak = jnp.float32(start_peak)
         self.frames = _frames_per_step(config, chunk)
         self.state = init_wave_state(config, 1)
         self._begin()
@@ -155,7 +161,8 @@ class WaveStream:
         Raises:
             MossError: the wave is not one-dimensional, or holds NaN or infinite samples.
         """
-        wave, codes = checked(wave, "the pushed wave"), []
+        wave = checked(wave, "the pushed wave")
+        codes = []
         while len(wave):
             room = self.config.samples_per_segment - self._received
             codes += self._take(wave[:room])
@@ -185,7 +192,8 @@ class WaveStream:
         if not self._opened:
             if len(self._signal) <= half:  # too few samples to reflect
                 return []
-            self._signal, self._opened = np.concatenate([self._signal[half:0:-1], self._signal]), True
+            self._signal = np.concatenate([self._signal[half:0:-1], self._signal])
+            self._opened = True
         ready = 1 + (len(self._signal) - self.config.n_fft) // self.config.hop_length
         return self._steps(max(0, ready) // self.frames * self.frames)
 
@@ -201,15 +209,15 @@ class WaveStream:
 
     def _steps(self, count: int) -> list[tuple[jax.Array, int]]:
         """Runs the next `count` frames, the last step padded."""
-        config, codes = self.config, []
+        config = self.config
+        codes = []
         width = (self.frames - 1) * config.hop_length + config.n_fft
         for start in range(0, count, self.frames):
-            valid, first = min(self.frames, count - start), start * config.hop_length
+            valid = min(self.frames, count - start)
+            first = start * config.hop_length
             samples = self._signal[first : first + width]
             samples = jnp.asarray(np.pad(samples, (0, width - len(samples)))[None])
-            step = wave_step(
-                config, self.params, samples, jnp.array([valid], jnp.int32), self.start_peak, self.state
-            )  # fmt: skip
+            step = wave_step(config, self.params, samples, jnp.array([valid], jnp.int32), self.start_peak, self.state)
             self.state = step[1]
             codes.append((step[0], -(-valid // config.frames_per_code)))
         self._done += count

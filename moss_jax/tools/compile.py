@@ -240,7 +240,8 @@ def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int
         called += [(callee.strip().lstrip("%"), 1, False) for callee in group.split(",")]
     loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
     if loop:
-        condition, body = computations.get(loop[1], []), computations.get(loop[2], [])
+        condition = computations.get(loop[1], [])
+        body = computations.get(loop[2], [])
         called.append((loop[2], _rounds(line, condition, body), True))
     return called
 
@@ -423,7 +424,9 @@ def _codec_decode(request: Request, mesh):
     from moss_jax.speech_decoder.vocoder import HiFT
 
     config = {"8b": configs.RELEASED, "tiny": configs.TINY}[request.size]
-    size, batch, frames = config.flow, request.batch, request.context * config.flow.frames_per_code
+    size = config.flow
+    batch = request.batch
+    frames = request.context * config.flow.frames_per_code
     vocoder = HiFT(dataclasses.replace(config.vocoder, weight_norm=False))
 
     def run(flow_params, vocoder_params, noise, codes, count, prompt, embedding, sine_noise):

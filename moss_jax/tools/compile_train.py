@@ -25,7 +25,8 @@ STAGES = {
 
 def train_step(request, mesh):
     """The jitted step and the shapes of (state, frozen, batch, limit); bfloat16, splash attention where it divides."""
-    config, stage, optimizer = *_model(request), OptimizerConfig(total_steps=10_000, warmup_steps=100)
+    config, stage = _model(request)
+    optimizer = OptimizerConfig(total_steps=10_000, warmup_steps=100)
     trainable, frozen = stage_shapes(config, stage)
     opt_state = jax.eval_shape(make_optimizer(optimizer).init, trainable)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)

@@ -55,7 +55,8 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 3, say: Say = print):
         if keep < 2:
             raise MossError(f"keep is {keep}, expected at least 2: one checkpoint may turn out to be damaged")
-        self.folder, self._say = Path(folder).absolute(), say
+        self.folder = Path(folder).absolute()
+        self._say = say
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells an error once a thread; here it is one line
         self._saving: int | None = None
         self._check_writable()
@@ -148,7 +149,8 @@ class Checkpoints:
             writable = os.access(self.folder, os.W_OK | os.X_OK)
             reason = "no permission to write"
         except OSError as error:
-            writable, reason = False, error.strerror
+            writable = False
+            reason = error.strerror
         if not writable:
             raise MossError(f"{self.folder}: cannot be written ({reason}); choose another folder for the run")
 
@@ -173,12 +175,14 @@ class Checkpoints:
             os.fsync(file.fileno())
 
     def _set_aside(self, step: int, problem: str) -> None:
-        source, target = self.folder / str(step), self.folder / DAMAGED / str(step)
+        source = self.folder / str(step)
+        target = self.folder / DAMAGED / str(step)
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             number = 1
             while target.exists():
-                target, number = target.with_name(f"{step}-{number}"), number + 1
+                target = target.with_name(f"{step}-{number}")
+                number = number + 1
             try:
                 source.rename(target)
             except OSError as error:
@@ -207,14 +211,16 @@ class Checkpoints:
 
 def checksum(path: Path) -> list[int]:
     """[bytes, CRC-32] of a file; of Orbax's own description without the time of the commit."""
-    size, crc = 0, 0
+    size = 0
+    crc = 0
     if path.name == STAMPED:
         described = read_json(path) | {"commit_timestamp_nsecs": None}
         text = json.dumps(described, sort_keys=True).encode()
         return [len(text), zlib.crc32(text)]
     with path.open("rb") as file:
         while piece := file.read(PIECE):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
+            size = size + len(piece)
+            crc = zlib.crc32(piece, crc)
     return [size, crc]
 
 
@@ -230,7 +236,8 @@ def verify(folder: Path) -> str | None:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError, KeyError):
         return f"{CHECKSUMS} is not as it was written"
-    names, mine = list(expected), slice(jax.process_index(), None, jax.process_count())
+    names = list(expected)
+    mine = slice(jax.process_index(), None, jax.process_count())
     verdicts = np.zeros(len(names), np.int32)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         verdicts[mine] = list(pool.map(lambda name: _verdict(folder / name, expected[name]), names[mine]))
@@ -262,8 +269,13 @@ def _shortened(items: list[str], most: int = 3) -> list[str]:
 def _first_line(error: BaseException) -> str:
     """The part of an error that a person can use."""
     text = " ".join(str(error).split())
-    for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied",
-                  "Read-only file system"):  # fmt: skip
+    for known in (
+        "No space left on device",
+        "File too large",
+        "Disk quota exceeded",
+        "Permission denied",
+        "Read-only file system",
+    ):
         if known in text:
             return known
     return f"{type(error).__name__}: {text[:300]}"

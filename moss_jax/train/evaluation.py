@@ -20,7 +20,8 @@ class Evaluation:
     """The first `evaluate_batches` batches of `held_out`, of the size that the run trains with."""
 
     def __init__(self, run: Run, config: TransformerConfig, mesh: Mesh):
-        self._run, self._feed = run, Feed(run.held_out, config, run, mesh)
+        self._run = run
+        self._feed = Feed(run.held_out, config, run, mesh)
         step = make_eval_step(config, run.stage, sources=len(self._feed.source_names))
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
@@ -31,7 +32,8 @@ class Evaluation:
 
         The loss of a target that the data does not have is left out.
         """
-        run, totals = self._run, {}
+        run = self._run
+        totals = {}
         self._feed.skip_to(0)
         try:
             for _ in range(run.evaluate_batches):

@@ -61,7 +61,8 @@ def restored(folder: str | Path, step: int | None = None, say: Say = print) -> t
     Raises:
         MossError: no such run or checkpoint, a damaged one, or one that does not fit.
     """
-    folder, run = Path(folder), read_run(folder)
+    folder = Path(folder)
+    run = read_run(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep, say)
     try:
         if step is None and (step := checkpoints.newest_whole()) is None:

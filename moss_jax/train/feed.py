@@ -32,11 +32,16 @@ class RowFeed:
     """
 
     def __init__(
-        self, rows: int, spans: Iterable[tuple[int, int]], open_part: Callable[[int, int], Any],
+        self,
+        rows: int,
+        spans: Iterable[tuple[int, int]],
+        open_part: Callable[[int, int], Any],
         place: Callable[[str, tuple[int, ...]], NamedSharding],
-    ):  # fmt: skip
+    ):
         indices, count = blocks(spans, rows)
-        self._rows, self._size, self._sharding = rows, rows // count, place
+        self._rows = rows
+        self._size = rows // count
+        self._sharding = place
         self._parts = {index: open_part(index, count) for index in indices}
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
@@ -99,9 +104,14 @@ class Feed(RowFeed):
 
         def open_part(index: int, count: int) -> Batches:
             return open_batches(
-                mixture, config, context=run.context, batch_size=run.batch_size, process_index=index,
-                process_count=count, workers=workers,
-            )  # fmt: skip
+                mixture,
+                config,
+                context=run.context,
+                batch_size=run.batch_size,
+                process_index=index,
+                process_count=count,
+                workers=workers,
+            )
 
         super().__init__(
             run.batch_size, _spans(shardings["positions"], shape), open_part, lambda name, _: shardings[name]

@@ -24,9 +24,20 @@ from moss_jax.transformer import TransformerConfig
 
 # Dense bfloat16 FLOP/s of one device by a part of its name (`device_kind`), as the makers state them.
 PEAK = {
-    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12,
-}  # fmt: skip
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v5": 459e12,
+    "v4": 275e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
 
 
 def peak_flops(kind: str) -> float | None:
@@ -43,10 +54,13 @@ def token_flops(config: TransformerConfig, stage: Stage, attended: float) -> flo
     def block(name: str, below: bool) -> bool:
         """Adds a stack of layers; returns whether a gradient passes what stands on it."""
         nonlocal total
-        layers, adapters = f"{name}/layers/", _size(trainable, f"{PREFIX}{name}/layers/")
+        layers = f"{name}/layers/"
+        adapters = _size(trainable, f"{PREFIX}{name}/layers/")
         passes = below or adapters > 0
-        fixed, trained = _size(frozen, layers, "/kernel"), _size(trainable, layers, "/kernel")
-        fixed_depth, trained_depth = _depth(frozen, layers), _depth(trainable, layers)
+        fixed = _size(frozen, layers, "/kernel")
+        trained = _size(trainable, layers, "/kernel")
+        fixed_depth = _depth(frozen, layers)
+        trained_depth = _depth(trainable, layers)
         total += fixed * (4 if passes else 2) + trained * 6 + adapters * 6
         total += 4 * attended * heads * (fixed_depth * (3 if passes else 1) + trained_depth * 3)
         return passes or trained > 0

@@ -2,7 +2,10 @@
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+# of glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 KEPT = 2**31 - 1  # bytes; the most that mallopt takes
 MAPPED = 2**30  # bytes; what is larger has pages of its own still
 

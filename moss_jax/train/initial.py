@@ -64,14 +64,17 @@ def initial_params(
     if str(source) == RANDOM:
         if config is None:
             raise MossError("random parameters need a config, expected a preset or the sizes of a model")
-        found, parameters = config, _random(config, np.dtype(dtype or "float32"), seed)
+        found = config
+        parameters = _random(config, np.dtype(dtype or "float32"), seed)
     else:
         found, parameters = _open(locate(source, say), modality_layers, codes, seed)
         if config is not None:
             _check_same(config, found, source)
             found = config
-    shapes, shardings = model_shapes(found), _shardings(found, mesh)
-    flat, stored = {}, None
+    shapes = model_shapes(found)
+    shardings = _shardings(found, mesh)
+    flat = {}
+    stored = None
     for path, value in parameters:
         stored = stored or value.dtype  # of the first, for what is new
         flat[path] = _place(value, shardings.get(path), np.dtype(dtype or (stored if path in _NEW else value.dtype)))
@@ -80,9 +83,15 @@ def initial_params(
 
 
 def initial_split(
-    source: str | Path, stage: Stage, config: TransformerConfig | None = None, *, mesh: Mesh | None = None,
-    frozen_dtype: Any = None, seed: int = 0, **options: Any,
-) -> tuple[TransformerConfig, dict[str, jax.Array], dict[str, jax.Array]]:  # fmt: skip
+    source: str | Path,
+    stage: Stage,
+    config: TransformerConfig | None = None,
+    *,
+    mesh: Mesh | None = None,
+    frozen_dtype: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[TransformerConfig, dict[str, jax.Array], dict[str, jax.Array]]:
     """(config, trainable float32, frozen): `initial_params` with the same options, then `split_params`, on the mesh."""
     config, flat = initial_params(source, config, mesh=mesh, seed=seed, **options)
     trainable, frozen = split_params(flat, stage, frozen_dtype=frozen_dtype, seed=seed)
@@ -108,9 +117,11 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
     if data.get("model_type") == "qwen3":
         return _qwen3(folder, modality_layers, codes, seed)
     if "num_shared_layers" in data:
-        config, reader = language_config(folder), open_tensors(folder)
+        config = language_config(folder)
+        reader = open_tensors(folder)
         config = replace(config, **compute_dtypes(reader))
-        rows, shapes = released_table.table(config), model_shapes(config)
+        rows = released_table.table(config)
+        shapes = model_shapes(config)
         rows.check(found_shapes(reader), shapes, str(reader.path))
         return config, ((entry.path, entry.to_ours(reader.read)) for entry in rows.entries(shapes))
     found = data.get("model_type")
@@ -123,7 +134,8 @@ def _ours(folder: Path) -> Parameters:
 
 
 def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[TransformerConfig, Parameters]:
-    reader, special = open_tensors(folder), special_ids(folder / "tokenizer.json")
+    reader = open_tensors(folder)
+    special = special_ids(folder / "tokenizer.json")
     config, vocab = split_config(folder, special, modality_layers, codes)
     config = replace(config, **compute_dtypes(reader))
     source = qwen3_config(config, vocab)
@@ -145,7 +157,8 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
 def _check_same(wanted: TransformerConfig, found: TransformerConfig, where: str | Path) -> None:
     """Sizes and ids must agree; how to compute is the caller's."""
     free = dict.fromkeys(("attention", "remat", "dtype", "param_dtype", "max_position_embeddings"))
-    wanted, found = vars(wanted) | free, vars(found) | free
+    wanted = vars(wanted) | free
+    found = vars(found) | free
     if wrong := [f"{key} is {found[key]}, expected {wanted[key]}" for key in wanted if wanted[key] != found[key]]:
         raise MossError("\n  ".join([f"{where}: not the model of the config", *wrong]))
 

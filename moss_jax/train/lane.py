@@ -38,8 +38,11 @@ class Lane:
     """
 
     def __init__(self, done: Callable[[Beside, float, int], None]):
-        self._done, self._left, self.code = done, [], 0
-        self._lock, self._ended = threading.Lock(), False
+        self._done = done
+        self._left = []
+        self.code = 0
+        self._lock = threading.Lock()
+        self._ended = False
         self._thread: threading.Thread | None = None
         self._process: BaseProcess | None = None
 

@@ -36,8 +36,11 @@ class LanguageModel:
 
     def __init__(self, run: Run, mesh: Mesh, say: Callable[[str], None]):
         check_rows(run.batch_size, mesh, run.accumulate)
-        self._run, self._mesh, self._say = run, mesh, say
-        self.what, self.rows = f"stage {run.stage.name}", f"{run.batch_size} x {run.context} rows"
+        self._run = run
+        self._mesh = mesh
+        self._say = say
+        self.what = f"stage {run.stage.name}"
+        self.rows = f"{run.batch_size} x {run.context} rows"
 
     def start(self) -> Flat:
         self.config, trainable, self.frozen = starting_parameters(self._run, self._mesh, self._say)
@@ -58,9 +61,14 @@ class LanguageModel:
         run = self._run
         self._flops = step_flops(self.config, run.stage, run.batch_size * run.context, run.context)
         return make_step(
-            self.config, run.stage, run.optimizer, accumulate=run.accumulate, sources=len(self._sources),
-            mesh=self._mesh, unroll=unrolled(self.config),
-        )  # fmt: skip
+            self.config,
+            run.stage,
+            run.optimizer,
+            accumulate=run.accumulate,
+            sources=len(self._sources),
+            mesh=self._mesh,
+            unroll=unrolled(self.config),
+        )
 
     def evaluation(self) -> Callable[[TrainState, Preemption], dict[str, Any] | None] | None:
         if self._run.held_out is None:

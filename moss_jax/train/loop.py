@@ -12,7 +12,7 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,10 @@ from moss_jax.train.record import check_record
 from moss_jax.train.run import EXPORTS, RUN_FILE, BaseRun, run_text, run_values, values_in
 from moss_jax.train.state import TrainState
 
-DONE, STOPPED, PREEMPTED = 0, 3, 75  # 75 is EX_TEMPFAIL: try again later
+# 75 is EX_TEMPFAIL: try again later
+DONE = 0
+STOPPED = 3
+PREEMPTED = 75
 PROFILE = "profile"
 
 Say = Callable[[str], None]
@@ -98,15 +101,22 @@ class Loop:
     """One process's part of a run. Everything it decides follows from values that are the same in all of them."""
 
     def __init__(self, run: BaseRun, preemption: Preemption, say: Say):
-        self._run, self._preemption, self._say = run, preemption, say
+        self._run = run
+        self._preemption = preemption
+        self._say = say
         self._folder = Path(run.folder)
         self._first = jax.process_index() == 0
         self.mesh = make_mesh(**run.mesh.for_devices(jax.device_count()))
         self._task = run.task(self.mesh, say)
         self._checkpoints = Checkpoints(self._folder / CHECKPOINTS, run.keep, say)
         self._metrics = self._evaluations = self._board = self._feed = None
-        self._watch, self._pending, self._stop = Watch(run.guard), None, None
-        self._clock, self._waited, self._saving = None, 0.0, 0.0  # of the metrics before; seconds since then
+        self._watch = Watch(run.guard)
+        self._pending = None
+        self._stop = None
+        # of the metrics before; seconds since then
+        self._clock = None
+        self._waited = 0.0
+        self._saving = 0.0
         self._profiling = False
 
     def run_to_the_end(self) -> int:
@@ -140,7 +150,8 @@ class Loop:
 
     def _begin(self) -> None:
         run = self._run
-        parameters, task = self._task.start(), self._task
+        parameters = self._task.start()
+        task = self._task
         states = task.state_shardings()
         self._frozen = task.frozen
         self._frozen_sum = fingerprint(self._frozen)
@@ -149,7 +160,8 @@ class Loop:
         at = self._checkpoints.newest_whole()
         self._tell_changes()
         if at is None:
-            self._step, self._tokens = 0, 0
+            self._step = 0
+            self._tokens = 0
             self._state = jax.jit(task.new_state, out_shardings=states, donate_argnums=0)(parameters)
         else:
             like = jax.eval_shape(task.new_state, parameters)
@@ -175,7 +187,8 @@ class Loop:
         where = self._checkpoints.folder / str(at)
         check_record(record, self._described(), where, self._say)
         self._state = self._checkpoints.restore_state(at, like)
-        self._step, self._tokens = at, record["tokens"]
+        self._step = at
+        self._tokens = record["tokens"]
         self._watch.restore(record["guard"])
         try:
             self._feed.set_state(record["data"])
@@ -191,14 +204,19 @@ class Loop:
     def _tell_changes(self) -> None:
         """Says what is not as it was when this run ran last."""
         if (self._folder / RUN_FILE).is_file():
-            before, now = _fields(values_in(self._folder)), _fields(run_values(self._run))
+            before = _fields(values_in(self._folder))
+            now = _fields(run_values(self._run))
             changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
                 told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
                 self._say(f"note: not as when this run ran last: {told}")
 
     def _tell_beginning(self) -> None:
-        run, count = self._run, lambda flat: sum(leaf.size for leaf in flat.values())
+        run = self._run
+
+        def count(flat: Mapping[str, Any]) -> int:
+            return sum(leaf.size for leaf in flat.values())
+
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1) or "one device"
         self._say(
             f"{run.name}: {self._task.what} trains {count(self._state.params):,} parameters, "
@@ -216,13 +234,16 @@ class Loop:
     def _update(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         """Begins one update, fetches the next batch while it runs, and tells the metrics of the update before."""
         limit = np.asarray([np.inf, self._watch.limit(self._step + 1)], np.float32)
-        first, begun = self._clock is None, time.perf_counter()
+        first = self._clock is None
+        begun = time.perf_counter()
         self._state, metrics = self._compiled_step(self._state, self._frozen, batch, limit)
         self._step += 1
         if first:
-            self._clock, self._waited = time.perf_counter(), 0.0
+            self._clock = time.perf_counter()
+            self._waited = 0.0
             self._say(f"the step is compiled, {duration(self._clock - begun)}")
-        late, self._pending = self._pending, (self._step, metrics, self._task.tokens(batch), self._task.flops(batch))
+        late = self._pending
+        self._pending = (self._step, metrics, self._task.tokens(batch), self._task.flops(batch))
         self._data_state = self._feed.get_state()
         batch = self._next_batch() if self._step < self._run.steps else None
         self._tell(late)
@@ -230,7 +251,8 @@ class Loop:
 
     def _tell_pending(self) -> None:
         """Waits for the last update and tells its metrics."""
-        late, self._pending = self._pending, None
+        late = self._pending
+        self._pending = None
         self._tell(late)
 
     def _tell(self, late: tuple[int, dict[str, jax.Array], int, float] | None) -> None:
@@ -239,17 +261,26 @@ class Loop:
         step, metrics, tokens, flops = late
         metrics = jax.device_get(metrics)  # waits until the update is done
         now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        waited, self._waited = self._waited, 0.0
-        saving, self._saving = self._saving, 0.0
+        seconds = now - self._clock
+        self._clock = now
+        waited = self._waited
+        self._waited = 0.0
+        saving = self._saving
+        self._saving = 0.0
         run = self._run
         self._tokens += tokens
         entry = {
-            "step": step, **measured(self._task.entry(metrics)), "tokens": self._tokens,
-            "tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_seconds": waited,
-            "data_share": waited / seconds, "checkpoint_seconds": saving,
-            "mfu": self._peak and flops / seconds / self._peak, "memory_gib": memory_gib(),
-        }  # fmt: skip
+            "step": step,
+            **measured(self._task.entry(metrics)),
+            "tokens": self._tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "data_share": waited / seconds,
+            "checkpoint_seconds": saving,
+            "mfu": self._peak and flops / seconds / self._peak,
+            "memory_gib": memory_gib(),
+        }
         self._stop = self._stop or self._watch.add(step, entry["grad_norm"], entry["skipped"] > 0)
         if self._first:
             self._metrics.write(entry)
@@ -279,7 +310,8 @@ class Loop:
             self._save()
         if preempted or not self._measure(self._due(run.evaluate_every), self._due(run.export_every)):
             return self._preempted()
-        self._clock, self._waited = time.perf_counter(), 0.0
+        self._clock = time.perf_counter()
+        self._waited = 0.0
         return None
 
     def _catch_up(self) -> int | None:
@@ -287,10 +319,12 @@ class Loop:
         run = self._run
         if self._step == 0:
             return None
-        missing = np.asarray([
-            self._first and not self._evaluations.has(self._step),
-            self._first and not self._export_folder().is_dir(),
-        ])  # fmt: skip
+        missing = np.asarray(
+            [
+                self._first and not self._evaluations.has(self._step),
+                self._first and not self._export_folder().is_dir(),
+            ]
+        )
         if jax.process_count() > 1:
             missing = multihost_utils.broadcast_one_to_all(missing)
         evaluation, export = map(bool, missing)
@@ -328,8 +362,11 @@ class Loop:
         if self._first:
             self._metrics.sync()
         record = self._described() | {
-            "step": self._step, "tokens": self._tokens, "data": self._data_state, "guard": self._watch.state()
-        }  # fmt: skip
+            "step": self._step,
+            "tokens": self._tokens,
+            "data": self._data_state,
+            "guard": self._watch.state(),
+        }
         self._checkpoints.save_state(self._step, record, self._state)
         self._saved = self._step
         self._saving += time.perf_counter() - begun

@@ -45,7 +45,8 @@ def token_nll(
         kernel: [D, V].
         labels: int32 [B, T].
     """
-    rows, kernel_axes = ("batch", "row"), ("all embed", "all vocab")
+    rows = ("batch", "row")
+    kernel_axes = ("all embed", "all vocab")
     local = per_device(
         lambda x, kernel, labels: _local_nll(x, kernel, labels, chunk_rows, small),
         ((*rows, None), kernel_axes, rows),
@@ -69,7 +70,8 @@ def channel_sums(
 def _local_nll(x, kernel, labels, chunk_rows: int, small: int):
     batch, length, _ = x.shape
     chunks = 1 if batch * length * kernel.shape[1] <= small else _chunks(batch * length, chunk_rows)
-    flat, labels = x.reshape(chunks, -1, x.shape[-1]), labels.reshape(chunks, -1)
+    flat = x.reshape(chunks, -1, x.shape[-1])
+    labels = labels.reshape(chunks, -1)
     if chunks == 1:
         return _chunk_nll(flat[0], kernel, labels[0]).reshape(batch, length)
 

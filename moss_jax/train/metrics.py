@@ -21,7 +21,8 @@ from moss_jax.checkpoint import atomic_file
 from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
 
-METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 GIB = 2**30
 
 
@@ -164,7 +165,10 @@ class Progress:
     """
 
     def __init__(self, shown: Sequence[str], weights: Mapping[str, float], unit: str, peak: float | None):
-        self._shown, self._weights, self._unit, self._peak = shown, weights, unit, peak
+        self._shown = shown
+        self._weights = weights
+        self._unit = unit
+        self._peak = peak
         self._clear()
 
     def _clear(self) -> None:

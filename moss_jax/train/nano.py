@@ -46,7 +46,10 @@ SPOKEN = ("asr", "tts", "interleaved", "chat", "chat-valid")  # manifests whose 
 WRITTEN = ("text", "text-valid")
 DECODER = {"voice": "decoder", "voice-valid": "decoder-valid"}  # data set of the speech decoder -> manifest
 VARIANTS = 3  # examples of an interleaved document, each cut at other places
-QUICK_SCALE, QUICK_LINES, QUICK_STEPS, QUICK_BATCH = 0.005, 12, 4, 4
+QUICK_SCALE = 0.005
+QUICK_LINES = 12
+QUICK_STEPS = 4
+QUICK_BATCH = 4
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}  # the penalty is for 16,384 codes
 Report = Callable[[Path, Path, bool], None]
 
@@ -90,7 +93,9 @@ class Recipe:
             RecipeStep("corpus", "speech and text with espeak-ng", self._corpus, (FOLDER / "corpus",)),
             self._training("speech_tokenizer", "speech -> codes"),
             RecipeStep(
-                "tokenize", "the corpus as codes and examples", self._tokenize,
+                "tokenize",
+                "the corpus as codes and examples",
+                self._tokenize,
                 (FOLDER / "base", FOLDER / "coded", FOLDER / "data"),
             ),
             self._training("flow", "codes -> mel", self._beside("flow")),
@@ -101,7 +106,7 @@ class Recipe:
             self._training("stage2", "everything learns"),
             self._training("sft", "conversations"),
             RecipeStep("system", "all parts in one folder", self._system, (FOLDER / "system",), gathers=True),
-        ]  # fmt: skip
+        ]
         if self.report is not None:
             steps.append(RecipeStep("report", "frozen items and the judge", self._report, (FOLDER / "report",)))
         return tuple(steps)
@@ -129,9 +134,10 @@ class Recipe:
         if not corpus.is_dir():  # else it was whole when the recipe was stopped
             tell = _now_and_then(self.say)
             make_nano_corpus(
-                corpus, QUICK_SCALE if self.quick else self.share,
+                corpus,
+                QUICK_SCALE if self.quick else self.share,
                 progress=lambda done, total: tell(f"{done} of {total} utterances", done == total),
-            )  # fmt: skip
+            )
         if self.quick:
             for path in sorted(corpus.glob("*.jsonl")):
                 lines = [line.content.decode("utf-8") for line in islice(read_lines(path), QUICK_LINES)]
@@ -169,7 +175,8 @@ class Recipe:
         return 0
 
     def _system(self) -> int:
-        target, runs = FOLDER / "system", FOLDER / "runs"
+        target = FOLDER / "system"
+        runs = FOLDER / "runs"
         if not target.is_dir():
             make_system(
                 target, language_model=newest_export(runs / "sft"), speech_decoder=newest_export(runs / "vocoder")
@@ -195,9 +202,17 @@ def shortened(run: BaseRun) -> BaseRun:
         run = replace(run, buckets=run.buckets[-1:])
     return override(
         run,
-        [f"steps={QUICK_STEPS}", "optimizer.warmup_steps=1", f"save_every={QUICK_STEPS}", "evaluate_every=0",
-         "evaluate_batches=1", "export_every=0", "log_every=1", f"batch_size={min(run.batch_size, QUICK_BATCH)}"],
-    )  # fmt: skip
+        [
+            f"steps={QUICK_STEPS}",
+            "optimizer.warmup_steps=1",
+            f"save_every={QUICK_STEPS}",
+            "evaluate_every=0",
+            "evaluate_batches=1",
+            "export_every=0",
+            "log_every=1",
+            f"batch_size={min(run.batch_size, QUICK_BATCH)}",
+        ],
+    )
 
 
 def scaled(run: BaseRun, share: float) -> BaseRun:

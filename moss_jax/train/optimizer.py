@@ -15,7 +15,8 @@ from moss_jax.nn.config import ADDED
 METHODS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 # Modules whose kernels are [layers, in, heads, head_dim] and [layers, heads, head_dim, out].
-TO_HEADS, FROM_HEADS = ("q", "k", "v", "query", "key", "value"), ("o", "out")
+TO_HEADS = ("q", "k", "v", "query", "key", "value")
+FROM_HEADS = ("o", "out")
 ADAMW_RMS = 0.2  # of an update's entries, about, at learning rate 1
 
 
@@ -64,7 +65,8 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates already made."""
-    top, end = config.learning_rate, config.final_learning_rate
+    top = config.learning_rate
+    end = config.final_learning_rate
     after = config.total_steps - config.warmup_steps
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(top, max(after, 1), end / top)
@@ -88,11 +90,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         return optax.chain(
             clip,
             muon(
-                learning_rate(config), eps=config.eps, weight_decay=config.weight_decay, adam_b1=first, adam_b2=second,
-                adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=layer_matrices,
+                learning_rate(config),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                adam_b1=first,
+                adam_b2=second,
+                adam_weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=layer_matrices,
                 consistent_rms=ADAMW_RMS,
             ),
-        )  # fmt: skip
+        )
     return optax.chain(
         clip,
         optax.scale_by_adam(*config.betas, config.eps),
@@ -106,7 +113,7 @@ def layer_matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers 
     matrix: embeddings, output heads, convolutions, vectors."""
 
     def axes(path: str, value: Any) -> MuonDimensionNumbers | None:
-        *above, module, name = ("", *path.split("/"))
+        *above, module, name = ["", *path.split("/")]
         if name != "kernel" or not any(part.endswith("layers") for part in above):
             return None
         shape = getattr(value, "shape", ())  # what is masked has none

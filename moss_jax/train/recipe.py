@@ -49,9 +49,13 @@ class RecipeStep:
 
 
 def run_recipe(
-    folder: str | Path, steps: Sequence[RecipeStep], about: Mapping[str, Any], from_step: str | None = None,
-    to_step: str | None = None, say: Say = print,
-) -> int:  # fmt: skip
+    folder: str | Path,
+    steps: Sequence[RecipeStep],
+    about: Mapping[str, Any],
+    from_step: str | None = None,
+    to_step: str | None = None,
+    say: Say = print,
+) -> int:
     """Makes every step that is not done, in order; returns 0, or the code of the step that stopped. Whatever ends it,
     no step goes on behind its back.
 
@@ -121,7 +125,8 @@ def _run_locked(
 
 def _made(step: RecipeStep, ended: Callable[[RecipeStep, float, int], None]) -> int:
     """Makes a step here. A step that raises has not ended well, but its time counts."""
-    begin, code = time.monotonic(), 1
+    begin = time.monotonic()
+    code = 1
     try:
         code = step.work()
     finally:
@@ -141,11 +146,14 @@ class _Known:
 
 class _Journal:
     def __init__(self, folder: Path, about: Mapping[str, Any]):
-        self.path, self.about = folder / JOURNAL, dict(about)
+        self.path = folder / JOURNAL
+        self.about = dict(about)
         self.done: list[str] = []
         self.again: list[str] = []  # steps whose outputs are being taken away
         self.seconds: dict[str, float] = {}
-        self._before, self._begin, self._lock = 0.0, time.monotonic(), threading.Lock()
+        self._before = 0.0
+        self._begin = time.monotonic()
+        self._lock = threading.Lock()
         if self.path.is_file():
             found = read_json(self.path)
             if found.get("about") != self.about:
@@ -175,8 +183,12 @@ class _Journal:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         values = {
-            "about": self.about, "done": self.done, "again": self.again, "seconds": self.seconds, "wall": self.wall
-        }  # fmt: skip
+            "about": self.about,
+            "done": self.done,
+            "again": self.again,
+            "seconds": self.seconds,
+            "wall": self.wall,
+        }
         write_text(self.path, json.dumps(values, indent=1) + "\n")
 
 

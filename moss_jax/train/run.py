@@ -33,7 +33,9 @@ from moss_jax.transformer.config import ATTENTION, DTYPES, REMAT
 if TYPE_CHECKING:
     from moss_jax.train.task import Task
 
-RUN_FILE, EXPORTS = "run.json", "exports"  # in the folder of a run
+# in the folder of a run
+RUN_FILE = "run.json"
+EXPORTS = "exports"
 ACTIONS = ("skip", "stop")
 
 

@@ -86,7 +86,8 @@ def split_params(
     flat = flatten(params)
     selected = stage.select(flat)
     dtype = None if frozen_dtype is None else jnp.dtype(frozen_dtype)
-    trainable, frozen = {}, {}
+    trainable = {}
+    frozen = {}
     for path, value in flat.items():
         value = rest = jnp.asarray(value)
         if path in selected:

@@ -30,9 +30,16 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
         codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
-        init_folder(run.init), run.stage, run.model, mesh=mesh, frozen_dtype=run.frozen_dtype, seed=run.seed,
-        modality_layers=run.split, say=say, **codes,
-    )  # fmt: skip
+        init_folder(run.init),
+        run.stage,
+        run.model,
+        mesh=mesh,
+        frozen_dtype=run.frozen_dtype,
+        seed=run.seed,
+        modality_layers=run.split,
+        say=say,
+        **codes,
+    )
     system = Path(run.system or init_folder(run.init))
     if (system / SYSTEM).is_file():
         SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)

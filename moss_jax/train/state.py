@@ -35,8 +35,10 @@ def init_state(trainable: Flat, optimizer: OptimizerConfig) -> TrainState:
 
     The arrays are handed over: the first step takes their memory.
     """
-    transformation, meshes = make_optimizer(optimizer), {getattr(x.sharding, "mesh", None) for x in trainable.values()}
-    mesh, shardings = meshes.pop(), None
+    transformation = make_optimizer(optimizer)
+    meshes = {getattr(x.sharding, "mesh", None) for x in trainable.values()}
+    mesh = meshes.pop()
+    shardings = None
     if mesh is not None:
         placed = {path: x.sharding for path, x in trainable.items()}
         shape = jax.eval_shape(transformation.init, dict(trainable))
@@ -54,9 +56,11 @@ def shardings_of(state: TrainState, params: Mapping[str, NamedSharding], mesh: M
     """
     everywhere = NamedSharding(mesh, P())
     return TrainState(
-        everywhere, dict(params), _beside(state.opt_state, params, everywhere),
+        everywhere,
+        dict(params),
+        _beside(state.opt_state, params, everywhere),
         _beside(state.extra, params, everywhere),
-    )  # fmt: skip
+    )
 
 
 def updated(
@@ -78,8 +82,9 @@ def updated(
     params = optax.apply_updates(state.params, updates)
     params, opt_state, extra = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
-        (params, opt_state, extra), (state.params, state.opt_state, state.extra),
-    )  # fmt: skip
+        (params, opt_state, extra),
+        (state.params, state.opt_state, state.extra),
+    )
     rate = learning_rate(optimizer)(updates_made(state.opt_state))
     metrics = {"grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - good.astype(jnp.float32)}
     return TrainState(state.step + 1, params, opt_state, extra), metrics

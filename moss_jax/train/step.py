@@ -99,11 +99,19 @@ def batch_nll(
 
 
 def batch_sums(
-    config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array],
-    counts: Mapping[str, jax.Array], sources: int, unroll: bool = False,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    config: TransformerConfig,
+    stage: Stage,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    counts: Mapping[str, jax.Array],
+    sources: int,
+    unroll: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """This (micro-)batch's share of the loss of a global batch with `counts`, and the sums it consists of."""
-    rows, loss, sums = next_rows(batch), jnp.float32(0), {}
+    rows = next_rows(batch)
+    loss = jnp.float32(0)
+    sums = {}
     for name, nll in batch_nll(config, trainable, frozen, batch, stage, unroll).items():
         weights = rows["weights"][..., CHANNELS.index(name)]
         total, by_source, source_counts = channel_sums(nll, weights, rows["source"], sources)
@@ -113,9 +121,16 @@ def batch_sums(
 
 
 def gradients(
-    config: TransformerConfig, stage: Stage, trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array], *,
-    accumulate: int = 1, sources: int = 1, unroll: bool = False,
-) -> tuple[dict[str, jax.Array], Flat]:  # fmt: skip
+    config: TransformerConfig,
+    stage: Stage,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    *,
+    accumulate: int = 1,
+    sources: int = 1,
+    unroll: bool = False,
+) -> tuple[dict[str, jax.Array], Flat]:
     """(metrics of the loss, float32 gradients of the trainable parameters); the arguments are those of `make_step`."""
     counts = _counts(config, batch)
 
@@ -134,9 +149,15 @@ def unrolled(config: TransformerConfig) -> bool:
 
 
 def make_step(
-    config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, *, accumulate: int = 1, sources: int = 1,
-    mesh: Mesh | None = None, unroll: bool = False,
-) -> Callable:  # fmt: skip
+    config: TransformerConfig,
+    stage: Stage,
+    optimizer: OptimizerConfig,
+    *,
+    accumulate: int = 1,
+    sources: int = 1,
+    mesh: Mesh | None = None,
+    unroll: bool = False,
+) -> Callable:
     """The compiled step: `step(state, frozen, batch, limit=inf) -> (state, metrics)`.
 
     `batch` is a dict of arrays [B, T, ...] (see `BATCH_AXES`). `limit`, float32, is the largest loss and the largest

@@ -119,7 +119,8 @@ def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def check_rows(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises MossError when a batch does not divide over the devices."""
-    rows, parts = batch_size // accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = batch_size // accumulate
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise MossError(
             f"batch_size {batch_size} in {accumulate} part(s) does not divide over the mesh's "

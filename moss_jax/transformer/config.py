@@ -51,7 +51,8 @@ class TransformerConfig:
             value = getattr(self, name)
             right = isinstance(value, int | float) and 0 < value < float("inf")
             self._require(right, f"{name} is {value!r}, expected a number above 0")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads
+        kv_heads = self.num_key_value_heads
         self._require(heads % kv_heads == 0, f"{heads} attention heads do not divide into {kv_heads} key/value heads")
         self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, expected an even number")
         self._require(self.num_shared_layers + self.num_modality_layers > 0, "has no layers, expected at least 1")

@@ -62,7 +62,8 @@ class Attention(nn.Module):
         q = apply_rope(RMSNorm(cfg, name="q_norm")(q), *angles)
         k = apply_rope(RMSNorm(cfg, name="k_norm")(k), *angles)
         if past is None:
-            y, new = _self_attention(cfg.attention, q, k, v, segment_ids), None
+            y = _self_attention(cfg.attention, q, k, v, segment_ids)
+            new = None
         else:
             new = KVCache(k.astype(past.k.dtype), v.astype(past.v.dtype))
             y = cached_attention(q, new.k, new.v, past.k, past.v, *masks).astype(x.dtype)
@@ -75,7 +76,10 @@ def _self_attention(implementation: str, q, k, v, segment_ids):
     Where the sequence is divided, keys and values are gathered along it (their gradients are summed and divided again)
     and each device computes the rows of its own queries.
     """
-    (length, heads, kv_heads), parts = (q.shape[1], q.shape[2], k.shape[2]), ways("length", q.shape[1])
+    length = q.shape[1]
+    heads = q.shape[2]
+    kv_heads = k.shape[2]
+    parts = ways("length", q.shape[1])
     head_parts = ways("kv_heads", kv_heads)
     if implementation == "auto":
         implementation = fastest(jax.default_backend(), q, parts)
@@ -85,7 +89,8 @@ def _self_attention(implementation: str, q, k, v, segment_ids):
     def local(q, k, v, segments, key_segments, rows, kernel):
         return attention(q, k, v, segments, implementation, key_segment_ids=key_segments, rows=rows, kernel=kernel)
 
-    queries, keys = ("batch", "length", "heads", "head_dim"), ("batch", "all length", "kv_heads", "head_dim")
+    queries = ("batch", "length", "heads", "head_dim")
+    keys = ("batch", "all length", "kv_heads", "head_dim")
     axes = queries, keys, keys, ("batch", "length"), ("batch", "all length"), ("length",), ("heads", "length")
     return per_device(local, axes, queries)(q, k, v, segment_ids, segment_ids, rows, kernel)
 
@@ -160,7 +165,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        init, dtype = named(nn.initializers.normal(0.02), "vocab", "embed"), jnp.dtype(self.config.param_dtype)
+        init = named(nn.initializers.normal(0.02), "vocab", "embed")
+        dtype = jnp.dtype(self.config.param_dtype)
         table = self.param("embedding", init, (self.vocab_size, self.config.hidden_size), dtype)
         # Whole in D, like any other parameter at its use: else each device would look up a part of every row of the
         # batch, and the whole batch would have to travel.
@@ -175,7 +181,8 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init, dtype = named(nn.initializers.normal(0.02), "embed", "vocab"), jnp.dtype(self.config.param_dtype)
+        init = named(nn.initializers.normal(0.02), "embed", "vocab")
+        dtype = jnp.dtype(self.config.param_dtype)
         kernel = self.param("kernel", init, (x.shape[-1], self.vocab_size), dtype)
         y = jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         return constrain(y, "batch", "length", "vocab")
@@ -190,7 +197,8 @@ class Block(nn.Module):
     unroll: bool = False  # the layers one after the other in the program: faster on a CPU, longer to compile
 
     def setup(self):
-        cfg, layer = self.config, Layer
+        cfg = self.config
+        layer = Layer
         if cfg.remat != "none":
             layer = nn.remat(layer, policy=POLICIES[cfg.remat], prevent_cse=False)
         if self.num_layers:
@@ -218,7 +226,8 @@ class Block(nn.Module):
         cfg = self.config
         if not self.num_layers:
             return x, cache
-        length, columns = x.shape[1], jnp.arange(valid.shape[1])
+        length = x.shape[1]
+        columns = jnp.arange(valid.shape[1])
         new_valid = jax.lax.dynamic_slice_in_dim(valid, index, length, 1)  # [B, T]
         masks = valid & (columns < index), jnp.tril(jnp.ones((length, length), bool)) & new_valid[:, None]
         x, new = self.layers(x, rope_angles(positions, cfg.head_dim, cfg.rope_theta), None, cache, masks)
@@ -243,7 +252,8 @@ class LayerSplitModel(nn.Module):
 
     def embed(self, grid: jax.Array) -> jax.Array:
         """int grid [B, T, 2] (text id, audio id) -> [B, T, D]. The audio id counts where text is modality_pad only."""
-        text, audio = grid[..., 0], grid[..., 1]
+        text = grid[..., 0]
+        audio = grid[..., 1]
         x = self.text.embed(text)
         if self.config.audio_vocab_size:
             x = jnp.where((text == self.config.modality_pad_id)[..., None], self.audio.embed(audio), x)

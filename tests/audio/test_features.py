@@ -74,7 +74,8 @@ def test_mel_24k_is_that_of_torch():
 
 def slow_fbank(wave):
     """Kaldi's formula, frame by frame in float64."""
-    wave, rows = wave.astype(np.float64), []
+    wave = wave.astype(np.float64)
+    rows = []
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
     centres = np.linspace(1127 * np.log(1 + 20 / 700), 1127 * np.log(1 + 8000 / 700), 82)
     mel = 1127 * np.log(1 + np.arange(256) * 31.25 / 700)

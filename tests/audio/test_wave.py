@@ -19,10 +19,16 @@ TONE = (0.5 * np.sin(np.arange(4800) * 0.05)).astype(np.float32)
 @pytest.mark.parametrize(
     ("ending", "subtype", "tolerance"),
     [
-        ("wav", "PCM_U8", 1e-2), ("wav", "PCM_16", 4e-5), ("wav", "PCM_24", 2e-7), ("wav", "PCM_32", 1e-7),
-        ("wav", "FLOAT", 0), ("wav", "DOUBLE", 0), ("flac", "PCM_16", 4e-5), ("flac", "PCM_24", 2e-7),
+        ("wav", "PCM_U8", 1e-2),
+        ("wav", "PCM_16", 4e-5),
+        ("wav", "PCM_24", 2e-7),
+        ("wav", "PCM_32", 1e-7),
+        ("wav", "FLOAT", 0),
+        ("wav", "DOUBLE", 0),
+        ("flac", "PCM_16", 4e-5),
+        ("flac", "PCM_24", 2e-7),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(("rate", "channels"), [(96000, 1), (8000, 6), (44100, 2)])
 def test_load_reads_every_width_rate_and_channel_count(tmp_path, ending, subtype, tolerance, rate, channels):
     gains = np.linspace(0.2, 1, channels)
@@ -133,7 +139,8 @@ def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
 def published_resample(wave, old, new, zeros=6, rolloff=0.99):
     """The formula as a loop over output samples, in float64."""
     divisor = np.gcd(old, new)
-    old, new = old // divisor, new // divisor
+    old = old // divisor
+    new = new // divisor
     base = rolloff * min(old, new)
     width = int(np.ceil(zeros * old / base))
     padded = np.concatenate([np.zeros(width), wave, np.zeros(width + old)])

@@ -33,8 +33,10 @@ def test_round_trip(tmp_path, shard_bytes):
         assert loaded[path].dtype == leaf.dtype
         np.testing.assert_array_equal(np.asarray(loaded[path]), leaf)
     assert {path: str(leaf.dtype) for path, leaf in cast.items()} == {
-        "layers/kernel": "bfloat16", "layers/scale": "bfloat16", "ids": "int64",
-    }  # fmt: skip
+        "layers/kernel": "bfloat16",
+        "layers/scale": "bfloat16",
+        "ids": "int64",
+    }
 
 
 def test_all_misfits_are_told_at_once(tmp_path):

@@ -31,7 +31,8 @@ class Workshop:
     """An empty folder, where a case makes the files that it needs."""
 
     def __init__(self, folder: Path, system: Path):
-        self.folder, self.system = folder, system
+        self.folder = folder
+        self.system = system
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -219,7 +220,8 @@ CASES = [
     case("encode a text", lambda shop: f"encode {shop.file('a.mp3', 'no')} --model {{system}} -o codes.jsonl", "a.mp3"),
     case(
         "encode, the second is bad",
-        lambda shop: f"encode {shop.wave()} nowhere.wav --model {{system}} -o codes.jsonl", "nowhere.wav",
+        lambda shop: f"encode {shop.wave()} nowhere.wav --model {{system}} -o codes.jsonl",
+        "nowhere.wav",
     ),
     # questions
     case("no question", lambda shop: "chat --model {system} -o a.wav", "expected one of"),
@@ -242,12 +244,14 @@ CASES = [
     case(
         "text that is not UTF-8",
         lambda shop: ["chat", "--text", os.fsdecode(b"\xff\xfe"), "--model", "{system}", "--reply", "text"],
-        "text is not proper text", "expected UTF-8",
+        "text is not proper text",
+        "expected UTF-8",
     ),
     case(
         "system turn that is not UTF-8",
         lambda shop: ["chat", "--text", "Hi", "--system", NOT_UTF8, "--model", "{system}", "--reply", "text"],
-        "system: text is not proper text", "character 3",
+        "system: text is not proper text",
+        "character 3",
     ),
     case(
         "system turn of a file that is not UTF-8",
@@ -277,7 +281,8 @@ CASES = [
     case(
         "line 1 is not UTF-8",
         lambda shop: f"chat --jsonl {shop.file('q.jsonl', bytes([255, 254]))} --model {{system}} --reply text",
-        "line 1", "not UTF-8",
+        "line 1",
+        "not UTF-8",
     ),
     # names that no file can have
     case("a question of 300 characters", lambda shop: f"chat {LONG} --model {{system}} --reply text", LONG),
@@ -295,12 +300,17 @@ CASES = [
     case("voice to 300 characters", lambda shop: f"voice {shop.wave()} --model {{system}} -o {LONG}", LONG, "too long"),
     case(
         "voice name of 300 characters",
-        lambda shop: f"voice {shop.wave()} --model {{system}} --name {LONG}", "voice name",
+        lambda shop: f"voice {shop.wave()} --model {{system}} --name {LONG}",
+        "voice name",
     ),
     case("info of 300 characters", lambda shop: f"info {LONG}", LONG),
     case("codes of 300 characters", lambda shop: f"decode {LONG} --model {{system}} -o a.wav", LONG),
     case("manifest of 300 characters", lambda shop: f"tokenize {LONG} --model {{system}} --format text -o new", LONG),
-    tokenize("shard of half a character", '{"shard": "\\ud800", "audio": "x"}', "bad line", ),
+    tokenize(
+        "shard of half a character",
+        '{"shard": "\\ud800", "audio": "x"}',
+        "bad line",
+    ),
     tokenize("shard with NUL", '{"shard": "\\u0000", "audio": "x"}', "bad line"),
     tokenize("shard of 300 characters", '{"shard": "' + "x" * 300 + '", "audio": "x"}', "bad line"),
     tokenize("recording of 5000 characters", '{"audio": "' + "x" * 5000 + '"}', "bad line"),
@@ -308,15 +318,20 @@ CASES = [
     case(
         "codes, a list in a list",
         lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE + chr(10) + CODES_IN_CODES)} --model {{system}} -o new",
-        "line 2", "codes are",
+        "line 2",
+        "codes are",
     ),
     case(
         "codes, 1000 brackets",
-        lambda shop: f"decode {shop.file('c.jsonl', '[' * 1000)} --model {{system}} -o a.wav", "line 1", "nested",
+        lambda shop: f"decode {shop.file('c.jsonl', '[' * 1000)} --model {{system}} -o a.wav",
+        "line 1",
+        "nested",
     ),
     case(
         "codes, an array that claims more than there is",
-        lambda shop: f"decode {shop.file('c.npy', npy_of(2**40))} --model {{system}} -o a.wav", "c.npy", "not an array",
+        lambda shop: f"decode {shop.file('c.npy', npy_of(2**40))} --model {{system}} -o a.wav",
+        "c.npy",
+        "not an array",
     ),
     # sampling
     chat("temperature", "--temperature -0.5", "temperature", "-0.5", "0.001 to 100"),
@@ -331,22 +346,29 @@ CASES = [
     chat("seed", "--seed -1", "seed", "-1"),
     chat("unknown flag", "--tempo 3", "--tempo"),
     case(
-        "longer than the noise", lambda shop: "chat --text Hi --model {system} -o a.wav --max-new-tokens 3751",
-        "3751", "3750",
+        "longer than the noise",
+        lambda shop: "chat --text Hi --model {system} -o a.wav --max-new-tokens 3751",
+        "3751",
+        "3750",
     ),
     chat_with("context overflow", lambda shop: shop.config("transformer", max_position_embeddings=24), "24"),
     # voices
     case("unknown voice", lambda shop: "chat --text Hi --model {system} -o a.wav --voice anna", "anna", "neither"),
     case(
         "voice of another format",
-        lambda shop: f"chat --text Hi --model {{system}} -o a.wav --voice "
-        f"{shop.file('v.safetensors', (shop.system / 'speech_decoder/speaker.safetensors').read_bytes())}",
-        "v.safetensors", "voice",
+        lambda shop: (
+            f"chat --text Hi --model {{system}} -o a.wav --voice "
+            f"{shop.file('v.safetensors', (shop.system / 'speech_decoder/speaker.safetensors').read_bytes())}"
+        ),
+        "v.safetensors",
+        "voice",
     ),
     case(
         "voice cut in half",
-        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} --model {{system}} -o a.wav --voice "
-        f"{shop.file('v.safetensors', half((shop.system / 'speech_decoder/speaker.safetensors').read_bytes()))}",
+        lambda shop: (
+            f"decode {shop.file('c.jsonl', ONE_CODE)} --model {{system}} -o a.wav --voice "
+            f"{shop.file('v.safetensors', half((shop.system / 'speech_decoder/speaker.safetensors').read_bytes()))}"
+        ),
         "v.safetensors",
     ),
     case("voice to nowhere", lambda shop: f"voice {shop.wave()} --model {{system}}", "-o VOICE.safetensors"),
@@ -354,7 +376,8 @@ CASES = [
     case(
         "voice from a click",
         lambda shop: f"voice {shop.wave(samples=[0.1] * 200)} --model {{system}} -o v.safetensors",
-        "question.wav", "too short|expected at least",
+        "question.wav",
+        "too short|expected at least",
     ),
     case("voice named as a path", lambda shop: f"voice {shop.wave()} --model {{system}} --name ../x", "../x"),
     # codes
@@ -376,14 +399,19 @@ CASES = [
     chat_with("a file as system", lambda shop: shop.wave(), "question.wav", "expected a folder"),
     chat_with("a released model alone", released, "--codec"),
     chat_with(
-        "older format", lambda shop: shop.replaced("system.json", lambda old: old.replace(b"jax-1", b"jax-0")),
-        "system.json", "moss-jax-0", "moss-jax-1",
+        "older format",
+        lambda shop: shop.replaced("system.json", lambda old: old.replace(b"jax-1", b"jax-0")),
+        "system.json",
+        "moss-jax-0",
+        "moss-jax-1",
     ),
     chat_with("system.json cut", lambda shop: shop.replaced("system.json", half), "system.json", "JSON"),
     *(
         chat_with(
-            f"system.json: {name}", lambda shop, change=change: shop.replaced("system.json", change),
-            "system.json", *says,
+            f"system.json: {name}",
+            lambda shop, change=change: shop.replaced("system.json", change),
+            "system.json",
+            *says,
         )
         for name, change, says in (
             ("default voice of a number", with_setting("default_voice", 1.5), ("default_voice is float 1.5",)),
@@ -398,7 +426,9 @@ CASES = [
     ),
     chat_with(
         "config.json, 1000 brackets",
-        lambda shop: shop.replaced("transformer/config.json", lambda old: b'{"a":' * 1000), "config.json", "nested",
+        lambda shop: shop.replaced("transformer/config.json", lambda old: b'{"a":' * 1000),
+        "config.json",
+        "nested",
     ),
     chat_with("config.json, no heads", lambda shop: shop.config("transformer", num_attention_heads=0), "heads is 0"),
     chat_with("config.json, 2**31", lambda shop: shop.config("transformer", head_dim=2**31), "head_dim is 2147483648"),
@@ -416,27 +446,34 @@ CASES = [
     chat_with(
         "header, 1000 brackets",
         lambda shop: shop.replaced("transformer/model.safetensors", lambda old: with_header(b'{"a":' * 1000, b"")),
-        "model.safetensors", "nested deeper",
+        "model.safetensors",
+        "nested deeper",
     ),
     chat_with("a shard of 5000 characters", lambda shop: shop.indexed({"a": "x" * 5000}), "1 shard is missing"),
     chat_with("a shard with NUL", lambda shop: shop.indexed({"a": "a\0b"}), "1 shard is missing"),
     chat_with("a shard of a number", lambda shop: shop.indexed({"a": 5}), "weight_map"),
     chat_with(
         "text tokenizer that makes its library panic",
-        lambda shop: shop.replaced("text_tokenizer/tokenizer.json", with_prefix), "tokenizer.json: not a",
+        lambda shop: shop.replaced("text_tokenizer/tokenizer.json", with_prefix),
+        "tokenizer.json: not a",
     ),
     chat_with("no text tokenizer", lambda shop: shop.without("text_tokenizer"), "text_tokenizer"),
     chat_with(
-        "text tokenizer cut", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", half), "r.json: not valid",
+        "text tokenizer cut",
+        lambda shop: shop.replaced("text_tokenizer/tokenizer.json", half),
+        "r.json: not valid",
     ),
     chat_with(
-        "no special tokens", lambda shop: shop.replaced("text_tokenizer/tokenizer.json", no_special_tokens),
+        "no special tokens",
+        lambda shop: shop.replaced("text_tokenizer/tokenizer.json", no_special_tokens),
         "added tokens",
     ),
     chat_with("no weights", lambda shop: shop.without("transformer/model.safetensors"), "transformer"),
     chat_with("a missing shard", lambda shop: shop.sharded(), "model-00002-of-00002.safetensors"),
     chat_with(
-        "a shard cut in half", lambda shop: shop.replaced("transformer/model.safetensors", half), "model.safetensors",
+        "a shard cut in half",
+        lambda shop: shop.replaced("transformer/model.safetensors", half),
+        "model.safetensors",
         "cut|truncated|safetensors",
     ),
     chat_with(
@@ -452,27 +489,37 @@ CASES = [
     chat_with("unknown field", lambda shop: shop.config("transformer", depth=3), "config.json", "depth"),
     chat_with("wrong type", lambda shop: shop.config("transformer", hidden_size="64"), "config.json", "hidden_size"),
     chat_with(
-        "contradicting config", lambda shop: shop.config("transformer", num_attention_heads=3),
-        "config.json", "3 attention heads",
+        "contradicting config",
+        lambda shop: shop.config("transformer", num_attention_heads=3),
+        "config.json",
+        "3 attention heads",
     ),
     case(
         "contradicting encoder",
-        lambda shop: f"encode {shop.wave()} --model {shop.config('speech_tokenizer', d_model=33)}", "d_model",
+        lambda shop: f"encode {shop.wave()} --model {shop.config('speech_tokenizer', d_model=33)}",
+        "d_model",
     ),
     case(
         "a flow without middle stages",
-        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav --model "
-        f"{shop.nested('speech_decoder', 'flow', 'estimator', num_mid_stages=0)}",
-        "config.json", "num_mid_stages is 0, expected at least 1",
+        lambda shop: (
+            f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav --model "
+            f"{shop.nested('speech_decoder', 'flow', 'estimator', num_mid_stages=0)}"
+        ),
+        "config.json",
+        "num_mid_stages is 0, expected at least 1",
     ),
     case(
-        "no speech tokenizer", lambda shop: f"encode {shop.wave()} --model {shop.without('speech_tokenizer')}",
+        "no speech tokenizer",
+        lambda shop: f"encode {shop.wave()} --model {shop.without('speech_tokenizer')}",
         "speech_tokenizer",
     ),
     case(
         "no vocoder",
-        lambda shop: f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav "
-        f"--model {shop.without('speech_decoder/vocoder.safetensors')}", "vocoder.safetensors",
+        lambda shop: (
+            f"decode {shop.file('c.jsonl', ONE_CODE)} -o a.wav "
+            f"--model {shop.without('speech_decoder/vocoder.safetensors')}"
+        ),
+        "vocoder.safetensors",
     ),
     # tools
     case("unknown verb", lambda shop: "sing", "sing", "chat"),
@@ -481,7 +528,8 @@ CASES = [
     case("unknown layout", lambda shop: "init-random new --layout flat", "flat", "released"),
     case(
         "export into a full folder",
-        lambda shop: f"convert --model {{system}} --export qwen3 -o {Path(shop.file('full/x', '')).parent}", "full",
+        lambda shop: f"convert --model {{system}} --export qwen3 -o {Path(shop.file('full/x', '')).parent}",
+        "full",
     ),
     case("convert what", lambda shop: "convert --model {system} -o new", "--codec"),
     case("convert no release", lambda shop: "convert --model {system} --codec {system} -o new", "tokenizer.json"),
@@ -495,9 +543,11 @@ CASES = [
     case("parity of a text", lambda shop: f"parity {shop.file('g.safetensors', 'x' * 99)}", "g.safetensors"),
     case(
         "parity of a voice",
-        lambda shop: f"parity {shop.system}/speech_decoder/speaker.safetensors", "speaker.safetensors", "golden-1",
+        lambda shop: f"parity {shop.system}/speech_decoder/speaker.safetensors",
+        "speaker.safetensors",
+        "golden-1",
     ),
-]  # fmt: skip
+]
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -515,7 +565,8 @@ def run(arguments: list[str]) -> int:
 def test_bad_input(case, system, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     arguments = case.arguments(Workshop(tmp_path, system))
-    before, theirs = contents(tmp_path), contents(system)
+    before = contents(tmp_path)
+    theirs = contents(system)
     code = run(arguments)
     error = capfd.readouterr().err
     print(error)
@@ -531,8 +582,12 @@ def test_a_real_process_shows_no_traceback(arguments, tmp_path):
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-m", "moss_jax", *arguments.split()],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(f"moss-jax {arguments.split()[0]}: ")
     assert not done.stdout and "Traceback" not in done.stderr and not contents(tmp_path)

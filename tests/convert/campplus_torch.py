@@ -5,15 +5,23 @@ from torch import nn
 from torch.nn import functional as F
 
 SMALL = {
-    "feat_dim": 80, "m_channels": 4, "head_blocks": (2, 2), "init_channels": 8, "growth_rate": 4, "bn_size": 2,
-    "dense_layers": (2, 3, 2), "dense_dilations": (1, 2, 2), "embedding_size": 12,
-}  # fmt: skip
+    "feat_dim": 80,
+    "m_channels": 4,
+    "head_blocks": (2, 2),
+    "init_channels": 8,
+    "growth_rate": 4,
+    "bn_size": 2,
+    "dense_layers": (2, 3, 2),
+    "dense_dilations": (1, 2, 2),
+    "embedding_size": 12,
+}
 
 
 class Norm(nn.Module):
     def __init__(self, channels, affine=True, relu=True):
         super().__init__()
-        self.batchnorm, self.relu = nn.BatchNorm1d(channels, affine=affine), relu
+        self.batchnorm = nn.BatchNorm1d(channels, affine=affine)
+        self.relu = relu
 
     def forward(self, x):
         y = self.batchnorm(x)
@@ -40,10 +48,12 @@ class Residual(nn.Module):
 class Head(nn.Module):
     def __init__(self, channels, blocks):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.layer1 = nn.Sequential(*[Residual(channels, 1 if i else 2) for i in range(blocks[0])])
         self.layer2 = nn.Sequential(*[Residual(channels, 1 if i else 2) for i in range(blocks[1])])
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, (2, 1), 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, (2, 1), 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x[:, None])))
@@ -55,7 +65,8 @@ class Cam(nn.Module):
     def __init__(self, inner, out, dilation):
         super().__init__()
         self.linear_local = nn.Conv1d(inner, out, 3, 1, dilation, dilation, bias=False)
-        self.linear1, self.linear2 = nn.Conv1d(inner, inner // 2, 1), nn.Conv1d(inner // 2, out, 1)
+        self.linear1 = nn.Conv1d(inner, inner // 2, 1)
+        self.linear2 = nn.Conv1d(inner // 2, out, 1)
 
     def forward(self, x):
         y = self.linear_local(x)
@@ -68,8 +79,10 @@ class Cam(nn.Module):
 class Dense(nn.Module):
     def __init__(self, channels, inner, out, dilation):
         super().__init__()
-        self.nonlinear1, self.linear1 = Norm(channels), nn.Conv1d(channels, inner, 1, bias=False)
-        self.nonlinear2, self.cam_layer = Norm(inner), Cam(inner, out, dilation)
+        self.nonlinear1 = Norm(channels)
+        self.linear1 = nn.Conv1d(channels, inner, 1, bias=False)
+        self.nonlinear2 = Norm(inner)
+        self.cam_layer = Cam(inner, out, dilation)
 
     def forward(self, x):
         return torch.cat([x, self.cam_layer(self.nonlinear2(self.linear1(self.nonlinear1(x))))], 1)
@@ -94,8 +107,18 @@ class Unit(nn.Module):
 class CampPlus(nn.Module):
     """[B, T, feat_dim] -> [B, embedding_size]."""
 
-    def __init__(self, feat_dim, m_channels, head_blocks, init_channels, growth_rate, bn_size, dense_layers,
-                 dense_dilations, embedding_size):  # fmt: skip
+    def __init__(
+        self,
+        feat_dim,
+        m_channels,
+        head_blocks,
+        init_channels,
+        growth_rate,
+        bn_size,
+        dense_layers,
+        dense_dilations,
+        embedding_size,
+    ):
         super().__init__()
         self.head = Head(m_channels, head_blocks)
         inner = {"tdnn": Unit(m_channels * feat_dim // 8, init_channels, False, kernel_size=5, stride=2, padding=2)}
@@ -150,7 +173,13 @@ def export(model, path, folded, frames=230):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (torch.randn(1, frames, model.head.conv1.in_channels * 80),), str(path), dynamo=False,
-            opset_version=17, training=training, do_constant_folding=folded, input_names=["input"],
+            model,
+            (torch.randn(1, frames, model.head.conv1.in_channels * 80),),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            training=training,
+            do_constant_folding=folded,
+            input_names=["input"],
             output_names=["output"],
-        )  # fmt: skip
+        )

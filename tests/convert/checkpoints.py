@@ -63,9 +63,16 @@ def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0, 
     """A plain Qwen3; returns its tensors and the text tokenizer's config."""
     folder.mkdir(parents=True)
     config = TransformerConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_shared_layers=0, num_modality_layers=depth, text_vocab_size=vocab, audio_vocab_size=0,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_shared_layers=0,
+        num_modality_layers=depth,
+        text_vocab_size=vocab,
+        audio_vocab_size=0,
+    )
     shapes = dict(model_shapes(config))
     if tied:
         del shapes["text/head/kernel"]
@@ -74,11 +81,23 @@ def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0, 
     write_shards(folder, tensors, shards)
     write_text_tokenizer(folder / "tokenizer.json", TINY)
     values = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": depth,
-        "vocab_size": vocab, "tie_word_embeddings": tied, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 64, "hidden_act": "silu", "attention_bias": False, "torch_dtype": dtype,
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": depth,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "rope_theta": 1000000,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "torch_dtype": dtype,
+    }
     (folder / "config.json").write_text(json.dumps(values))
     return tensors, config
 
@@ -106,7 +125,8 @@ def write_codec(folder: Path, spelling=None, seed=0):
     save_file(files["model.safetensors"], folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(released_tokenizer_config(TOKENIZER) | {"vocab_size": 51866}))
     (folder / "preprocessor_config.json").write_text('{"feature_size": 128}')
-    table, shapes = flow_table.table(DECODER.flow), flow_shapes(DECODER.flow)
+    table = flow_table.table(DECODER.flow)
+    shapes = flow_shapes(DECODER.flow)
     for i, name in enumerate(("flow.pt", "flow-chunk-5.pt", "flow-chunk-25.pt")):
         files[name] = random_tensors(table.shapes(shapes), np.float32, seed + i)
         extras = {"epoch": 3, "step": 1000 + i} if i < 2 else {}

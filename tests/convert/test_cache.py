@@ -40,9 +40,12 @@ def start(released, cache, gate, begun):
     arguments = [released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, gate, begun]
     environment = os.environ | {"PYTHONPATH": str(Path(system.__file__).resolve().parents[2])}
     return subprocess.Popen(
-        [sys.executable, "-c", RESOLVE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment,
-    )  # fmt: skip
+        [sys.executable, "-c", RESOLVE, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def wait_for(condition):
@@ -59,7 +62,8 @@ def names(folder):
 
 @pytest.mark.slow
 def test_the_loser_of_a_race_uses_what_the_winner_made(released, tmp_path):
-    cache, gate = tmp_path / "cache", tmp_path / "gate"
+    cache = tmp_path / "cache"
+    gate = tmp_path / "gate"
     first = start(released, cache, gate, tmp_path / "first")
     second = None
     try:

@@ -140,10 +140,19 @@ def secret(tmp_path):
         lambda path, secret: os.mkfifo(path),
     ],
     ids=[
-        "absolute", "relative", "system file", "device", "process", "folder", "parent", "loop", "dangling", "two links",
+        "absolute",
+        "relative",
+        "system file",
+        "device",
+        "process",
+        "folder",
+        "parent",
+        "loop",
+        "dangling",
+        "two links",
         "fifo",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["model", "qwen3"])
 def test_what_leads_out_of_a_release_is_refused(tmp_path, secret, kind, make):
     release = tmp_path / "release"

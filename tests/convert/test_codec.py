@@ -57,11 +57,12 @@ def test_round_trip(released, tmp_path):
     assert codec.decoder.flow == expected and codec.decoder.vocoder == TINY.vocoder
     assert codec.decoder.chunks == (5, 25)
     for part, shapes in {
-        "speech_tokenizer": encoder_shapes(TOKENIZER), "speech_decoder/flow.safetensors": flow_shapes(TINY.flow),
+        "speech_tokenizer": encoder_shapes(TOKENIZER),
+        "speech_decoder/flow.safetensors": flow_shapes(TINY.flow),
         "speech_decoder/flow_chunk_5.safetensors": flow_shapes(TINY.flow),
         "speech_decoder/vocoder.safetensors": vocoder_shapes(TINY.vocoder),
         "speech_decoder/speaker.safetensors": speaker_shapes(codec.decoder.speaker),
-    }.items():  # fmt: skip
+    }.items():
         load_tree(tmp_path / "system" / part, shapes)
     (tmp_path / "again").mkdir()
     export_codec(tmp_path / "system", tmp_path / "again", quiet)
@@ -132,19 +133,22 @@ DAMAGE = {
     "unmapped": (_state("flow.pt", lambda s: s.update(surprise=torch.zeros(2))), "unmapped: surprise"),
     "missing": (_state("flow-chunk-5.pt", lambda s: s.pop("encoder_proj.bias")), "missing: encoder_proj.bias"),
     "misshapen": (
-        _state("hift.pt", lambda s: s.update({"conv_pre.bias": torch.zeros(20)})), "misshapen: conv_pre.bias",
+        _state("hift.pt", lambda s: s.update({"conv_pre.bias": torch.zeros(20)})),
+        "misshapen: conv_pre.bias",
     ),
     "contradicting": (
-        _state("hift.pt", lambda s: s.update({"conv_post.bias": torch.zeros(20)})), "contradict each other: vocoder",
+        _state("hift.pt", lambda s: s.update({"conv_post.bias": torch.zeros(20)})),
+        "contradict each other: vocoder",
     ),
     "not a tensor": (_state("flow.pt", lambda s: s.update(args={"a": 1})), "unmapped: args is a dict"),
     "unknown counter": (_state("flow.pt", lambda s: s.update(lr=0.1)), "unmapped: lr = 0.1"),
     "a list": (lambda f: torch.save([1], f / "flow/flow.pt"), "holds a list, expected a dictionary"),
     "config": (lambda f: (f / "config.json").write_text("{}"), "config.json: missing: d_model"),
     "encoder cut": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]), "cut short",
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]),
+        "cut short",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,8 @@ def test_full_size_names_and_shapes():
 
 
 def test_unknown_config_keys_are_told(template, tmp_path):
-    path, said = tmp_path / "released" / "config.json", []
+    path = tmp_path / "released" / "config.json"
+    said = []
     shutil.copytree(template, path.parent)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_groups": 2}))
     import_codec(path.parent, tmp_path / "system", said.append)

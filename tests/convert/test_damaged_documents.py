@@ -100,10 +100,20 @@ def mutated(data, original):
 
 
 RELEASED_CODEC = {
-    "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 128, "pooling_position": 3,
-    "max_source_positions": 60, "pooling_kernel_size": 4, "quantize_vocab_size": 96, "quantize_position": 3,
-    "encoder_layers": 3, "pooling_type": "avg", "activation_function": "gelu", "encoder_causal_attention": True,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "num_mel_bins": 128,
+    "pooling_position": 3,
+    "max_source_positions": 60,
+    "pooling_kernel_size": 4,
+    "quantize_vocab_size": 96,
+    "quantize_position": 3,
+    "encoder_layers": 3,
+    "pooling_type": "avg",
+    "activation_function": "gelu",
+    "encoder_causal_attention": True,
+}
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

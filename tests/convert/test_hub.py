@@ -13,13 +13,31 @@ from moss_jax.errors import MossError
 from tests.convert.checkpoints import write_qwen3
 
 WANTED = {
-    "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
-    "merges.txt", "LICENSE", "flow/flow.pt", "flow/campplus.onnx", "flow/config.yaml",
-}  # fmt: skip
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+    "flow/flow.pt",
+    "flow/campplus.onnx",
+    "flow/config.yaml",
+}
 OTHERS = {
-    "modeling_moss_speech.py", "pytorch_model.bin", "consolidated.pth", "tf_model.h5", "run.sh", "demo.mp4",
-    "model.gguf", "tokenizer.py", "vocab.exe", "data.tar.gz", "weights.pkl", "flow/setup.py",
-}  # fmt: skip
+    "modeling_moss_speech.py",
+    "pytorch_model.bin",
+    "consolidated.pth",
+    "tf_model.h5",
+    "run.sh",
+    "demo.mp4",
+    "model.gguf",
+    "tokenizer.py",
+    "vocab.exe",
+    "data.tar.gz",
+    "weights.pkl",
+    "flow/setup.py",
+}
 
 
 def quiet(line):
@@ -30,7 +48,8 @@ class Hub:
     """Stands for huggingface_hub.snapshot_download: a folder for each (repository, revision)."""
 
     def __init__(self, folder):
-        self.folder, self.asked = folder, []
+        self.folder = folder
+        self.asked = []
 
     def put(self, name, source, revision=None):
         target = self.folder / name.replace("/", "--") / "snapshots" / (revision or "main")

@@ -28,7 +28,8 @@ def quiet(line):
 
 
 def test_released_round_trip(tmp_path):
-    tensors, said = write_language_model(tmp_path / "released"), []
+    tensors = write_language_model(tmp_path / "released")
+    said = []
     config = import_language_model(tmp_path / "released", tmp_path / "system", said.append)
     assert config == TINY.__class__(**{**TINY.__dict__, "dtype": "bfloat16", "param_dtype": "bfloat16"})
     ours = flatten(load_tree(tmp_path / "system" / "transformer", model_shapes(config)))
@@ -130,15 +131,26 @@ def test_full_size_names_and_shapes():
     blocks = {"shared": 32, "text": 4, "audio": 4}
     layers = {f"model.{block}_block.layers.{i}." for block, count in blocks.items() for i in range(count)}
     parts = {
-        "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-        "self_attn.o_proj": (4096, 4096), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
-        "mlp.gate_proj": (12288, 4096), "mlp.up_proj": (12288, 4096), "mlp.down_proj": (4096, 12288),
-        "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
-    }  # fmt: skip
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "self_attn.q_norm": (128,),
+        "self_attn.k_norm": (128,),
+        "mlp.gate_proj": (12288, 4096),
+        "mlp.up_proj": (12288, 4096),
+        "mlp.down_proj": (4096, 12288),
+        "input_layernorm": (4096,),
+        "post_attention_layernorm": (4096,),
+    }
     others = {
-        "model.embed_tokens": (151680, 4096), "text_lm_head": (151680, 4096), "model.audio_embed": (16512, 4096),
-        "audio_lm_head": (16512, 4096), "model.text_norm": (4096,), "model.audio_norm": (4096,),
-    }  # fmt: skip
+        "model.embed_tokens": (151680, 4096),
+        "text_lm_head": (151680, 4096),
+        "model.audio_embed": (16512, 4096),
+        "audio_lm_head": (16512, 4096),
+        "model.text_norm": (4096,),
+        "model.audio_norm": (4096,),
+    }
     expected = {f"{layer}{part}.weight": shape for layer in layers for part, shape in parts.items()}
     assert released == expected | {f"{name}.weight": shape for name, shape in others.items()}
     plain = qwen3.table(QWEN3_8B).shapes(model_shapes(QWEN3_8B))

@@ -12,9 +12,16 @@ from tests.convert.checkpoints import write_language_model
 
 # Wide and deep enough that the interpreter's own few hundred MB do not hide the model: 0.4 GB in bfloat16.
 CONFIG = replace(
-    TINY, hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-    num_shared_layers=40, num_modality_layers=4, text_vocab_size=2048,
-)  # fmt: skip
+    TINY,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_shared_layers=40,
+    num_modality_layers=4,
+    text_vocab_size=2048,
+)
 CODE = """
 import re, sys
 from pathlib import Path

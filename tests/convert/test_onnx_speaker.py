@@ -64,7 +64,8 @@ def test_initialisers_that_the_exporter_shares(tmp_path):
     torch.manual_seed(0)
     model = CampPlus(**SMALL).eval()
     export(model, tmp_path / "shared.onnx", folded=False)
-    graph, expected = SpeakerGraph(tmp_path / "shared.onnx"), state(model)
+    graph = SpeakerGraph(tmp_path / "shared.onnx")
+    expected = state(model)
     assert len(graph.model.graph.initializer) < len(expected)
     found = graph.tensors().tensors
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
@@ -76,7 +77,8 @@ def test_initialisers_that_the_exporter_shares(tmp_path):
 
 def test_kept_names_are_bit_identical(model, exports):
     graph = SpeakerGraph(exports / "False.onnx")
-    found, expected = graph.tensors().tensors, state(model)
+    found = graph.tensors().tensors
+    expected = state(model)
     assert sorted(found) == sorted(expected) and graph.folded == set()
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
@@ -256,9 +258,10 @@ def external_constant(model):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda model: external(weights(model)), external_constant, external_in_a_branch],
+    "change",
+    [lambda model: external(weights(model)), external_constant, external_in_a_branch],
     ids=["weight", "constant", "inner graph"],
-)  # fmt: skip
+)
 def test_data_in_another_file_is_refused(exports, tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(1 << 16))

@@ -39,15 +39,19 @@ def same_files(one, two, skip=()):
 
 
 def test_a_random_system_is_complete(random, tmp_path):
-    config, codec = read_transformer_config(random), read_codec_configs(random)
+    config = read_transformer_config(random)
+    codec = read_codec_configs(random)
     assert Sizes(config, codec.tokenizer, codec.decoder) == SIZES["tiny"]
     shapes = {
-        "transformer": model_shapes(config), "speech_tokenizer": encoder_shapes(codec.tokenizer),
-        **{f"speech_decoder/{stem}.safetensors": flow_shapes(codec.decoder.flow)
-           for stem in ("flow", "flow_chunk_5", "flow_chunk_25")},
+        "transformer": model_shapes(config),
+        "speech_tokenizer": encoder_shapes(codec.tokenizer),
+        **{
+            f"speech_decoder/{stem}.safetensors": flow_shapes(codec.decoder.flow)
+            for stem in ("flow", "flow_chunk_5", "flow_chunk_25")
+        },
         "speech_decoder/vocoder.safetensors": vocoder_shapes(codec.decoder.vocoder),
         "speech_decoder/speaker.safetensors": speaker_shapes(codec.decoder.speaker),
-    }  # fmt: skip
+    }
     for part, expected in shapes.items():
         for path, leaf in flatten(load_tree(random / part, expected)).items():
             assert np.isfinite(np.asarray(leaf, np.float32)).all(), path
@@ -111,7 +115,8 @@ def test_converted_and_back(random, released, tmp_path):
 def test_resolve(random, released, tmp_path):
     said = []
     assert system.resolve(random, None, tmp_path, said.append) == random
-    model, codec = released / system.MODEL_FOLDER, released / system.CODEC_FOLDER
+    model = released / system.MODEL_FOLDER
+    codec = released / system.CODEC_FOLDER
     first = system.resolve(model, codec, tmp_path / "cache", said.append)
     assert (first / "system.json").is_file() and first.parent == tmp_path / "cache"
     said.clear()

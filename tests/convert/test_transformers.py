@@ -22,9 +22,17 @@ LENGTH = 256  # positions; a wrong rotary embedding is not seen in a few
 def test_a_qwen3_written_by_transformers(tmp_path, tied):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=tied, rope_theta=1e6,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        rope_theta=1e6,
+    )
     model = transformers.Qwen3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "qwen", max_shard_size="60KB")
     write_text_tokenizer(tmp_path / "qwen" / "tokenizer.json", TINY)

@@ -32,10 +32,22 @@ def whisper(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     about = transformers.WhisperConfig(
-        vocab_size=UNITS, num_mel_bins=24, d_model=16, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=40,
-        max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=UNITS,
+        num_mel_bins=24,
+        d_model=16,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=40,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     model = transformers.WhisperForConditionalGeneration(about).eval()
     with torch.no_grad():
         for value in model.parameters():
@@ -56,7 +68,8 @@ def test_the_decoder_gives_whispers_logits(whisper, ours):
     import torch
 
     random = np.random.default_rng(0)
-    memory, units = random.normal(size=(2, 7, 16)).astype(np.float32), random.integers(0, UNITS, (2, 9))
+    memory = random.normal(size=(2, 7, 16)).astype(np.float32)
+    units = random.integers(0, UNITS, (2, 9))
     with torch.no_grad():
         expected = whisper[0](decoder_input_ids=torch.tensor(units), encoder_outputs=(torch.tensor(memory),)).logits
     head = Head(CONFIG, OBJECTIVE, UNITS)

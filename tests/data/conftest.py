@@ -39,7 +39,8 @@ def numbered(number: int, rows: int) -> Example:
 @pytest.fixture(scope="session")
 def two_sources(tmp_path_factory):
     """Folders of 90 short and 40 longer documents, in several shards; and the documents."""
-    folder, random = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("sources")
+    random = np.random.default_rng(0)
     sources = {}
     for name, count, longest in (("short", 90, 12), ("long", 40, 70)):
         examples = [numbered(i + 1000 * (name == "long"), n) for i, n in enumerate(random.integers(2, longest, count))]
@@ -51,14 +52,22 @@ def two_sources(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny random wav2vec 2.0 with a CTC head for Latin capitals."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("ctc")
     vocabulary = {"<pad>": 0, "|": 1} | {letter: 2 + i for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")}
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+    )
     transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16000, do_normalize=False).save_pretrained(
         folder

@@ -58,8 +58,10 @@ def test_words_have_the_times_of_their_letters():
     log_probs[np.arange(10), path] = 0.0
     words = align_words(log_probs, ["ab", "7", "Ba"], ids, 0, "|", 0.02)
     assert [(w.text, round(w.start, 4), round(w.end, 4)) for w in words] == [
-        ("ab", 0.02, 0.08), ("7", 0.08, 0.08), ("Ba", 0.14, 0.18)
-    ]  # fmt: skip
+        ("ab", 0.02, 0.08),
+        ("7", 0.08, 0.08),
+        ("Ba", 0.14, 0.18),
+    ]
 
 
 def test_a_checkpoint_gives_every_word_a_time(checkpoint, monkeypatch):

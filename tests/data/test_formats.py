@@ -18,10 +18,14 @@ from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.transformer import TINY
 
-EOT, SOSP, PAD, EOSP, NONE = (
-    TINY.endoftext_id, TINY.sosp_id, TINY.modality_pad_id, TINY.eosp_id, TINY.audio_pad_id
-)  # fmt: skip
-T, A, O = (1, 0), (0, 1), (0, 0)
+EOT = TINY.endoftext_id
+SOSP = TINY.sosp_id
+PAD = TINY.modality_pad_id
+EOSP = TINY.eosp_id
+NONE = TINY.audio_pad_id
+T = (1, 0)
+A = (0, 1)
+O = (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,8 @@ def rows_of(text_tokenizer, piece):
 
 
 def test_asr_and_tts(text_tokenizer):
-    document, codes = Document(1, "a", text="Hi"), [np.array([3, 4], np.int32)]
+    document = Document(1, "a", text="Hi")
+    codes = [np.array([3, 4], np.int32)]
     user, reply, end = (
         rows_of(text_tokenizer, piece) for piece in ("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n")
     )
@@ -76,17 +81,26 @@ def test_asr_and_tts(text_tokenizer):
     written = [(i, NONE) for i in text_tokenizer.encode("Hi")]
     prompt = len(user + said + end + reply)
     example = maker(text_tokenizer, "asr").example(document, codes)
-    same((example.grid, example.loss_weights), user + said + end + reply + written + end,
-         [O] * prompt + [T] * len(written) + [T] + [O] * (len(end) - 1))  # fmt: skip
+    same(
+        (example.grid, example.loss_weights),
+        user + said + end + reply + written + end,
+        [O] * prompt + [T] * len(written) + [T] + [O] * (len(end) - 1),
+    )
     example = maker(text_tokenizer, "tts").example(document, codes)
     prompt = len(user + written + end + reply)
-    same((example.grid, example.loss_weights), user + written + end + reply + said + end,
-         [O] * prompt + [O, A, A, A, T] + [O] * (len(end) - 1))  # fmt: skip
+    same(
+        (example.grid, example.loss_weights),
+        user + written + end + reply + said + end,
+        [O] * prompt + [O, A, A, A, T] + [O] * (len(end) - 1),
+    )
 
 
 def test_a_chat_begins_as_generation_does_and_every_reply_is_scored(text_tokenizer):
-    document = Document(1, "a", turns=(Turn("user", text="A"), Turn("assistant", text=""), Turn("user", text="B"),
-                                       Turn("assistant", text="C")))  # fmt: skip
+    document = Document(
+        1,
+        "a",
+        turns=(Turn("user", text="A"), Turn("assistant", text=""), Turn("user", text="B"), Turn("assistant", text="C")),
+    )
     codes = [None, np.array([3], np.int32), None, None]
     example = maker(text_tokenizer, "chat").example(document, codes)
     turns = [Turn("user", text="A"), Turn("assistant", codes=[3]), Turn("user", text="B")]
@@ -94,8 +108,12 @@ def test_a_chat_begins_as_generation_does_and_every_reply_is_scored(text_tokeniz
     assert (example.grid[: len(prompt)] == prompt).all()
     scored = np.flatnonzero(example.loss_weights.any(1))
     assert [tuple(example.grid[i]) for i in scored] == [
-        (PAD, 3), (PAD, EOSP), (TINY.im_end_id, NONE), (*text_tokenizer.encode("C"), NONE), (TINY.im_end_id, NONE)
-    ]  # fmt: skip
+        (PAD, 3),
+        (PAD, EOSP),
+        (TINY.im_end_id, NONE),
+        (*text_tokenizer.encode("C"), NONE),
+        (TINY.im_end_id, NONE),
+    ]
     first = prompt_grid(turns[:1], "speech", text_tokenizer, TINY)
     fallback = len(prompt_grid(turns, "text", text_tokenizer, TINY)) - len(prompt)
     assert fallback == 0 and first[-1].tolist() == [SOSP, NONE]
@@ -107,7 +125,9 @@ def test_a_chat_begins_as_generation_does_and_every_reply_is_scored(text_tokeniz
 @st.composite
 def transcripts(draw):
     """(text, words, codes) with pauses, punctuation and words of many lengths."""
-    words, time, text = [], 0.0, draw(st.sampled_from(["", "“"]))
+    words = []
+    time = 0.0
+    text = draw(st.sampled_from(["", "“"]))
     for number in range(draw(st.integers(1, 60))):
         start = time + draw(st.floats(0, 2))
         time = start + draw(st.floats(0, 3))

@@ -93,9 +93,11 @@ BAD = [
     ({"turns": [{"role": "assistant"}]}, "turns[0]: has neither or both, expected either text or speech"),
     ({"turns": [{"role": "assistant", "text": ""}]}, "turns[0]: text is empty"),
     ({"turns": [{"role": "assistant", "audio": "b.wav"}]}, "turns[0]: audio b.wav: no such file"),
-    ({"turns": [{"role": "user", "text": "x"}, {"role": "system", "text": "x"}, {"role": "assistant", "text": "x"}]},
-     "turns[1]: a system turn, expected it first"),
-]  # fmt: skip
+    (
+        {"turns": [{"role": "user", "text": "x"}, {"role": "system", "text": "x"}, {"role": "assistant", "text": "x"}]},
+        "turns[1]: a system turn, expected it first",
+    ),
+]
 
 
 def test_all_bad_lines_are_told_at_once(folder):
@@ -120,13 +122,24 @@ def test_what_neighbours_have_in_common_is_told_once(folder):
     assert told == ["  line 1", "  lines 3 to 5", "  line 6"] and "5 bad lines of 6" in str(error.value)
 
 
-@pytest.mark.parametrize(("format", "needs"), [
-    ("text", "text"), ("asr", "audio and no text"), ("chat", "turns"), ("speech", "audio"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "needs"),
+    [
+        ("text", "text"),
+        ("asr", "audio and no text"),
+        ("chat", "turns"),
+        ("speech", "audio"),
+    ],
+)
 def test_what_formats_need(folder, format, needs):
     with pytest.raises(MossError, match=f"line 1: has no {needs}, which the format {format} needs"):
-        line = {"audio": "a.wav"} if format == "text" else {"text": "x"} if format != "asr" else {"turns": [
-            {"role": "assistant", "text": "x"}]}  # fmt: skip
+        line = (
+            {"audio": "a.wav"}
+            if format == "text"
+            else {"text": "x"}
+            if format != "asr"
+            else {"turns": [{"role": "assistant", "text": "x"}]}
+        )
         Manifest(write(folder, line), format)
 
 

@@ -39,8 +39,16 @@ def reserved_texts():
 def test_the_domain():
     facts = domain.facts()
     counts = {kind: sum(fact.kind == kind for fact in facts) for kind in PHRASINGS}
-    assert counts == {"sum": 231, "difference": 231, "capital": 10, "colour": 8, "greater": 420, "less": 420,
-                      "digits": 1000, **dict.fromkeys(SOCIAL, 1)}  # fmt: skip
+    assert counts == {
+        "sum": 231,
+        "difference": 231,
+        "capital": 10,
+        "colour": 8,
+        "greater": 420,
+        "less": 420,
+        "digits": 1000,
+        **dict.fromkeys(SOCIAL, 1),
+    }
     answers = {(fact.kind, fact.asked): fact.answer for fact in facts}
     assert answers["sum", ("seven", "five")] == "Seven plus five is twelve."
     assert answers["difference", ("seven", "five")] == "Seven minus five is two."
@@ -84,7 +92,8 @@ def test_second_turns_speak_of_the_answer_before():
 
 
 def test_nothing_that_is_kept_is_said_in_training():
-    texts, voices = trained_texts(), {utterance.voice for utterance in PLAN.utterances}
+    texts = trained_texts()
+    voices = {utterance.voice for utterance in PLAN.utterances}
     assert voices == {*VOICES, domain.ANSWERS[0]}
     assert not texts & reserved_texts()
     kept = {q.text for q in domain.questions() if q.kept}
@@ -96,7 +105,9 @@ def test_nothing_that_is_kept_is_said_in_training():
 
 
 def test_nothing_that_is_tested_is_trained():
-    texts, reserved, made = trained_texts(), reserved_texts(), make_items()
+    texts = trained_texts()
+    reserved = reserved_texts()
+    made = make_items()
     for group, items in made.items():
         for item in items:
             if group == "sentences":
@@ -163,7 +174,8 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     monkeypatch.setattr(corpus, "speak", speak_until)
     plan = corpus.make_plan(scale=0.001)
     assert 10 < len(plan.answers) < 80
-    folder, part = tmp_path / "corpus", tmp_path / "corpus.part"
+    folder = tmp_path / "corpus"
+    part = tmp_path / "corpus.part"
 
     with pytest.raises(KeyboardInterrupt):
         corpus.make_nano_corpus(folder, 0.001)
@@ -172,9 +184,19 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         corpus.make_nano_corpus(folder, 0.001, seed=1)
     assert main(["corpus", str(folder), "--nano", "--scale", "0.001"]) == 0
     assert len(said) - 30 == len(plan.utterances) - 24 and not part.exists()  # two chunks of twelve were whole
-    formats = {"tokenizer": "asr", "tokenizer-valid": "interleaved", "decoder": "speech", "decoder-valid": "speech",
-               "interleaved": "interleaved", "asr": "asr", "tts": "tts", "chat": "chat", "chat-valid": "chat",
-               "text": "text", "text-valid": "text"}  # fmt: skip
+    formats = {
+        "tokenizer": "asr",
+        "tokenizer-valid": "interleaved",
+        "decoder": "speech",
+        "decoder-valid": "speech",
+        "interleaved": "interleaved",
+        "asr": "asr",
+        "tts": "tts",
+        "chat": "chat",
+        "chat-valid": "chat",
+        "text": "text",
+        "text-valid": "text",
+    }
     assert {path.stem for path in folder.glob("*.jsonl")} == formats.keys()
     for name, format in formats.items():
         assert len(Manifest(folder / f"{name}.jsonl", format)) > 0
@@ -194,7 +216,8 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
 
 
 def test_a_recording_has_its_level_noise_and_pauses():
-    rate, time = 16000, np.arange(16000) / 16000
+    rate = 16000
+    time = np.arange(16000) / 16000
     tone = (0.1 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
     room = corpus.Room(level=-20, above_noise=30, before=0.1, after=0.25)
     wave = room.record(tone, rate, seed=1)
@@ -301,7 +324,10 @@ def test_manifests_with_codes(tmp_path, capsys):
 
 
 def test_bad_requests(tmp_path, capsys):
-    for words, told in ((["--nano", "--scale", "0"], "scale is 0"), (["--scale", "2"], "--scale goes with --nano"),
-                        (["--nano", "--utterances", "3"], "--nano goes without")):  # fmt: skip
+    for words, told in (
+        (["--nano", "--scale", "0"], "scale is 0"),
+        (["--scale", "2"], "--scale goes with --nano"),
+        (["--nano", "--utterances", "3"], "--nano goes without"),
+    ):
         assert main(["corpus", str(tmp_path / "x"), *words]) == 2
         assert told in capsys.readouterr().err

@@ -27,14 +27,20 @@ from moss_jax.tools.bench import data as bench
 from moss_jax.transformer import TINY, LayerSplitModel, model_shapes
 from tests.data.conftest import random_example
 
-CONTEXT, BATCH = 48, 8
+CONTEXT = 48
+BATCH = 8
 KEYS = ("grid", "positions", "segment_ids", "loss_weights", "source")
 
 
 @pytest.fixture(scope="module")
 def mixture(two_sources):
-    return Mixture(tuple((name, str(folder), weight) for (name, (folder, _)), weight in zip(
-        two_sources.items(), (3.0, 1.0), strict=True)), seed=5)  # fmt: skip
+    return Mixture(
+        tuple(
+            (name, str(folder), weight)
+            for (name, (folder, _)), weight in zip(two_sources.items(), (3.0, 1.0), strict=True)
+        ),
+        seed=5,
+    )
 
 
 def batches(mixture, **changes):
@@ -53,11 +59,17 @@ def test_the_schema(mixture, two_sources):
     opened = batches(mixture)
     batch = next(opened)
     assert opened.source_names == ("short", "long")
-    for key, dtype, shape in (("grid", np.int32, (2,)), ("positions", np.int32, ()), ("segment_ids", np.int32, ()),
-                              ("loss_weights", np.float32, (2,)), ("source", np.int32, ())):  # fmt: skip
+    for key, dtype, shape in (
+        ("grid", np.int32, (2,)),
+        ("positions", np.int32, ()),
+        ("segment_ids", np.int32, ()),
+        ("loss_weights", np.float32, (2,)),
+        ("source", np.int32, ()),
+    ):
         assert batch[key].dtype == dtype and batch[key].shape == (BATCH, CONTEXT, *shape)
     for row in range(BATCH):
-        ids, positions = batch["segment_ids"][row], batch["positions"][row]
+        ids = batch["segment_ids"][row]
+        positions = batch["positions"][row]
         real = ids > 0
         count = real.sum()
         assert real[:count].all() and not real[count:].any()  # padding is on the right
@@ -84,14 +96,16 @@ def test_processes_share_the_same_global_batches(mixture, processes):
 
 
 def test_each_process_reads_only_its_share(mixture, monkeypatch):
-    original, read = Examples.__getitem__, [set() for _ in range(4)]
+    original = Examples.__getitem__
+    read = [set() for _ in range(4)]
 
     def recorded(self, index):
         read[self.about["process"]].add((self.folder.name, int(index)))
         return original(self, index)
 
     monkeypatch.setattr(Examples, "__getitem__", recorded)
-    shares, opened = [], [batches(mixture, process_index=index, process_count=4) for index in range(4)]
+    shares = []
+    opened = [batches(mixture, process_index=index, process_count=4) for index in range(4)]
     for index, share in enumerate(opened):
         for rows in share.rows:  # what reads is a copy
             rows.examples.about["process"] = index
@@ -168,9 +182,11 @@ def test_an_epoch_has_every_row_once_and_the_next_one_another_order(two_sources)
         for example in examples
         for start in range(0, len(example.grid), CONTEXT)
     )
-    orders, index = [], 0
+    orders = []
+    index = 0
     for epoch in range(3):
-        segments, count = [], 0
+        segments = []
+        count = 0
         for _ in range(len(rows.plan(epoch))):
             row = rows[index]
             assert rows.place(index)[0] == epoch
@@ -218,10 +234,12 @@ def weighed_losses(params, grid, positions, segment_ids, weights):
 @pytest.fixture(scope="module")
 def params():
     random = np.random.default_rng(0)
-    return unflatten({
-        path: jnp.asarray(path.endswith("scale") + 0.1 * random.normal(size=leaf.shape), jnp.float32)
-        for path, leaf in model_shapes(TINY).items()
-    })  # fmt: skip
+    return unflatten(
+        {
+            path: jnp.asarray(path.endswith("scale") + 0.1 * random.normal(size=leaf.shape), jnp.float32)
+            for path, leaf in model_shapes(TINY).items()
+        }
+    )
 
 
 @settings(deadline=None, max_examples=8)
@@ -245,18 +263,22 @@ def test_a_document_has_the_same_loss_packed_and_alone(params, tmp_path_factory,
     for number, example in enumerate(examples):
         n = len(example.grid)
         padded = np.zeros((1, CONTEXT, 2), np.int32), np.zeros((1, CONTEXT, 2), np.float32)
-        padded[0][0, :n], padded[1][0, :n] = example.grid, example.loss_weights
+        padded[0][0, :n] = example.grid
+        padded[1][0, :n] = example.loss_weights
         ids = np.arange(CONTEXT)[None]
         alone = weighed_losses(params, padded[0], ids, (ids < n).astype(np.int32), padded[1])
         np.testing.assert_allclose(found[number], np.asarray(alone)[0].sum(0), rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"batch_size": 6, "process_count": 4}, "batch_size 6 does not divide by the 4 processes"),
-    ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
-    ({"context": 1}, "context is 1, expected 2 at least"),
-    ({"workers": -1}, "workers is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 6, "process_count": 4}, "batch_size 6 does not divide by the 4 processes"),
+        ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
+        ({"context": 1}, "context is 1, expected 2 at least"),
+        ({"workers": -1}, "workers is -1"),
+    ],
+)
 def test_numbers_that_do_not_fit(mixture, change, message):
     with pytest.raises(MossError, match=message):
         batches(mixture, **change)
@@ -285,7 +307,8 @@ def test_another_vocabulary_is_refused(mixture):
 
 
 def test_states_of_other_data_are_refused(mixture):
-    opened, other = batches(mixture), batches(Mixture(mixture.sources, seed=9))
+    opened = batches(mixture)
+    other = batches(Mixture(mixture.sources, seed=9))
     for state, message in ((other.get_state(), "other data, seed"), ("[]", "is none"), ('{"step": 1}', "is none")):
         with pytest.raises(MossError, match=message):
             opened.set_state(state)

@@ -34,7 +34,8 @@ def system(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
     lines = []
     for number, seconds in enumerate(SECONDS):
         time = np.arange(int(seconds * 22050)) / 22050
@@ -94,7 +95,8 @@ def test_frames_of_f0_stand_where_those_of_the_mel_do():
 
 
 def test_it_goes_on_where_it_was(system, corpus, data, monkeypatch, capsys):
-    out, calls = corpus / "again", []
+    out = corpus / "again"
+    calls = []
     request = SpokenRequest(corpus / "voice.jsonl", system, out, 2)
     make = spoken._Work._make_shard
 
@@ -141,7 +143,8 @@ def test_the_order_depends_on_seed_and_step_alone(data, config):
     with pytest.raises(MossError, match="other data"):
         batches(codes=12).set_state(state)
     cuts = Rows(data, config, 0, 0, frames=48)
-    row, same = cuts[5], pickle.loads(pickle.dumps(cuts))[5]
+    row = cuts[5]
+    same = pickle.loads(pickle.dumps(cuts))[5]
     assert row["wave"].shape == (48 * 480,) and row["f0"].shape == (48,)
     for name in row:
         np.testing.assert_array_equal(row[name], same[name])

@@ -43,13 +43,16 @@ def test_what_is_no_example_is_not_written(tmp_path):
 SHARD = "examples-train.array_record-00001-of-00003"
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda at: (at / SHARD).unlink(), f"1 shard files are missing\n.*{SHARD}"),
-    (lambda at: (at / "lengths.npy").unlink(), "cannot be opened"),
-    (lambda at: (at / "features.json").unlink(), "cannot be opened"),
-    (lambda at: np.save(at / "lengths.npy", np.ones(5, np.int32)), "90 examples, 5 lengths and 90 promised"),
-    (lambda at: (at / "source.json").write_text(json.dumps({"format": "x"})), "format is 'x', expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda at: (at / SHARD).unlink(), f"1 shard files are missing\n.*{SHARD}"),
+        (lambda at: (at / "lengths.npy").unlink(), "cannot be opened"),
+        (lambda at: (at / "features.json").unlink(), "cannot be opened"),
+        (lambda at: np.save(at / "lengths.npy", np.ones(5, np.int32)), "90 examples, 5 lengths and 90 promised"),
+        (lambda at: (at / "source.json").write_text(json.dumps({"format": "x"})), "format is 'x', expected"),
+    ],
+)
 def test_damage_is_told(two_sources, tmp_path, damage, message):
     folder = tmp_path / "data"
     shutil.copytree(two_sources["short"][0], folder)

@@ -41,17 +41,22 @@ def system(tmp_path_factory):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder of recordings of 4 to 7 s at two rates, and a manifest with texts and word times."""
-    folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
     with (folder / "speech.jsonl").open("w") as file, tarfile.open(folder / "part.tar", "w") as tar:
         for number in range(RECORDINGS):
             count = int(random.integers(12, 15))
             wave = random.normal(0, 0.1, count * 8000)
-            name, rate = f"{number}.{'flac' if number % 2 else 'wav'}", 16000 if number % 3 else 24000
+            name = f"{number}.{'flac' if number % 2 else 'wav'}"
+            rate = 16000 if number % 3 else 24000
             buffer = io.BytesIO()
             soundfile.write(buffer, wave, rate, format=name[2:].upper())
             words = [f"w{i}" for i in range(count)]
-            line = {"audio": name, "text": " ".join(words) + ".", "words": [
-                [word, i * 8000 / rate, (i + 0.8) * 8000 / rate] for i, word in enumerate(words)]}  # fmt: skip
+            line = {
+                "audio": name,
+                "text": " ".join(words) + ".",
+                "words": [[word, i * 8000 / rate, (i + 0.8) * 8000 / rate] for i, word in enumerate(words)],
+            }
             if number == 4:
                 entry = tarfile.TarInfo(name)
                 entry.size = buffer.tell()
@@ -98,11 +103,15 @@ def codes_of(system, corpus, number):
 
 
 def test_the_data_set(corpus, system, whole, capsys):
-    config, examples = config_of(system), Examples(whole, config_of(system))
+    config = config_of(system)
+    examples = Examples(whole, config_of(system))
     assert sorted(path.name for path in whole.iterdir()) == [
-        "dataset_info.json", *(f"examples-train.array_record-0000{i}-of-00003" for i in range(3)),
-        "features.json", "lengths.npy", "source.json",
-    ]  # fmt: skip
+        "dataset_info.json",
+        *(f"examples-train.array_record-0000{i}-of-00003" for i in range(3)),
+        "features.json",
+        "lengths.npy",
+        "source.json",
+    ]
     assert len(examples) == 2 * RECORDINGS and examples.lengths.dtype == np.int32
     for number in range(2 * RECORDINGS):
         example = examples[number].check()
@@ -115,7 +124,8 @@ def test_the_data_set(corpus, system, whole, capsys):
         text = SystemFolder(system).text_tokenizer(config).decode(example.grid[~spoken, 0])
         # What is spoken and what is written are complements: stretches of codes of the recording, and the other words.
         assert (len(kept) < len(inside)) == ("w" in text) and kept + text.split()
-        joined, at = " ".join(map(str, inside)), 0
+        joined = " ".join(map(str, inside))
+        at = 0
         for piece in " ".join(map(str, codes)).split(str(config.eosp_id)):
             at = joined.index(piece.strip(), at)
         assert "<" not in text
@@ -175,9 +185,15 @@ def test_processes_share_the_work(corpus, system, whole, tmp_path):
     lines = []
     for index in (1, 0):  # process 0 comes last: it would wait
         request = Request(
-            corpus / "speech.jsonl", system, "interleaved", tmp_path / "data", variants=2, shard_documents=4,
-            process_index=index, process_count=2,
-        )  # fmt: skip
+            corpus / "speech.jsonl",
+            system,
+            "interleaved",
+            tmp_path / "data",
+            variants=2,
+            shard_documents=4,
+            process_index=index,
+            process_count=2,
+        )
         about = tokenize(request, lines.append)
         assert (about is None) == (index == 1)
     assert re.match(r"4 of 4 documents, 0\.0\d h of sound at [\d.]+ x real time", lines[0])
@@ -186,9 +202,10 @@ def test_processes_share_the_work(corpus, system, whole, tmp_path):
 
 def test_on_several_devices(corpus, system, whole, tmp_path):
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3",
-    }  # fmt: skip
+    }
     code = (
         "import sys, jax; assert jax.local_device_count() == 3\n"
         "import moss_jax.speech_tokenizer.encode as e; old = e.encode_padded\n"
@@ -206,14 +223,24 @@ def test_on_several_devices(corpus, system, whole, tmp_path):
 def test_every_format_becomes_batches(corpus, system, tmp_path):
     config = config_of(system)
     (corpus / "text.jsonl").write_text("".join(json.dumps({"text": f"Sentence {i}."}) + "\n" for i in range(5)))
-    turns = [{"role": "user", "audio": "0.wav"}, {"role": "assistant", "codes": [1, 2, 255]},
-             {"role": "user", "text": "Why?"}, {"role": "assistant", "text": "So."}]  # fmt: skip
+    turns = [
+        {"role": "user", "audio": "0.wav"},
+        {"role": "assistant", "codes": [1, 2, 255]},
+        {"role": "user", "text": "Why?"},
+        {"role": "assistant", "text": "So."},
+    ]
     (corpus / "chat.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
     manifests = {"text": "text.jsonl", "chat": "chat.jsonl"}
     formats = ("text", "speech", "continuation", "asr", "tts", "chat")
     for format in formats:
-        assert main(command(corpus, system, tmp_path / format, format=format,
-                            manifest=manifests.get(format, "speech.jsonl"))) == 0  # fmt: skip
+        assert (
+            main(
+                command(
+                    corpus, system, tmp_path / format, format=format, manifest=manifests.get(format, "speech.jsonl")
+                )
+            )
+            == 0
+        )
     mixture = Mixture(tuple((format, str(tmp_path / format), 1.0) for format in formats))
     batch = next(open_batches(mixture, config, context=256, batch_size=12))
     assert set(batch["source"][:, 0]) == set(range(6))
@@ -264,17 +291,20 @@ def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corp
     assert content(out)[0] == content(clean)[0]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (["--format", "music"], "format 'music': expected one of text, speech"),
-    (["--variants", "0"], "variants is 0, expected 1 at least"),
-    (["--format", "asr", "--variants", "2"], "documents of the format asr have one variant only"),
-    (["--system", "x"], "the format interleaved has no system turn"),
-    (["--format", "asr", "--aligner", "x"], "the format asr needs no word times"),
-    (["--process", "2"], "--process is '2', expected I/N such as 0/4"),
-    (["--process", "2/2"], "process_index is 2, expected 0 to 1"),
-    (["--seed", "-1"], "seed is -1"),
-    (["--model", "nowhere"], "nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--format", "music"], "format 'music': expected one of text, speech"),
+        (["--variants", "0"], "variants is 0, expected 1 at least"),
+        (["--format", "asr", "--variants", "2"], "documents of the format asr have one variant only"),
+        (["--system", "x"], "the format interleaved has no system turn"),
+        (["--format", "asr", "--aligner", "x"], "the format asr needs no word times"),
+        (["--process", "2"], "--process is '2', expected I/N such as 0/4"),
+        (["--process", "2/2"], "process_index is 2, expected 0 to 1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
 def test_bad_requests(corpus, system, tmp_path, capsys, change, message):
     assert main([*command(corpus, system, tmp_path / "data"), *change]) == 2
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
@@ -347,7 +377,8 @@ def test_word_times_by_alignment(corpus, system, checkpoint, tmp_path, capsys):
     arguments = command(corpus, system, tmp_path / "data", manifest="bare.jsonl")
     assert main(arguments) == 2 and "lines 1 to 3: has no words (their times)" in capsys.readouterr().err
     assert main([*arguments, "--aligner", str(checkpoint)]) == 0
-    config, examples = config_of(system), Examples(tmp_path / "data")
+    config = config_of(system)
+    examples = Examples(tmp_path / "data")
     for number, line in enumerate(lines):
         spoken = examples[number].grid[:, 0] == config.modality_pad_id
         text = SystemFolder(system).text_tokenizer(config).decode(examples[number].grid[~spoken, 0])

@@ -23,16 +23,32 @@ def tokenizer_json(config) -> str:
     added |= {getattr(config, field): string for field, string in SPECIAL_STRINGS.items()}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": level,
-        "added_tokens": [
-            {"id": i, "content": added[i], "special": added[i] != "<think>", **flags} for i in sorted(added)
-        ],
-        "post_processor": None, "decoder": level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": vocab, "merges": []},
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": None,
+            "pre_tokenizer": level,
+            "added_tokens": [
+                {"id": i, "content": added[i], "special": added[i] != "<think>", **flags} for i in sorted(added)
+            ],
+            "post_processor": None,
+            "decoder": level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": [],
+            },
+        }
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +64,8 @@ def params():
 def random_params():
     """Random weights of TINY whose heads favour the ids that open speech, end speech and end a reply."""
     grid = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    rng, params = np.random.default_rng(1), {}
+    rng = np.random.default_rng(1)
+    params = {}
     for path, leaf in param_shapes(LayerSplitModel(TINY), *grid).items():
         size = {"scale": 0.0, "embedding": 0.02}.get(path.rpartition("/")[2], 0.1)
         params[path] = rng.normal(path.endswith("scale"), size, leaf.shape).astype(np.float32)

@@ -24,7 +24,8 @@ from moss_jax.transformer import TINY
 CHANNEL = ChannelSettings(temperature=0.7, top_k=8)
 SETTINGS = GenerationSettings(text=CHANNEL, audio=CHANNEL, max_new_tokens=12)
 FORMER = Path(__file__).resolve().parents[1] / "data" / "conversation_1.safetensors"
-TEXT, SPEECH = Turn("user", text="hello"), Turn("user", codes=list(range(9)))
+TEXT = Turn("user", text="hello")
+SPEECH = Turn("user", codes=list(range(9)))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,10 @@ def test_turns_are_closed_as_the_template_has_it(model):
 
 def test_twenty_turns_in_a_full_context(model):
     """The oldest turns go and it is told; nothing more is compiled, and no more memory is held."""
-    conversation, notices, sizes, compiled = None, [], [], []
+    conversation = None
+    notices = []
+    sizes = []
+    compiled = []
     for turn in range(20):
         conversation, told = answer(model, [SPEECH if turn % 2 else TEXT], "speech", conversation, seed=turn)
         notices += told

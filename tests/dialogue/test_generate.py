@@ -17,10 +17,13 @@ from moss_jax.dialogue.sampling import ChannelSettings
 from moss_jax.tools.parity import check_golden, read_golden
 from moss_jax.transformer import TINY, LayerSplitModel
 
-CAPACITY, CHUNK = 80, 16
-PAD, EOSP, SOSP, END, TEXT_END = (
-    TINY.modality_pad_id, TINY.eosp_id, TINY.sosp_id, TINY.im_end_id, TINY.endoftext_id
-)  # fmt: skip
+CAPACITY = 80
+CHUNK = 16
+PAD = TINY.modality_pad_id
+EOSP = TINY.eosp_id
+SOSP = TINY.sosp_id
+END = TINY.im_end_id
+TEXT_END = TINY.endoftext_id
 
 
 def prompt(seed, length, reply):
@@ -38,8 +41,17 @@ def run(params, prompts, settings, keys, ks=(1000,), state=None, capacity=CAPACI
     rows, valid = pad_left(prompts, TINY)
     state = new_state(TINY, len(prompts), capacity) if state is None else state
     room = ((0, 0), (0, capacity - rows.shape[1]))
-    state = prefill(params, state, np.pad(rows, (*room, (0, 0))), np.pad(valid, room), rows.shape[1], keys,
-                    config=TINY, compat=settings.compat, chunk=CHUNK)  # fmt: skip
+    state = prefill(
+        params,
+        state,
+        np.pad(rows, (*room, (0, 0))),
+        np.pad(valid, room),
+        rows.shape[1],
+        keys,
+        config=TINY,
+        compat=settings.compat,
+        chunk=CHUNK,
+    )
     start = int(state.filled)
     for k in ks:
         state = decode_chunk(params, state, settings, k, config=TINY, chunk=CHUNK, **keywords)
@@ -60,7 +72,8 @@ def drawn(scores, key, step, channel, settings):
 def plain(params, rows, chosen, key):
     """One reply to one prompt under the fixed rules, with no cache and nothing skipped."""
     rows = [tuple(row) for row in rows.tolist()]
-    made, mode = [], int(rows[-1][0] == PAD)
+    made = []
+    mode = int(rows[-1][0] == PAD)
     text_seen = np.isin(np.arange(320), [t for t, _ in rows if t != PAD])
     audio_seen = np.isin(np.arange(96), [a for t, a in rows if t == PAD])
     for step in range(1, chosen.max_new_tokens + 1):
@@ -137,7 +150,8 @@ def test_the_loop_equals_the_plain_way_alone_and_in_batches(params, greedy):
 @settings(max_examples=6, deadline=None, database=None)
 @given(cuts=st.lists(st.integers(1, 9), max_size=8), seed=st.integers(0, 10**6))
 def test_coming_up_for_air_changes_nothing(params, cuts, seed):
-    chosen, keys = chosen_settings(False), sampling.request_keys(seed, 3)
+    chosen = chosen_settings(False)
+    keys = sampling.request_keys(seed, 3)
     prompts = [prompt(seed + i, 5 + 9 * i, "speech") for i in range(3)]
     whole, _ = run(params, prompts, chosen, keys)
     pieces, _ = run(params, prompts, chosen, keys, ks=[*cuts, 1000])
@@ -169,7 +183,8 @@ def test_a_text_reply_never_touches_the_audio_branch(params):
 
 def test_speech_never_touches_the_text_branch_before_it_ends(params):
     chosen = chosen_settings(True, min_new_tokens=1000, max_new_tokens=20)
-    prompts, keys = [prompt(3 + i, 30 - i, "speech") for i in range(3)], sampling.request_keys(0, 3)
+    prompts = [prompt(3 + i, 30 - i, "speech") for i in range(3)]
+    keys = sampling.request_keys(0, 3)
     expected, state = run(params, prompts, chosen, keys)
     assert int(state.done["text"]) == 0
     assert int(state.done["audio"]) == int(state.filled) - 1
@@ -191,7 +206,8 @@ def test_nothing_compiles_for_other_lengths_and_numbers(params):
 
 
 def test_a_second_turn_on_the_same_state_equals_one_long_prompt(params):
-    chosen, keys = chosen_settings(True), sampling.request_keys(5, 3)
+    chosen = chosen_settings(True)
+    keys = sampling.request_keys(5, 3)
     first = [prompt(11, 13, "speech"), prompt(12, 8, "text"), prompt(15, 1, "text")]
     made, state = run(params, first, chosen, keys, ks=(6,))
     second = [prompt(13, 5, "text"), prompt(14, 12, "speech"), prompt(16, 9, "speech")]
@@ -203,11 +219,13 @@ def test_a_second_turn_on_the_same_state_equals_one_long_prompt(params):
 
 
 def test_the_last_column_can_be_used(params):
-    chosen, keys = chosen_settings(True, max_new_tokens=1000, min_new_tokens=1000), sampling.request_keys(0, 1)
+    chosen = chosen_settings(True, max_new_tokens=1000, min_new_tokens=1000)
+    keys = sampling.request_keys(0, 1)
     made, state = run(params, [prompt(3, 70, "speech")], chosen, keys)
     assert int(state.filled) == CAPACITY
-    np.testing.assert_array_equal(made[0], plain(params, prompt(3, 70, "speech"), chosen.replace(max_new_tokens=10),
-                                                 keys[0]))  # fmt: skip
+    np.testing.assert_array_equal(
+        made[0], plain(params, prompt(3, 70, "speech"), chosen.replace(max_new_tokens=10), keys[0])
+    )
 
 
 def test_the_loop_copies_no_cache(params):

@@ -6,8 +6,12 @@ from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.errors import MossError
 from moss_jax.transformer import TINY
 
-TEXT_OF = {TINY.im_start_id: "<|im_start|>", TINY.im_end_id: "<|im_end|>", TINY.sosp_id: "<sosp>",
-           TINY.modality_pad_id: "*"}  # fmt: skip
+TEXT_OF = {
+    TINY.im_start_id: "<|im_start|>",
+    TINY.im_end_id: "<|im_end|>",
+    TINY.sosp_id: "<sosp>",
+    TINY.modality_pad_id: "*",
+}
 
 
 def spell(rows, text_tokenizer):
@@ -36,7 +40,8 @@ def test_the_default_system_turn_is_first_and_in_compat_that_of_the_processor_is
     default, processor = (
         f"<|im_start|>system\n{texts['text']}<|im_end|>\n" for texts in (grid.DEFAULT_SYSTEM, grid.COMPAT_SYSTEM)
     )
-    user, opening = "<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>assistant\n"
+    user = "<|im_start|>user\nHi<|im_end|>\n"
+    opening = "<|im_start|>assistant\n"
     assert ours == default + user + opening
     assert theirs == user + processor + opening
 
@@ -48,8 +53,12 @@ def test_special_strings_in_a_turn_are_plain_text(text_tokenizer):
     assert text_tokenizer.decode(ours[:, 0]) == f"user\n{said}\n"
     theirs = grid.turn_rows(Turn("user", text=said), text_tokenizer, TINY, compat=True)
     assert [i for i in theirs[:, 0] if i >= 256] == [
-        TINY.im_start_id, TINY.im_end_id, TINY.modality_pad_id, TINY.sosp_id, TINY.im_end_id
-    ]  # fmt: skip
+        TINY.im_start_id,
+        TINY.im_end_id,
+        TINY.modality_pad_id,
+        TINY.sosp_id,
+        TINY.im_end_id,
+    ]
 
 
 def test_whitespace_is_kept_and_empty_content_has_no_rows(text_tokenizer):

@@ -16,9 +16,13 @@ MESHES = [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor"
 def test_eight_devices_give_the_grids_of_one():
     environment = {**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.dialogue.test_mesh"], env=environment, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.dialogue.test_mesh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["equal"] * len(MESHES)
 
@@ -38,7 +42,8 @@ def main():
     from tests.dialogue.conftest import random_params, tokenizer_json
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    tokenizer, params = TextTokenizer(tokenizer_json(TINY)), flatten(random_params())
+    tokenizer = TextTokenizer(tokenizer_json(TINY))
+    params = flatten(random_params())
     grid = jax.ShapeDtypeStruct((1, 1, 2), np.int32), jax.ShapeDtypeStruct((1, 1), np.int32)
     channel = ChannelSettings(top_k=8, temperature=2.0)
     settings = GenerationSettings(text=channel, audio=channel, max_new_tokens=80)

@@ -52,7 +52,8 @@ def test_penalty_and_masks():
 
 
 def test_seen_ids_is_a_set_that_grows():
-    ids, counts = jnp.array([[3, 1, 3], [0, 2, 2]]), jnp.array([[True, True, True], [True, False, False]])
+    ids = jnp.array([[3, 1, 3], [0, 2, 2]])
+    counts = jnp.array([[True, True, True], [True, False, False]])
     seen = sampling.seen_ids(ids, counts, 5)
     assert seen.astype(int).tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
     seen = sampling.mark_seen(seen, jnp.array([4, 4]), jnp.array([False, True]))
@@ -65,7 +66,8 @@ def test_greedy_takes_the_lowest_of_equals():
 
 
 def test_draws_depend_on_request_step_and_channel_alone():
-    scores, chosen = jnp.zeros((3, 1000)), ChannelSettings(temperature=1.0, top_k=0, top_p=1.0)
+    scores = jnp.zeros((3, 1000))
+    chosen = ChannelSettings(temperature=1.0, top_k=0, top_p=1.0)
     keys = sampling.request_keys(7, 3)
 
     def draw(keys, step, channel):
@@ -79,7 +81,8 @@ def test_draws_depend_on_request_step_and_channel_alone():
 
 
 def test_draws_follow_the_distribution():
-    scores, chosen = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05])), ChannelSettings(temperature=1.0, top_k=3, top_p=1.0)
+    scores = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    chosen = ChannelSettings(temperature=1.0, top_k=3, top_p=1.0)
     keys = sampling.request_keys(0, 4000)
     drawn = sampling.draw(jnp.broadcast_to(scores, (4000, 4)), keys, chosen)
     share = np.bincount(drawn, minlength=4) / 4000

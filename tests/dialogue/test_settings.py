@@ -40,14 +40,30 @@ def test_what_no_setting_can_be(bare, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", 0), ("temperature", 1e-38), ("temperature", 101), ("temperature", np.float32(1e-4)),
-        ("top_p", 0), ("top_p", 1.0001), ("top_p", 1e-40),
-        ("repetition_penalty", 0), ("repetition_penalty", 1e-40), ("repetition_penalty", 1000),
-        ("top_k", 2.7), ("top_k", "20"), ("top_k", Fraction(5, 2)), ("top_k", 2**31),
-        ("max_new_tokens", 1.5), ("max_new_tokens", 0), ("min_new_tokens", 0.5), ("min_new_tokens", 501),
-        ("greedy", 1), ("greedy", None), ("greedy", "yes"), ("greedy", 0.0),
+        ("temperature", 0),
+        ("temperature", 1e-38),
+        ("temperature", 101),
+        ("temperature", np.float32(1e-4)),
+        ("top_p", 0),
+        ("top_p", 1.0001),
+        ("top_p", 1e-40),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1000),
+        ("top_k", 2.7),
+        ("top_k", "20"),
+        ("top_k", Fraction(5, 2)),
+        ("top_k", 2**31),
+        ("max_new_tokens", 1.5),
+        ("max_new_tokens", 0),
+        ("min_new_tokens", 0.5),
+        ("min_new_tokens", 501),
+        ("greedy", 1),
+        ("greedy", None),
+        ("greedy", "yes"),
+        ("greedy", 0.0),
     ],
-)  # fmt: skip
+)
 def test_out_of_range(bare, name, value):
     for make in (generation_settings, bare.settings):
         with pytest.raises(MossError, match=f"^{name} is "):
@@ -151,11 +167,20 @@ def test_a_given_sampling_setting_switches_the_greedy_of_a_system_off(bare):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--temperature", "inf"], ["--temperature", "1e39"], ["--temperature", "1e-38"], ["--temperature", "nan"],
-        ["--repetition-penalty", "1e-40"], ["--repetition-penalty", "inf"], ["--top-k", str(2**40)], ["--top-k", "2.7"],
-        ["--max-new-tokens", "1.5"], ["--seed", str(2**32)], ["--seed", "-1"], ["--batch-size", "0"],
+        ["--temperature", "inf"],
+        ["--temperature", "1e39"],
+        ["--temperature", "1e-38"],
+        ["--temperature", "nan"],
+        ["--repetition-penalty", "1e-40"],
+        ["--repetition-penalty", "inf"],
+        ["--top-k", str(2**40)],
+        ["--top-k", "2.7"],
+        ["--max-new-tokens", "1.5"],
+        ["--seed", str(2**32)],
+        ["--seed", "-1"],
+        ["--batch-size", "0"],
     ],
-)  # fmt: skip
+)
 def test_the_command_line_refuses_them_before_it_looks_for_the_model(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     try:

@@ -4,8 +4,13 @@ import pytest
 from moss_jax.dialogue.state_machine import AUDIO, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
 from moss_jax.transformer import TINY
 
-WORD, CODE = 5, 3
-SOSP, PAD, END, EOSP, AUDIO_PAD = TINY.sosp_id, TINY.modality_pad_id, TINY.im_end_id, TINY.eosp_id, TINY.audio_pad_id
+WORD = 5
+CODE = 3
+SOSP = TINY.sosp_id
+PAD = TINY.modality_pad_id
+END = TINY.im_end_id
+EOSP = TINY.eosp_id
+AUDIO_PAD = TINY.audio_pad_id
 
 
 @pytest.mark.parametrize(

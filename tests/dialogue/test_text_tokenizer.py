@@ -38,8 +38,9 @@ def test_what_does_not_fit_is_refused(text_tokenizer, tmp_path):
         text_tokenizer.check(replace(TINY, im_end_id=7))
     with pytest.raises(MossError, match=r"ids reach 311, but text_vocab_size is 310"):
         ids = {"modality_pad_id": 311}
-        text_tokenizer.check(type("Config", (), {**{f: getattr(TINY, f) for f in SPECIAL_STRINGS}, **ids,
-                                                 "text_vocab_size": 310}))  # fmt: skip
+        text_tokenizer.check(
+            type("Config", (), {**{f: getattr(TINY, f) for f in SPECIAL_STRINGS}, **ids, "text_vocab_size": 310})
+        )
     with pytest.raises(MossError, match=r"none\.json: no such file"):
         TextTokenizer.from_file(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")

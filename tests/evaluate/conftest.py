@@ -31,7 +31,8 @@ def model(folder):
 @pytest.fixture
 def judge_command(tmp_path):
     """A command line, and the file in which it writes down what it was given."""
-    program, heard = tmp_path / "judge.py", tmp_path / "heard.txt"
+    program = tmp_path / "judge.py"
+    heard = tmp_path / "heard.txt"
     program.write_text(JUDGE)
     return f"{sys.executable} {program} {{wav}} {heard}", heard
 

@@ -13,10 +13,13 @@ from tests import flags
 @pytest.mark.slow
 def test_eight_devices_score_as_one(folder):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.evaluate.test_mesh", str(folder)], cwd=Path(__file__).parents[2],
-        env={**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.evaluate.test_mesh", str(folder)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["equal"]
 
@@ -34,12 +37,13 @@ def main(folder: str) -> None:
 
     jax.config.update("jax_default_matmul_precision", "highest")
     language_model = System(folder).language_model
-    config, rng = language_model.config, np.random.default_rng(0)
+    config = language_model.config
+    rng = np.random.default_rng(0)
     groups = []
     for length in (3, 9, 30, 12, 20):
-        rows = np.concatenate([
-            text_rows(rng.integers(0, 256, length), config), speech_rows(rng.integers(0, 256, 5), config)
-        ])  # fmt: skip
+        rows = np.concatenate(
+            [text_rows(rng.integers(0, 256, length), config), speech_rows(rng.integers(0, 256, 5), config)]
+        )
         groups.append([Passage(rows, np.arange(len(rows)) > 1)])
     one = Scorer(config, language_model.params, batch_size=4)
     expected = dict(pair for call in one.likelihoods(groups) for pair in call)

@@ -116,16 +116,38 @@ def test_pesq_and_stoi_of_a_sound_itself():
 def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     pytest.importorskip("pesq")
     init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
-    words = ["eval", "nano", "--model", str(tmp_path / "tiny"), "-o", str(tmp_path / "out"), "--items", "2",
-             "--batch-size", "2", "--sets", "voices", "two-turn", "sentences", "--ways", "ss", "st"]  # fmt: skip
+    words = [
+        "eval",
+        "nano",
+        "--model",
+        str(tmp_path / "tiny"),
+        "-o",
+        str(tmp_path / "out"),
+        "--items",
+        "2",
+        "--batch-size",
+        "2",
+        "--sets",
+        "voices",
+        "two-turn",
+        "sentences",
+        "--ways",
+        "ss",
+        "st",
+    ]
     monkeypatch.setattr(report, "SAMPLING", report.SAMPLING | {"max_new_tokens": 20})
     assert main(words) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     rows = {row["what"]: row for row in table["rows"]}
     assert rows["judge's ceiling, unseen voices"]["right"] == 2
-    for what in ("S->S, unseen voices", "S->S, two turns, unseen voices",
-                 "codec: codes -> speech, unseen answers, for the codec", "control: S->S, weights in random order",
-                 "control: the answering voice, answers shuffled", "S->T, unseen voices, 15 dB quieter"):  # fmt: skip
+    for what in (
+        "S->S, unseen voices",
+        "S->S, two turns, unseen voices",
+        "codec: codes -> speech, unseen answers, for the codec",
+        "control: S->S, weights in random order",
+        "control: the answering voice, answers shuffled",
+        "S->T, unseen voices, 15 dB quieter",
+    ):
         assert (rows[what]["items"], rows[what]["right"]) == (2, 0)
     assert "PESQ-wb" in "".join(table["notes"])
     assert "Streamed beside one piece, question by question: 0 of " in "".join(table["notes"])

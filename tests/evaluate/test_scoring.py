@@ -14,7 +14,8 @@ from moss_jax.transformer import LayerSplitModel
 
 @pytest.fixture(scope="module")
 def passages(model):
-    config, rng = model.config, np.random.default_rng(0)
+    config = model.config
+    rng = np.random.default_rng(0)
     made = []
     for text, codes in ((5, 0), (30, 0), (3, 20), (0, 50), (66, 10), (12, 70), (2, 1)):
         rows = [text_rows(rng.integers(0, 256, text), config)]
@@ -31,7 +32,8 @@ def forward(config, params, grid):
 
 def direct(model, passage):
     """The sum from the whole logits, one row after the other, in float64."""
-    config, rows = model.config, passage.rows
+    config = model.config
+    rows = passage.rows
     grid = np.random.default_rng(2).integers(0, 256, (1, 100, 2))  # what comes after the rows does not matter
     grid[0, : len(rows)] = rows
     logits = [np.asarray(x) for x in forward(config, model.system.language_model.params, grid)]
@@ -68,7 +70,8 @@ def test_one_compilation_for_a_length_and_its_branches(model, passages):
 
 
 def test_letters_after_a_prompt(model):
-    config, rng = model.config, np.random.default_rng(1)
+    config = model.config
+    rng = np.random.default_rng(1)
     prompts = [text_rows(rng.integers(0, 256, n), config) for n in (3, 64, 70, 9, 11)]
     candidates = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10], [1, 2, 3], [4, 4]]
     found = dict(pair for call in model.scorer.choices(prompts, candidates) for pair in call)

@@ -15,7 +15,8 @@ from moss_jax.evaluate.similarity import Curves, layer_outputs, other_text
 from moss_jax.transformer import LayerSplitModel
 from tests.evaluate.conftest import tone
 
-best_path, best_match = jax.jit(best_path), jax.jit(best_match)
+best_path = jax.jit(best_path)
+best_match = jax.jit(best_match)
 
 
 def every_path(speech, text, path=((0, 0),)):
@@ -50,7 +51,8 @@ def test_a_path_finds_the_order():
 
 
 def test_layers_are_those_of_the_model(model):
-    config, params = model.config, model.system.language_model.params
+    config = model.config
+    params = model.system.language_model.params
     grid = np.random.default_rng(0).integers(0, 256, (2, 9, 2)).astype(np.int32)
     grid[:, 4:, 0] = config.modality_pad_id
     outputs = layer_outputs(params, grid, config=config)
@@ -106,8 +108,10 @@ def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, c
     shutil.copytree(folder, twin)
     (twin / "transformer" / "model.safetensors").unlink()
     save_tree(twin / "transformer", flat | {"audio/embed/embedding": table})
-    lines = [{"text": text, "codes": np.searchsorted(ids, own).tolist(), "id": f"s{i}"} for i, (text, own) in
-             enumerate(zip(texts, spelled, strict=True))]  # fmt: skip
+    lines = [
+        {"text": text, "codes": np.searchsorted(ids, own).tolist(), "id": f"s{i}"}
+        for i, (text, own) in enumerate(zip(texts, spelled, strict=True))
+    ]
     file = tmp_path / "s.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out"
@@ -132,17 +136,25 @@ def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
     from moss_jax.evaluate.scoring import Scorer
     from moss_jax.evaluate.similarity import measure
 
-    lines = [{"text": f"number {i} " * (i + 1), "audio": tone(tmp_path / f"{i}.wav", 0.3 + i / 4, 200 + 90 * i)} for i
-             in range(3)]  # fmt: skip
+    lines = [
+        {"text": f"number {i} " * (i + 1), "audio": tone(tmp_path / f"{i}.wav", 0.3 + i / 4, 200 + 90 * i)}
+        for i in range(3)
+    ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sentences = read_sentences(tmp_path / "s.jsonl")
     found = model.codes([sentence.speech for sentence in sentences])
     codes = [found[sentence.speech] for sentence in sentences]
     language_model = model.system.language_model
     one, two = (
-        measure("m", Scorer(language_model.config, language_model.params, batch_size=size), model.text_tokenizer,
-                sentences, codes) for size in (1, 2)
-    )  # fmt: skip
+        measure(
+            "m",
+            Scorer(language_model.config, language_model.params, batch_size=size),
+            model.text_tokenizer,
+            sentences,
+            codes,
+        )
+        for size in (1, 2)
+    )
     for key, values in one.scores.items():
         np.testing.assert_allclose(two.scores[key], values, atol=1e-4)
         np.testing.assert_allclose(two.floors[key], one.floors[key], atol=1e-4)
@@ -154,13 +166,15 @@ def test_a_plain_qwen3_as_control(model, folder, tmp_path):
     from moss_jax.evaluate.model import Model, control_folder
 
     export_text_path(folder, tmp_path / "qwen3", lambda line: None)
-    made, said = [], []
+    made = []
+    said = []
     for _ in range(2):
         made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
     assert made[0] == made[1] and len([line for line in said if "this once" in line]) == 1
     control = Model(made[0])
     assert control.code_count == model.code_count
-    config, params = control.config, control.system.language_model.params
+    config = control.config
+    params = control.system.language_model.params
     grid = np.random.default_rng(0).integers(0, 256, (1, 9, 2)).astype(np.int32)
     grid[..., 1] = config.audio_pad_id
     ours = layer_outputs(params, grid, config=config)

@@ -24,8 +24,10 @@ def write(path, lines):
 def stories(tmp_path_factory):
     """Written, spoken and mixed ones, of different lengths."""
     folder = tmp_path_factory.mktemp("stories")
-    sound = {name: {"audio": tone(folder / f"{name}.wav", seconds, pitch)} for name, seconds, pitch in
-             (("c", 1.0, 200), ("a", 0.4, 300), ("b", 0.9, 900))}  # fmt: skip
+    sound = {
+        name: {"audio": tone(folder / f"{name}.wav", seconds, pitch)}
+        for name, seconds, pitch in (("c", 1.0, 200), ("a", 0.4, 300), ("b", 0.9, 900))
+    }
     rng = np.random.default_rng(0)
     lines = [
         {"context": "He was hungry.", "endings": ["He ate.", "He slept for a whole week."], "answer": 0, "group": "t"},
@@ -49,8 +51,9 @@ def test_pairs(model, stories, tmp_path):
     )
     assert {row["what"] for row in rows} == {"all", "t", "s", "st", "ts"}
     records = {r["id"]: r for r in map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:])}
-    assert records["00001"]["rows"] == [len(model.text_tokenizer.encode(f" {e}")) for e in
-                                        ("He ate.", "He slept for a whole week.")]  # fmt: skip
+    assert records["00001"]["rows"] == [
+        len(model.text_tokenizer.encode(f" {e}")) for e in ("He ate.", "He slept for a whole week.")
+    ]
     assert records["00002"]["rows"] == [5, 12] and records["00004"]["rows"] == [5, 3]
     for story in pairs.read_stories(stories):
         record = records[story.name]
@@ -60,7 +63,8 @@ def test_pairs(model, stories, tmp_path):
 
 
 def test_a_spoken_context_and_ending_are_one_stretch(model):
-    config, parts = model.config, [Part(codes=(1, 2)), Part(codes=(3, 4, 5)), Part(text="no")]
+    config = model.config
+    parts = [Part(codes=(1, 2)), Part(codes=(3, 4, 5)), Part(text="no")]
     codes = {part: np.array(part.codes, np.int32) for part in parts[:2]}
     rows, scored = (getattr(pairs.passage(*parts[:2], codes, None, config), name) for name in ("rows", "scored"))
     assert rows[:, 1].tolist() == [config.audio_pad_id, 1, 2, 3, 4, 5, config.eosp_id]
@@ -98,7 +102,8 @@ def test_a_killed_run(stories, folder, tmp_path):
     import time
 
     shutil.copytree(stories.parent, tmp_path / "data")
-    file, out = tmp_path / "data" / stories.name, tmp_path / "killed"
+    file = tmp_path / "data" / stories.name
+    out = tmp_path / "killed"
     arguments = ["eval", "pairs", str(file), "--model", str(folder), "--batch-size", "1"]
     command = [sys.executable, "-m", "moss_jax", *arguments, "-o", str(out)]
     process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
@@ -162,8 +167,14 @@ def test_choice(model, tmp_path):
     questions.write_text('"What is 2 + 2,\nplease?",3,4,5,6,B\n1 + 1?,2,3,4,5,A\n')
     examples = tmp_path / "dev"
     examples.mkdir()
-    write(examples / "x.jsonl", [{"question": f"{i}?", "choices": list("wxyz"), "answer": i, "subject": s} for i in
-                                 range(3) for s in ("sums", "birds")])  # fmt: skip
+    write(
+        examples / "x.jsonl",
+        [
+            {"question": f"{i}?", "choices": list("wxyz"), "answer": i, "subject": s}
+            for i in range(3)
+            for s in ("sums", "birds")
+        ],
+    )
     table = choice.run(model, questions, tmp_path / "out", shots=2, examples=examples)
     assert "| all | 2 |" in table
     read = choice.read_choices(questions)
@@ -196,10 +207,12 @@ def test_choice_files(tmp_path):
 def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command):
     command, heard = judge_command
     clip = tone(tmp_path / "q.wav", 0.8)
-    lines = [{"question": {"audio": clip}, "answers": ["Paris", "City of Paris"], "group": "A"},
-             {"question": "And in writing?", "answers": ["London"], "group": "B"},
-             {"question": {"codes": [1, 2, 3]}, "answers": ["the paris"], "group": "A"},
-             {"question": {"codes": [4]}, "answers": ["Rome", "Pari"], "group": "B"}]  # fmt: skip
+    lines = [
+        {"question": {"audio": clip}, "answers": ["Paris", "City of Paris"], "group": "A"},
+        {"question": "And in writing?", "answers": ["London"], "group": "B"},
+        {"question": {"codes": [1, 2, 3]}, "answers": ["the paris"], "group": "A"},
+        {"question": {"codes": [4]}, "answers": ["Rome", "Pari"], "group": "B"},
+    ]
     questions = write(tmp_path / "qa.jsonl", lines)
     sampling = {"greedy": False, "max_new_tokens": 9, "min_new_tokens": 9}
     options = {"judge": CommandJudge(command), "sampling": sampling}
@@ -231,9 +244,11 @@ def test_written_replies_need_no_judge(model, tmp_path):
 
 @pytest.mark.slow
 def test_resynthesis(model, tmp_path, judge_command):
-    lines = [{"audio": tone(tmp_path / "a.wav", 0.8), "text": "I think it is Paris!"},
-             {"audio": tone(tmp_path / "b.wav", 0.3), "text": "A SHORT"},
-             {"codes": [1] * 10, "text": "it is Paris", "words": [[0, 0.2]]}]  # fmt: skip
+    lines = [
+        {"audio": tone(tmp_path / "a.wav", 0.8), "text": "I think it is Paris!"},
+        {"audio": tone(tmp_path / "b.wav", 0.3), "text": "A SHORT"},
+        {"codes": [1] * 10, "text": "it is Paris", "words": [[0, 0.2]]},
+    ]
     table = resynthesis.run(
         model, write(tmp_path / "s.jsonl", lines), tmp_path / "out", judge=CommandJudge(judge_command[0])
     )
@@ -275,15 +290,24 @@ def test_the_verb(folder, stories, tmp_path, capsys):
 
 def test_a_recogniser_of_transformers(tmp_path):
     """A wav2vec2 with random weights, saved and opened as a real one is."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
     (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
     config = transformers.Wav2Vec2Config(
-        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 4), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
-    )  # fmt: skip
+        vocab_size=len(letters),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8, 8),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 4),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2,
+    )
     folder = tmp_path / "recogniser"
     transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
     transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(folder)

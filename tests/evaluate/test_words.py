@@ -41,7 +41,8 @@ def test_an_ending_goes_on_with_a_space_where_there_is_one():
 @given(*[st.lists(st.sampled_from("abcd"), max_size=9)] * 2)
 def test_errors_are_the_levenshtein_distance(reference, found):
     table = np.zeros((len(reference) + 1, len(found) + 1), int)
-    table[:, 0], table[0] = np.arange(len(reference) + 1), np.arange(len(found) + 1)
+    table[:, 0] = np.arange(len(reference) + 1)
+    table[0] = np.arange(len(found) + 1)
     for i in range(len(reference)):
         for j in range(len(found)):
             change = table[i, j] + (reference[i] != found[j])

@@ -45,34 +45,67 @@ def _around(*usual: int) -> st.SearchStrategy[int]:
 
 
 CASES = st.one_of(
-    st.fixed_dictionaries({
-        "seed": st.sampled_from(SEEDS),
-        "other": st.sampled_from(SEEDS),
-        "edits": edits(),
-        "suffix": st.sampled_from(SUFFIXES),
-    }),
-    st.fixed_dictionaries({
-        "container": st.sampled_from(["wav", "rf64", "flac"]),
-        "suffix": st.sampled_from(SUFFIXES),
-        "rate": st.one_of(st.integers(1, 800_000), _around(8000, 16000, 22254, 44101, 655_350)),
-        "channels": _around(1, 2, 6, 8),
-        "bits": _around(8, 16, 24, 32),
-        "coding": _around(1, 3, 6, 7, 17, 0xFFFE),
-        "frames": _around(0, 1, 2000, 4000),
-        "size": _around(0, 8, 8000),
-    }),
-    st.fixed_dictionaries({
-        "array": st.sampled_from([
-            "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool", "complex64",
-            "U3", "object", "M8[s]",
-        ]),
-        "shape": st.sampled_from([
-            (), (0,), (1,), (1000,), (1000, 2), (2, 1000), (1000, 1), (3, 3), (0, 2), (1000, 0), (400, 1000), (2, 2, 2),
-        ]),
-        "scale": st.sampled_from([0, 1e-30, 0.5, 1, 2, 127, 32767, 1e38, float("nan"), float("inf")]),
-        "rate": st.one_of(SCALARS, st.integers(1, 800_000), st.sampled_from([16000, 48000.0, "48000", 44101])),
-    }),
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "seed": st.sampled_from(SEEDS),
+            "other": st.sampled_from(SEEDS),
+            "edits": edits(),
+            "suffix": st.sampled_from(SUFFIXES),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "container": st.sampled_from(["wav", "rf64", "flac"]),
+            "suffix": st.sampled_from(SUFFIXES),
+            "rate": st.one_of(st.integers(1, 800_000), _around(8000, 16000, 22254, 44101, 655_350)),
+            "channels": _around(1, 2, 6, 8),
+            "bits": _around(8, 16, 24, 32),
+            "coding": _around(1, 3, 6, 7, 17, 0xFFFE),
+            "frames": _around(0, 1, 2000, 4000),
+            "size": _around(0, 8, 8000),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "array": st.sampled_from(
+                [
+                    "float16",
+                    "float32",
+                    "float64",
+                    "int8",
+                    "int16",
+                    "int32",
+                    "int64",
+                    "uint8",
+                    "uint16",
+                    "bool",
+                    "complex64",
+                    "U3",
+                    "object",
+                    "M8[s]",
+                ]
+            ),
+            "shape": st.sampled_from(
+                [
+                    (),
+                    (0,),
+                    (1,),
+                    (1000,),
+                    (1000, 2),
+                    (2, 1000),
+                    (1000, 1),
+                    (3, 3),
+                    (0, 2),
+                    (1000, 0),
+                    (400, 1000),
+                    (2, 2, 2),
+                ]
+            ),
+            "scale": st.sampled_from([0, 1e-30, 0.5, 1, 2, 127, 32767, 1e38, float("nan"), float("inf")]),
+            "rate": st.one_of(SCALARS, st.integers(1, 800_000), st.sampled_from([16000, 48000.0, "48000", 44101])),
+        }
+    ),
+)
 
 
 def run(case: dict, folder: Path) -> None:

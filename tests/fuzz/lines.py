@@ -45,33 +45,39 @@ READERS = (*["questions"] * 4, *["codes"] * 2, *FORMATS)
 SEPARATORS = (*["\n"] * 6, "\r\n", "\r", "\u2028", "\n\n", "")
 ENCODINGS = (*["utf-8"] * 6, "utf-8-sig", "utf-16", "latin-1")
 
-LINE_CASES = st.fixed_dictionaries({
-    "reader": st.sampled_from(READERS),
-    "lines": st.lists(
-        st.tuples(st.integers(0, 5), st.one_of(st.just([]), CHANGES, CHANGES)), min_size=1, max_size=2
-    ),
-    "separator": st.sampled_from(SEPARATORS),
-    "encoding": st.sampled_from(ENCODINGS),
-    "ascii": st.booleans(),
-    "edits": st.one_of(st.just([]), st.just([]), st.just([]), edits(2)),
-})  # fmt: skip
+LINE_CASES = st.fixed_dictionaries(
+    {
+        "reader": st.sampled_from(READERS),
+        "lines": st.lists(
+            st.tuples(st.integers(0, 5), st.one_of(st.just([]), CHANGES, CHANGES)), min_size=1, max_size=2
+        ),
+        "separator": st.sampled_from(SEPARATORS),
+        "encoding": st.sampled_from(ENCODINGS),
+        "ascii": st.booleans(),
+        "edits": st.one_of(st.just([]), st.just([]), st.just([]), edits(2)),
+    }
+)
 # The header of a .npy is text: a Python dictionary.
-ARRAY_CASES = st.fixed_dictionaries({
-    "array": st.sampled_from(["int64", "int32", "uint8", "float32", "complex64", "bool", "U3", "i4,f4", "M8[s]"]),
-    "shape": st.sampled_from([(3,), (0,), (), (2, 2)]),
-    "fortran": st.booleans(),
-    "header": st.one_of(
-        st.none(),
-        st.sampled_from([
-            "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
-            "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }",
-            "{'descr': '<i8', 'fortran_order': False, 'shape': (-3,), }",
-            "{'descr': '<i8', 'fortran_order': False, 'shape': (9" + "9" * 4400 + ",), }",
-            "(" * 5000 + ")" * 5000,
-        ]),
-    ),
-    "edits": edits(3),
-})  # fmt: skip
+ARRAY_CASES = st.fixed_dictionaries(
+    {
+        "array": st.sampled_from(["int64", "int32", "uint8", "float32", "complex64", "bool", "U3", "i4,f4", "M8[s]"]),
+        "shape": st.sampled_from([(3,), (0,), (), (2, 2)]),
+        "fortran": st.booleans(),
+        "header": st.one_of(
+            st.none(),
+            st.sampled_from(
+                [
+                    "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+                    "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }",
+                    "{'descr': '<i8', 'fortran_order': False, 'shape': (-3,), }",
+                    "{'descr': '<i8', 'fortran_order': False, 'shape': (9" + "9" * 4400 + ",), }",
+                    "(" * 5000 + ")" * 5000,
+                ]
+            ),
+        ),
+        "edits": edits(3),
+    }
+)
 CASES = st.one_of(LINE_CASES, LINE_CASES, LINE_CASES, ARRAY_CASES)
 
 

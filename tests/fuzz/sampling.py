@@ -31,17 +31,19 @@ ARGUMENTS = {
     "max_new_tokens": st.one_of(st.integers(1, 600), ODD),
     "min_new_tokens": st.one_of(st.integers(0, 20), ODD),
 }
-CASES = st.fixed_dictionaries({
-    "arguments": st.fixed_dictionaries({}, optional=ARGUMENTS | {"top_q": ODD}),
-    "logits": st.lists(
-        st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 1.0, -1e4, 1e4])),
-        min_size=VOCABULARY,
-        max_size=VOCABULARY,
-    ),
-    "forbidden": st.lists(st.booleans(), min_size=VOCABULARY - 1, max_size=VOCABULARY - 1),
-    "seen": st.lists(st.booleans(), min_size=VOCABULARY, max_size=VOCABULARY),
-    "seed": st.one_of(st.integers(0, 3), ODD),
-})  # fmt: skip
+CASES = st.fixed_dictionaries(
+    {
+        "arguments": st.fixed_dictionaries({}, optional=ARGUMENTS | {"top_q": ODD}),
+        "logits": st.lists(
+            st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 1.0, -1e4, 1e4])),
+            min_size=VOCABULARY,
+            max_size=VOCABULARY,
+        ),
+        "forbidden": st.lists(st.booleans(), min_size=VOCABULARY - 1, max_size=VOCABULARY - 1),
+        "seen": st.lists(st.booleans(), min_size=VOCABULARY, max_size=VOCABULARY),
+        "seed": st.one_of(st.integers(0, 3), ODD),
+    }
+)
 
 
 def run(case: dict, folder: Path) -> None:

@@ -35,13 +35,15 @@ INDEX = {"metadata": {"total_size": 42}, "weight_map": dict.fromkeys(["a", "b/ke
 CASES = st.one_of(
     st.fixed_dictionaries({"kind": st.just("bytes"), "edits": edits()}),
     st.fixed_dictionaries({"kind": st.just("header"), "changes": CHANGES, "entry": ENTRIES, "edits": edits(1)}),
-    st.fixed_dictionaries({
-        "kind": st.just("index"),
-        "changes": CHANGES,
-        "file": st.one_of(FILES, SCALARS),
-        "edits": edits(1),
-    }),
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "kind": st.just("index"),
+            "changes": CHANGES,
+            "file": st.one_of(FILES, SCALARS),
+            "edits": edits(1),
+        }
+    ),
+)
 
 
 def run(case: dict, folder: Path) -> None:

@@ -20,10 +20,12 @@ PIECES = st.one_of(
     ),
 )
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
-CASES = st.fixed_dictionaries({
-    "turns": st.lists(st.tuples(st.sampled_from(ROLES), TEXTS), min_size=1, max_size=3),
-    "reply": st.sampled_from(["speech", "text"]),
-})  # fmt: skip
+CASES = st.fixed_dictionaries(
+    {
+        "turns": st.lists(st.tuples(st.sampled_from(ROLES), TEXTS), min_size=1, max_size=3),
+        "reply": st.sampled_from(["speech", "text"]),
+    }
+)
 
 
 def run(case: dict, folder: Path) -> None:

@@ -28,7 +28,9 @@ def definition(q, k, v, mask):
 
 
 def test_plain_attention_is_the_definition():
-    q, k, v = heads(0, 2, 9, 4, 8), heads(1, 2, 9, 2, 8), heads(2, 2, 9, 2, 8)
+    q = heads(0, 2, 9, 4, 8)
+    k = heads(1, 2, 9, 2, 8)
+    v = heads(2, 2, 9, 2, 8)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2, 0, 0]])
     mask = np.tril(np.ones((9, 9), bool)) & (segments[:, :, None] == segments[:, None])
     np.testing.assert_allclose(
@@ -38,7 +40,9 @@ def test_plain_attention_is_the_definition():
 
 @pytest.mark.parametrize("length", [64, 150, 600])  # one block, a short last one, blocks of more than the smallest
 def test_attention_in_blocks_is_the_definition_and_has_its_gradients(length):
-    q, k, v = heads(0, 2, length, 4, 8), heads(1, 2, length, 2, 8), heads(2, 2, length, 2, 8)
+    q = heads(0, 2, length, 4, 8)
+    k = heads(1, 2, length, 2, 8)
+    v = heads(2, 2, length, 2, 8)
     cuts = np.array([[length // 3], [length // 2 + 7]])
     segments = (np.arange(length) >= cuts).astype(np.int32)
     mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
@@ -60,8 +64,11 @@ def test_attention_in_blocks_is_the_definition_and_has_its_gradients(length):
 @given(seed=st.integers(0, 999), new=st.sampled_from([1, 4]), filled=st.integers(0, 12))
 def test_cached_attention_is_the_definition(seed, new, filled):
     rng = np.random.default_rng(seed)
-    q, k, v = heads(seed, 2, new, 4, 8), heads(seed + 1, 2, new, 2, 8), heads(seed + 2, 2, new, 2, 8)
-    past_k, past_v = heads(seed + 3, 2, 12, 2, 8), heads(seed + 4, 2, 12, 2, 8)
+    q = heads(seed, 2, new, 4, 8)
+    k = heads(seed + 1, 2, new, 2, 8)
+    v = heads(seed + 2, 2, new, 2, 8)
+    past_k = heads(seed + 3, 2, 12, 2, 8)
+    past_v = heads(seed + 4, 2, 12, 2, 8)
     past_mask = (rng.random((2, 12)) < 0.7) & (np.arange(12) < filled)
     mask = np.broadcast_to(np.tril(np.ones((new, new), bool)), (2, new, new))
     ours = jax.jit(cached_attention)(q, k, v, past_k, past_v, past_mask, mask)
@@ -71,14 +78,18 @@ def test_cached_attention_is_the_definition(seed, new, filled):
 
 
 def test_a_query_that_sees_nothing_gives_numbers():
-    q, k, v = heads(0, 1, 1, 2, 8), heads(1, 1, 1, 2, 8), heads(2, 1, 1, 2, 8)
+    q = heads(0, 1, 1, 2, 8)
+    k = heads(1, 1, 1, 2, 8)
+    v = heads(2, 1, 1, 2, 8)
     y = cached_attention(q, k, v, k, v, np.zeros((1, 1), bool), np.zeros((1, 1, 1), bool))
     assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_splash_equals_plain_attention(packed):
-    q, k, v = heads(0, 2, 256, 4, 128), heads(1, 2, 256, 2, 128), heads(2, 2, 256, 2, 128)
+    q = heads(0, 2, 256, 4, 128)
+    k = heads(1, 2, 256, 2, 128)
+    v = heads(2, 2, 256, 2, 128)
     segments = np.repeat([[0, 1, 2], [1, 1, 2]], [20, 100, 136], axis=1) if packed else None
     run = jax.jit(lambda *x: splash(*x, segments, interpret=True))
     np.testing.assert_allclose(run(q, k, v), attention(q, k, v, segments, "xla"), atol=1e-5)
@@ -86,7 +97,9 @@ def test_splash_equals_plain_attention(packed):
 
 @pytest.mark.slow
 def test_splash_has_the_gradients_of_plain_attention():
-    q, k, v = heads(0, 1, 128, 2, 128), heads(1, 1, 128, 1, 128), heads(2, 1, 128, 1, 128)
+    q = heads(0, 1, 128, 2, 128)
+    k = heads(1, 1, 128, 1, 128)
+    v = heads(2, 1, 128, 1, 128)
     segments = np.repeat([[1, 2]], [50, 78], axis=1)
     ours = jax.grad(lambda *x: jnp.sin(splash(*x, segments, interpret=True)).sum(), (0, 1, 2))(q, k, v)
     plain = jax.grad(lambda *x: jnp.sin(attention(*x, segments, "xla")).sum(), (0, 1, 2))(q, k, v)
@@ -114,7 +127,8 @@ def test_the_backend_and_the_shapes_pick_the_implementation():
 
 
 def test_rope_depends_on_distance_alone_and_keeps_bfloat16_positions_apart():
-    q, k = heads(0, 1, 1, 1, 16), heads(1, 1, 1, 1, 16)
+    q = heads(0, 1, 1, 1, 16)
+    k = heads(1, 1, 1, 1, 16)
 
     def score(i, j, dtype=jnp.float32):
         turned = [apply_rope(x.astype(dtype), *rope_angles(jnp.array([[p]]), 16, 1e6)) for x, p in ((q, i), (k, j))]

@@ -58,13 +58,23 @@ class Browser:
 
     def __init__(self, question: Path, size: tuple[int, int]):
         self.home = tempfile.mkdtemp(prefix="moss-browser-")
-        commands, answers = os.pipe(), os.pipe()
+        commands = os.pipe()
+        answers = os.pipe()
         flags = [
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe",
-            f"--user-data-dir={self.home}", f"--window-size={size[0]},{size[1]}", "--use-fake-ui-for-media-stream",
-            "--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={question}%noloop",
-            "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb",
-        ]  # fmt: skip
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self.home}",
+            f"--window-size={size[0]},{size[1]}",
+            "--use-fake-ui-for-media-stream",
+            "--use-fake-device-for-media-stream",
+            f"--use-file-for-fake-audio-capture={question}%noloop",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--force-color-profile=srgb",
+        ]
         shell = f'exec "$0" "$@" 3<&{commands[0]} 4>&{answers[1]}'
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if program is None:
@@ -74,15 +84,19 @@ class Browser:
         )
         os.close(commands[0])
         os.close(answers[1])
-        self._out, self._in = os.fdopen(commands[1], "wb", 0), os.fdopen(answers[0], "rb", 0)
-        self._rest, self._count, self.problems = b"", 0, []
+        self._out = os.fdopen(commands[1], "wb", 0)
+        self._in = os.fdopen(answers[0], "rb", 0)
+        self._rest = b""
+        self._count = 0
+        self.problems = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._page = None
         self._page = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
-        self.send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1,
-                  mobile=False)  # fmt: skip
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False
+        )
         self.send("Page.addScriptToEvaluateOnNewDocument", source=TAP)
 
     def send(self, method: str, **params):
@@ -192,10 +206,12 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
         played = played[loud[0] : loud[-1] + 1] if loud.size else played[:0]
         soundfile.write(out / f"played-{number}.wav", played, int(rate))
         return {
-            "press_to_sound_s": round(stats["first"] - stats["pressed"], 3), "gaps": stats["gaps"],
-            "gap_s": round(stats["gapSeconds"], 3), "sent_s": round(stats["samples"] / rate, 3),
+            "press_to_sound_s": round(stats["first"] - stats["pressed"], 3),
+            "gaps": stats["gaps"],
+            "gap_s": round(stats["gapSeconds"], 3),
+            "sent_s": round(stats["samples"] / rate, 3),
             "played_s": round(len(played) / rate, 3),
-        }  # fmt: skip
+        }
 
     def answer(number: int | str, count: int) -> str:
         browser.wait(f"{ANSWERS} >= {count}", f"answer {count} in the conversation", patience)
@@ -234,8 +250,11 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     time.sleep(0.5)
     browser.write("#moss-text textarea", "What is the capital of France?")
     browser.press("#moss-ask")
-    told = browser.wait(f"{ANSWERS} >= 3 && [...document.querySelectorAll('#moss-talk .moss-assistant')].at(-1)"
-                        ".innerText", "the written answer", patience)  # fmt: skip
+    told = browser.wait(
+        f"{ANSWERS} >= 3 && [...document.querySelectorAll('#moss-talk .moss-assistant')].at(-1).innerText",
+        "the written answer",
+        patience,
+    )
     step("written", told=told, players=browser.run("mossPlayer.stats.length"))
 
     browser.press("#moss-reply label:nth-child(1)")
@@ -271,8 +290,7 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     files = browser.run("[...document.querySelectorAll('#moss-talk audio')].map(e => e.src)")
     browser.press("#moss-clear")
     browser.wait("document.querySelector('#moss-talk .moss-empty')", "an empty conversation", 30)
-    gone = browser.run(f"Promise.all({json.dumps(files)}.map(f => fetch(f, {{cache: 'reload'}})"
-                       ".then(r => r.status)))")  # fmt: skip
+    gone = browser.run(f"Promise.all({json.dumps(files)}.map(f => fetch(f, {{cache: 'reload'}}).then(r => r.status)))")
     step("cleared", files=gone)
     report["problems"] = [line for line in browser.problems if "404" not in line]
     return report

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("matplotlib")
 
-SPEAK, WRITE = "Speak.", "Write."
+SPEAK = "Speak."
+WRITE = "Write."
 SPOKEN = {"reply": "speech", "system_turn": SPEAK, "max_new_tokens": 14, "min_new_tokens": 14}
 WRITTEN = {"reply": "text", "system_turn": WRITE, "max_new_tokens": 15}
 LONG = {**SPOKEN, "max_new_tokens": 120, "min_new_tokens": 120}
@@ -66,12 +67,17 @@ def test_four_pairings_in_one_conversation(session, system, recording):
     assert answer.real_time_factor == pytest.approx(answer.spent / (14 * 0.08))
 
     # The second turn goes on from the first, as `System` does by itself.
-    again = system.stream([moss_jax.Turn("system", text=SPEAK), question.turn], seed=0,
-                          max_new_tokens=14, min_new_tokens=14)  # fmt: skip
+    again = system.stream(
+        [moss_jax.Turn("system", text=SPEAK), question.turn], seed=0, max_new_tokens=14, min_new_tokens=14
+    )
     list(again)
     np.testing.assert_array_equal(again.reply.codes, answer.turn.codes)
-    follow_up = system.stream([moss_jax.Turn("user", text="And?")], conversation=again.reply.conversation,
-                              max_new_tokens=14, min_new_tokens=14)  # fmt: skip
+    follow_up = system.stream(
+        [moss_jax.Turn("user", text="And?")],
+        conversation=again.reply.conversation,
+        max_new_tokens=14,
+        min_new_tokens=14,
+    )
     list(follow_up)
     list(session.ask(text=" And? ", **SPOKEN))
     assert [entry.role for entry in session.entries] == ["user", "assistant"] * 2

@@ -95,7 +95,8 @@ def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
 @example(7, 8, [8])
 def test_the_cached_stream_does_not_depend_on_the_delivery(decoder, whole, prompt, count, sizes):
     stream = decoder.stream(voice(prompt), seed=2)
-    waves, codes = [], CODES[:count]
+    waves = []
+    codes = CODES[:count]
     for size in sizes:
         waves.append(stream.push(codes[:size]))
         codes = codes[size:]

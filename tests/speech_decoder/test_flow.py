@@ -80,7 +80,10 @@ def test_sinusoids_are_exact_up_to_the_longest_position():
 @pytest.mark.parametrize("first", [0, 9000])
 def test_relative_attention_is_the_formula(first):
     random = np.random.default_rng(0)
-    rows, heads, width, size = 11, 2, 4, 8
+    rows = 11
+    heads = 2
+    width = 4
+    size = 8
     q, k, v, u, w = (random.normal(size=(1, rows, heads, width)) for _ in range(5))
     kernel = random.normal(size=(size, heads, width))
     r = np.arange(rows)[:, None] - np.arange(rows)[None]
@@ -112,9 +115,11 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("streaming", "finalize"), [(False, True), (True, False)])
 def test_other_lengths_of_a_bucket_compile_nothing_and_padding_changes_nothing(params, streaming, finalize):
-    voice, flags = make_voice(TINY, 6), {"streaming": streaming, "finalize": finalize}
+    voice = make_voice(TINY, 6)
+    flags = {"streaming": streaming, "finalize": finalize}
     compiled = sampler._compiled(TINY, streaming, finalize)
-    mels, sizes = {}, []
+    mels = {}
+    sizes = []
     for count in (10, 3, 7):  # 16, 9 and 13 codes with the prompt: one bucket
         mels[count] = sampler.decode(params, TINY, make_codes(TINY, count), voice, **flags)
         sizes.append(compiled._cache_size())
@@ -133,7 +138,8 @@ def test_items_of_a_batch_get_what_they_get_alone(params):
     prompt = np.zeros((2, 48, TINY.mel_bins), np.float32)
     prompt[:, :8] = random.normal(size=(2, 8, TINY.mel_bins))
     embedding = random.normal(size=(2, TINY.speaker_size)).astype(np.float32)
-    count, z = np.array([12, 7]), noise(TINY.noise_frames, TINY.mel_bins)
+    count = np.array([12, 7])
+    z = noise(TINY.noise_frames, TINY.mel_bins)
     flow = jax.jit(lambda *inputs: sampler.flow(params, TINY, z, *inputs)[-1])
     both = flow(codes, count, prompt, embedding)
     alone = flow(codes[1:, :7], count[1:], prompt[1:, :28], embedding[1:])
@@ -142,7 +148,9 @@ def test_items_of_a_batch_get_what_they_get_alone(params):
 
 @pytest.mark.slow
 def test_streaming_never_looks_beyond_its_chunk_and_the_lookahead(params):
-    codes, voice = make_codes(TINY, 16), make_voice(TINY, 4)  # chunks end at 5, 10, 15, 20
+    # chunks end at 5, 10, 15, 20
+    codes = make_codes(TINY, 16)
+    voice = make_voice(TINY, 4)
     changed = codes.copy()
     changed[9:] = (changed[9:] + 7) % 90  # absolute code 13 and later: frames of codes 0..9 stay
     mels = [

@@ -20,8 +20,10 @@ CODES = 20
 
 
 def states(params, config=CONFIG, streaming=False):
-    codes, prompt = make_codes(config, CODES), np.zeros((1, 4 * CODES, config.mel_bins), np.float32)
-    z, voice = noise(config.noise_frames, config.mel_bins), make_voice(config, 0)
+    codes = make_codes(config, CODES)
+    prompt = np.zeros((1, 4 * CODES, config.mel_bins), np.float32)
+    z = noise(config.noise_frames, config.mel_bins)
+    voice = make_voice(config, 0)
     inputs = z, codes[None], np.array([CODES]), prompt, voice.embedding[None]
     return np.asarray(jax.jit(lambda p: sampler.flow(p, config, *inputs, streaming))(params))
 
@@ -32,14 +34,16 @@ def test_an_estimator_that_says_nothing_leaves_the_encoders_mel():
     np.testing.assert_allclose(flat["mu/bias"], CONFIG.normalized(mean), rtol=1e-6)
     assert not np.asarray(flat[LAST_KERNEL]).any()
     params = unflatten(flat)
-    model, codes = FlowModel(CONFIG), make_codes(CONFIG, CODES)
+    model = FlowModel(CONFIG)
+    codes = make_codes(CONFIG, CODES)
 
     def encoded(params):
         ahead = np.zeros(CONFIG.lookahead, np.int32)
         x = model.apply({"params": params}, np.append(codes, ahead)[None], np.array([CODES]), method="embed")
         return model.apply({"params": params}, x, np.ones((1, CODES), bool), method="encode")[0]
 
-    found, mu = states(params), np.asarray(jax.jit(encoded)(params))
+    found = states(params)
+    mu = np.asarray(jax.jit(encoded)(params))
     np.testing.assert_allclose(found[-1], mu, atol=1e-5)
     # On the way there every state lies on the line from noise to it.
     t = sampler.times(CONFIG)[:, None, None, None]

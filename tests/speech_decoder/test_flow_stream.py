@@ -60,10 +60,13 @@ def delivered(flow, voice, codes, portions=()):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cached_is_the_prefix_run(flow, reference, data):
-    prompt, count = data.draw(st.integers(0, 27)), data.draw(st.integers(1, 50))
+    prompt = data.draw(st.integers(0, 27))
+    count = data.draw(st.integers(1, 50))
     portions = sorted(data.draw(st.lists(st.integers(0, count), max_size=4)))
-    voice, codes = make_voice(TINY, prompt), make_codes(TINY, count)
-    expected, ours = reference(codes, voice), delivered(flow, voice, codes, portions)
+    voice = make_voice(TINY, prompt)
+    codes = make_codes(TINY, count)
+    expected = reference(codes, voice)
+    ours = delivered(flow, voice, codes, portions)
     assert ours.shape == expected.shape
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
     if count > TINY.lookahead:  # the run that `reference` streaming makes before the end
@@ -93,10 +96,12 @@ def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, refer
 @pytest.mark.slow
 def test_growing_changes_nothing(params, reference, monkeypatch):
     monkeypatch.setattr(stream, "FIRST_CODES", 10)
-    voice, codes = make_voice(TINY, 7), make_codes(TINY, 36)
+    voice = make_voice(TINY, 7)
+    codes = make_codes(TINY, 36)
     flow = stream.CachedFlow(params, TINY)
     request = flow.stream(flow.prefill(voice))
-    mels, slots = [], []
+    mels = []
+    slots = []
     for part in np.split(codes, 4):
         mels.append(request.push(part))
         slots.append(request.state.cache.slots)
@@ -111,12 +116,18 @@ def windowed(params, slots, **options):
 
 @pytest.mark.slow
 def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, flow):
-    voice, codes = make_voice(TINY, 13), make_codes(TINY, 75)  # 2 chunks prefilled, 1 that straddles: pinned
+    # 2 chunks prefilled, 1 that straddles: pinned
+    voice = make_voice(TINY, 13)
+    codes = make_codes(TINY, 75)
     small = windowed(params, 6)
-    request, exact = small.stream(small.prefill(voice)), flow.stream(flow.prefill(voice))
-    sizes, held, differences = set(), [], []
+    request = small.stream(small.prefill(voice))
+    exact = flow.stream(flow.prefill(voice))
+    sizes = set()
+    held = []
+    differences = []
     for part in np.split(codes, 15):
-        ours, theirs = request.push(part), exact.push(part)
+        ours = request.push(part)
+        theirs = exact.push(part)
         differences.append(float(jnp.abs(ours - theirs).max()) if ours.size else 0.0)
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)))
         held.append(np.asarray(request.state.cache.chunks).tolist())
@@ -129,14 +140,21 @@ def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, fl
 
 @pytest.mark.slow
 def test_a_full_cache_is_narrowed_to_the_window(params, flow):
-    voice, codes = make_voice(TINY, 13), make_codes(TINY, 95)  # the first slot is pinned
+    # the first slot is pinned
+    voice = make_voice(TINY, 13)
+    codes = make_codes(TINY, 95)
     small = windowed(params, 12, window=34)
     assert (small.slots, small.window) == (12, 6)
-    request, exact = small.stream(small.prefill(voice)), flow.stream(flow.prefill(voice))
-    frames, before, sizes, differences = TINY.chunk_frames, None, [], []
+    request = small.stream(small.prefill(voice))
+    exact = flow.stream(flow.prefill(voice))
+    frames = TINY.chunk_frames
+    before = None
+    sizes = []
+    differences = []
     for part in np.split(codes, 19):
         cache = jax.tree.map(np.asarray, request.state.cache)
-        ours, theirs = request.push(part), exact.push(part)
+        ours = request.push(part)
+        theirs = exact.push(part)
         differences.append(float(np.abs(ours - theirs).max()) if ours.size else 0.0)
         if cache.slots == 12 and request.state.cache.slots == 6:
             before = cache
@@ -149,17 +167,21 @@ def test_a_full_cache_is_narrowed_to_the_window(params, flow):
     assert after.chunks[0] == 2 and sorted(after.chunks[1:]) == [10, 11, 12, 13, 14]
     for slot, chunk in enumerate(after.chunks):
         if chunk < 14:
-            rows, old = slice(slot * frames, (slot + 1) * frames), int(chunk - 2) * frames
+            rows = slice(slot * frames, (slot + 1) * frames)
+            old = int(chunk - 2) * frames
             np.testing.assert_array_equal(after.k[..., rows, :], before.k[..., old : old + frames, :])
 
 
 def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
-    voice, codes = make_voice(TINY, 0), make_codes(TINY, 40)
+    voice = make_voice(TINY, 0)
+    codes = make_codes(TINY, 40)
     half = stream.CachedFlow(params, TINY, dtype="bfloat16")
     assert 2 * stream.chunk_bytes(TINY, "bfloat16") == stream.chunk_bytes(TINY)
-    exact, near = flow.stream(flow.prefill(voice)), half.stream(half.prefill(voice))
+    exact = flow.stream(flow.prefill(voice))
+    near = half.stream(half.prefill(voice))
     assert near.state.cache.k.dtype == jnp.bfloat16
-    exact, near = exact.push(codes), near.push(codes)
+    exact = exact.push(codes)
+    near = near.push(codes)
     assert 0 < np.abs(exact - near).max() < 0.1 * np.abs(exact).max()
 
 

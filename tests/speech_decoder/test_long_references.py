@@ -39,13 +39,24 @@ FLOW = flow_sizes.FlowConfig(
         channels=24, intermediate_size=96, time_size=96, num_heads=2, head_dim=12, num_blocks=1, num_mid_stages=2
     ),
 )
-PROMPT, CODES = 13, 104  # the prompt is no multiple of the chunk; 468 mel frames in all
+# the prompt is no multiple of the chunk; 468 mel frames in all
+PROMPT = 13
+CODES = 104
 VOCODER = replace(vocoder.TINY, f0_layers=5)  # as the reference has it
 FRAMES = 240
 SPEAKER = SpeakerConfig(
-    num_mel_bins=80, embedding_size=24, head_channels=4, head_blocks=(2, 2), init_channels=16, growth_rate=4,
-    bottleneck=16, context_reduction=2, dense_layers=(3, 4, 2), dense_dilations=(1, 2, 2), segment_frames=100,
-)  # fmt: skip
+    num_mel_bins=80,
+    embedding_size=24,
+    head_channels=4,
+    head_blocks=(2, 2),
+    init_channels=16,
+    growth_rate=4,
+    bottleneck=16,
+    context_reduction=2,
+    dense_layers=(3, 4, 2),
+    dense_dilations=(1, 2, 2),
+    segment_frames=100,
+)
 FBANK_FRAMES = 657  # 329 after the stride: three pooling segments and a part of one
 
 

@@ -45,14 +45,16 @@ def torch_embedding(weights, config, features):
     w = {name: torch.tensor(np.array(value)) for name, value in weights.items()}
 
     def norm(x, name):
-        scale, bias = w.get(f"{name}.weight"), w.get(f"{name}.bias")
+        scale = w.get(f"{name}.weight")
+        bias = w.get(f"{name}.bias")
         return f.batch_norm(x, w[f"{name}.running_mean"], w[f"{name}.running_var"], scale, bias)
 
     x = torch.tensor(np.array(features)).transpose(1, 2)[:, None]
     x = f.relu(norm(f.conv2d(x, w["head.conv1.weight"], padding=1), "head.bn1"))
     for group, blocks in enumerate(config.head_blocks, 1):
         for block in range(blocks):
-            name, stride = f"head.layer{group}.{block}", (2 - bool(block), 1)
+            name = f"head.layer{group}.{block}"
+            stride = (2 - bool(block), 1)
             y = f.relu(norm(f.conv2d(x, w[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
             y = norm(f.conv2d(y, w[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
             if block == 0:
@@ -114,8 +116,10 @@ def test_the_full_size_names_come_out():
     assert found["xvector.block2.tdnnd24.cam_layer.linear_local.weight"] == (32, 128, 3)
     assert found["xvector.block1.tdnnd1.cam_layer.linear1.weight"] == (64, 128, 1)
     assert [found[f"xvector.transit{i}.linear.weight"] for i in (1, 2, 3)] == [
-        (256, 512, 1), (512, 1024, 1), (512, 1024, 1),
-    ]  # fmt: skip
+        (256, 512, 1),
+        (512, 1024, 1),
+        (512, 1024, 1),
+    ]
     assert found["xvector.dense.linear.weight"] == (192, 1024, 1)
     assert "xvector.dense.nonlinear.batchnorm.weight" not in found
     # head: convolutions, norms; tdnn; dense layers; transits; the last norm; the last layer

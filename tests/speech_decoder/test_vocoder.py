@@ -19,7 +19,8 @@ FRAMES = 12
 
 
 def shapes(config):
-    mel, noise = jnp.zeros((1, 2, config.mel_bins)), jnp.zeros((1, 2 * config.hop, config.harmonics))
+    mel = jnp.zeros((1, 2, config.mel_bins))
+    noise = jnp.zeros((1, 2 * config.hop, config.harmonics))
     return param_shapes(HiFT(config), mel, noise)
 
 
@@ -84,7 +85,8 @@ def test_stft_and_its_inverse_are_torchs():
 
 
 def test_snake_at_large_arguments():
-    x, alpha = np.linspace(-50, 50, 2001, dtype=np.float32)[:, None], np.array([0.01, 0.3, 1, 7], np.float32)
+    x = np.linspace(-50, 50, 2001, dtype=np.float32)[:, None]
+    alpha = np.array([0.01, 0.3, 1, 7], np.float32)
     exact = x + np.sin(np.float64(x) * alpha) ** 2 / np.float64(alpha)
     np.testing.assert_allclose(snake(jnp.asarray(x), jnp.asarray(alpha)), exact, atol=3e-5)
 

@@ -19,7 +19,10 @@ from tests.speech_decoder.test_vocoder import random_params
 WIDE = replace(
     TINY, f0_layers=5, resblock_widths=(3, 11), resblock_dilations=((1, 3), (1, 5)), source_resblock_widths=(7, 7, 11)
 )
-OVERLAP, CONTEXT, ROWS, HOP = 8, 12, 20, 480
+OVERLAP = 8
+CONTEXT = 12
+ROWS = 20
+HOP = 480
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,8 @@ def models():
 def speech_like(frames):
     """A log-mel with formants that move, pauses and onsets."""
     rng = np.random.default_rng(0)
-    time, bins = np.arange(frames)[:, None], np.arange(80)
+    time = np.arange(frames)[:, None]
+    bins = np.arange(80)
     mel = -6 + 4 * np.exp(-(((bins - 25 - 12 * np.sin(time / 9)) / 6) ** 2)) + 2 * np.cos(bins / 3 + time / 14)
     mel[frames // 3 : frames // 3 + 12] = -11
     return (mel + 0.3 * rng.normal(size=mel.shape)).astype(np.float32)
@@ -44,7 +48,9 @@ def speech_like(frames):
 
 def pieces(models, mel, sizes, seed=4):
     config, _, run = models
-    state, waves, frames = init_state(config, OVERLAP, CONTEXT), [], 0
+    state = init_state(config, OVERLAP, CONTEXT)
+    waves = []
+    frames = 0
     for size in sizes:
         last = frames + size == len(mel)
         padded = np.pad(mel[frames : frames + size], ((0, ROWS - size), (0, 0)))
@@ -59,14 +65,16 @@ def test_no_clicks_and_close_to_the_whole(models):
     mel = speech_like(176)
     config, params, run = models
     waves = pieces(models, mel, [16] + [20] * 8)
-    ours, whole = np.concatenate(waves), vocode(params, config, mel, 4)
+    ours = np.concatenate(waves)
+    whole = vocode(params, config, mel, 4)
     assert ours.shape == whole.shape and run._cache_size() == 1
     error = ours - whole
     ratio = 10 * np.log10(np.square(whole).mean() / np.square(error).mean())
     assert ratio > 40, f"{ratio:.1f} dB"  # 49; with a source that restarts in every piece it is 15
     # Whether a border is heard: the jump that is there and not in the whole wave, beside the steps of the wave itself.
     borders = np.cumsum([len(wave) for wave in waves])[:-1]
-    jumps, typical = np.abs(np.diff(error)), np.median(np.abs(np.diff(ours)))
+    jumps = np.abs(np.diff(error))
+    typical = np.median(np.abs(np.diff(ours)))
     fade_ends = borders[:-1] + (OVERLAP - config.f0_reach) * HOP
     assert jumps[borders - 1].max() < 0.1 * typical  # 0.02; with a restarting source 0.5
     assert jumps[fade_ends - 1].max() < 0.1 * typical

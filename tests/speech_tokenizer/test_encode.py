@@ -37,10 +37,14 @@ def noise(samples, seed=0):
 def test_the_released_names_and_shapes_come_out():
     found = table(MOSS_SPEECH_CODEC).shapes(encoder_shapes(MOSS_SPEECH_CODEC))
     expected = {
-        "conv1.weight": (1280, 128, 3), "conv1.bias": (1280,), "conv2.weight": (1280, 1280, 3), "conv2.bias": (1280,),
-        "codebook.weight": (16384, 1280), "embed_positions.weight": (1500, 1280),
+        "conv1.weight": (1280, 128, 3),
+        "conv1.bias": (1280,),
+        "conv2.weight": (1280, 1280, 3),
+        "conv2.bias": (1280,),
+        "codebook.weight": (16384, 1280),
+        "embed_positions.weight": (1500, 1280),
         "embed_positions2.weight": (375, 1280),
-    }  # fmt: skip
+    }
     for layer in range(16):
         for name in "qkv":
             expected[f"layers.{layer}.self_attn.{name}_proj.weight"] = (1280, 1280)
@@ -80,7 +84,8 @@ def torch_codes(weights, config, frames):
             return functional.linear(y, w[f"layers.{i}.{name}.weight"], w.get(f"layers.{i}.{name}.bias"))
 
         def norm(y, name, i=i):
-            scale, bias = w[f"layers.{i}.{name}.weight"], w[f"layers.{i}.{name}.bias"]
+            scale = w[f"layers.{i}.{name}.weight"]
+            bias = w[f"layers.{i}.{name}.bias"]
             return functional.layer_norm(y, scale.shape, scale, bias)
 
         y = norm(x, "self_attn_layer_norm")
@@ -93,9 +98,11 @@ def torch_codes(weights, config, frames):
     pooled = functional.avg_pool1d(x.transpose(1, 2), 4).transpose(1, 2)
     if "project.weight" in w:
         pooled = functional.linear(pooled, w["project.weight"], w["project.bias"])
-    h, codebook = pooled.double(), w["codebook.weight"].double()
+    h = pooled.double()
+    codebook = w["codebook.weight"].double()
     if config.normalize_codes:
-        h, codebook = functional.normalize(h, dim=-1), functional.normalize(codebook, dim=-1)
+        h = functional.normalize(h, dim=-1)
+        codebook = functional.normalize(codebook, dim=-1)
     return torch.cdist(h, codebook).numpy()
 
 
@@ -178,10 +185,18 @@ def test_odd_but_legal_and_bad_input(speech_tokenizer):
 def test_config():
     assert read_config(SpeechTokenizerConfig, write_config(TINY), "config.json") == TINY
     released = {
-        "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
-        "num_mel_bins": 128, "max_source_positions": 1500, "pooling_kernel_size": 4, "quantize_vocab_size": 16384,
-        "quantize_position": 16, "pooling_position": 16, "activation_function": "gelu",
-    }  # fmt: skip
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+        "pooling_kernel_size": 4,
+        "quantize_vocab_size": 16384,
+        "quantize_position": 16,
+        "pooling_position": 16,
+        "activation_function": "gelu",
+    }
     assert config_from_released(released, "config.json") == MOSS_SPEECH_CODEC
     assert (MOSS_SPEECH_CODEC.samples_per_segment, MOSS_SPEECH_CODEC.code_rate) == (480000, 12.5)
     for change, message in (

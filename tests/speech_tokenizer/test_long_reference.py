@@ -22,10 +22,21 @@ from moss_jax.speech_tokenizer.encoder import Encoder
 from tests.reference_weights import draw_weights
 
 CONFIG = SpeechTokenizerConfig(
-    sample_rate=16000, n_fft=400, hop_length=160, num_mel_bins=40, d_model=32, num_layers=3, encoder_attention_heads=4,
-    encoder_ffn_dim=64, max_source_positions=1500, pooling_kernel_size=4, quantize_vocab_size=96, code_dim=32,
-    normalize_codes=False, layer_norm_epsilon=1e-5,
-)  # fmt: skip
+    sample_rate=16000,
+    n_fft=400,
+    hop_length=160,
+    num_mel_bins=40,
+    d_model=32,
+    num_layers=3,
+    encoder_attention_heads=4,
+    encoder_ffn_dim=64,
+    max_source_positions=1500,
+    pooling_kernel_size=4,
+    quantize_vocab_size=96,
+    code_dim=32,
+    normalize_codes=False,
+    layer_norm_epsilon=1e-5,
+)
 FRAMES = 1304
 
 

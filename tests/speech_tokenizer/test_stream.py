@@ -40,11 +40,13 @@ def log_mel(frames, seed=0):
 
 def cut(x, sizes):
     """x in consecutive pieces of these sizes, again and again."""
-    place, turn = 0, 0
+    place = 0
+    turn = 0
     while place < len(x):
         size = sizes[turn % len(sizes)]
         yield x[place : place + size]
-        place, turn = place + size, turn + 1
+        place = place + size
+        turn = turn + 1
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -63,13 +65,12 @@ def test_every_cut_of_the_log_mel_gives_the_codes_of_one_pass(params, whole, chu
 
 
 def test_rows_of_a_batch_of_streams_are_at_different_places(params, whole):
-    x, y = log_mel(3 * 40, 1), log_mel(SEGMENT + 40, 2)
+    x = log_mel(3 * 40, 1)
+    y = log_mel(SEGMENT + 40, 2)
     one = init_state(TINY, 1)
     for start in range(0, SEGMENT, 40):  # y is at the end of its segment when x begins
         _, one = log_mel_step(TINY, params, y[None, start : start + 40], jnp.array([40]), one)
-    both = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b], 1 if a.ndim == 5 else 0), init_state(TINY, 1), one
-    )  # fmt: skip
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1 if a.ndim == 5 else 0), init_state(TINY, 1), one)
     codes, both = log_mel_step(TINY, params, np.stack([x[:40], y[SEGMENT:]]), jnp.array([40, 40]), both)
     np.testing.assert_array_equal(codes[0], whole(x)[:5])
     np.testing.assert_array_equal(codes[1], whole(y)[TINY.codes_per_segment :])
@@ -79,10 +80,11 @@ def test_rows_of_a_batch_of_streams_are_at_different_places(params, whole):
 
 def voice(samples, seed=0):
     """Noise that grows louder from syllable to syllable, over a faint background."""
-    rng, t = np.random.default_rng(seed), np.arange(samples)
+    rng = np.random.default_rng(seed)
+    t = np.arange(samples)
     return (rng.normal(0, 0.1, samples) * (t % 4000 > 1500) * t / 20000 + rng.normal(0, 1e-4, samples)).astype(
         np.float32
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=8, deadline=None)

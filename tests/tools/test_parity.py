@@ -119,16 +119,35 @@ def test_a_component_that_breaks_fails_its_own_file_only(echo, monkeypatch, tmp_
 
 
 GOLDENS = [
-    f"codec/{name}" for name in (
-        "campplus", "cfm_estimator", "cfm_rand_noise", "encode_segments", "flow_inference", "hift", "kaldi_fbank",
-        "prompt_mel_24k", "resample", "token2wav_offline", "token2wav_streaming", "upsample_encoder", "vq_encoder",
+    f"codec/{name}"
+    for name in (
+        "campplus",
+        "cfm_estimator",
+        "cfm_rand_noise",
+        "encode_segments",
+        "flow_inference",
+        "hift",
+        "kaldi_fbank",
+        "prompt_mel_24k",
+        "resample",
+        "token2wav_offline",
+        "token2wav_streaming",
+        "upsample_encoder",
+        "vq_encoder",
         "whisper_logmel",
     )
 ] + [
-    f"lm/{name}" for name in (
-        "fsm_table", "generate", "generate_quirks", "grids", "qwen3_forward", "sampler", "split_forward",
+    f"lm/{name}"
+    for name in (
+        "fsm_table",
+        "generate",
+        "generate_quirks",
+        "grids",
+        "qwen3_forward",
+        "sampler",
+        "split_forward",
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", GOLDENS)

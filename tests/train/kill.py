@@ -24,7 +24,8 @@ STEPS_A_KILL = 8  # more than a process lives to see before it is killed, less w
 
 def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int]:
     """Runs both and raises AssertionError where they differ; counts of what happened on the way."""
-    rng, steps = random.Random(seed), STEPS_A_KILL * (times + 1)
+    rng = random.Random(seed)
+    steps = STEPS_A_KILL * (times + 1)
     data = tiny.write_data(folder / "data")
     configs = {name: tiny.write_config(folder / f"{name}.py", data, folder / name) for name in ("whole", "killed")}
     settings = (f"steps={steps}", f"save_every={SAVE_EVERY}", f"optimizer.total_steps={steps}", "evaluate_every=10")
@@ -34,9 +35,12 @@ def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int
     def start(name: str) -> subprocess.Popen:
         log = (folder / f"{name}.log").open("a")
         return subprocess.Popen(
-            tiny.command(configs[name], *settings), env=tiny.environment(**compiled), stdout=log, stderr=log,
+            tiny.command(configs[name], *settings),
+            env=tiny.environment(**compiled),
+            stdout=log,
+            stderr=log,
             cwd=tiny.ROOT,
-        )  # fmt: skip
+        )
 
     def finish(name: str) -> None:
         process = start(name)
@@ -45,7 +49,8 @@ def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int
     finish("whole")
     say(f"uninterrupted: {steps} steps")
     while result["kills"] < times:
-        process, before = start("killed"), _steps(folder / "killed")
+        process = start("killed")
+        before = _steps(folder / "killed")
         in_save = _wait(process, folder / "killed", before, rng, aim_at_save=result["kills"] % 2 == 1)
         alive = process.poll() is None
         process.kill()

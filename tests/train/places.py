@@ -43,7 +43,8 @@ class Place:
     """A folder with data, and a run of so many steps for each name in it."""
 
     def __init__(self, folder: Path, steps: int, save_every: int):
-        self.folder, self.data = folder, tiny.write_data(folder / "data")
+        self.folder = folder
+        self.data = tiny.write_data(folder / "data")
         self._settings = f"steps={steps}", f"save_every={save_every}", "held_out=none", "keep=9", "log_every=1"
 
     def start(self, name: str, *settings: str, devices: int, flags: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -52,9 +53,12 @@ class Place:
         rows = self.folder / f"{name}.rows{flags[-1] if flags else ''}"
         return subprocess.Popen(
             [sys.executable, "-c", RECORDING, str(rows), *tiny.command(config, *settings, flags=flags)[3:]],
-            env=tiny.environment(devices, MOSS_JAX_CACHE=str(self.folder / "cache")), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, cwd=tiny.ROOT,
-        )  # fmt: skip
+            env=tiny.environment(devices, MOSS_JAX_CACHE=str(self.folder / "cache")),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tiny.ROOT,
+        )
 
     def start_two(self, name: str) -> list[subprocess.Popen]:
         with socket.socket() as probe:
@@ -75,7 +79,8 @@ class Place:
 
 def compare(folder: Path, steps: int = 50, moved_at: int = 10, compared: int = 20) -> dict[str, str]:
     """Runs all of it and raises AssertionError where something differs; what was found, for people."""
-    place, result = Place(folder, steps, moved_at), {}
+    place = Place(folder, steps, moved_at)
+    result = {}
     (told,) = finish(place.start("eight", devices=8))
     expected = place.losses("eight")
     assert "mesh: fsdp 8" in told and expected.shape == (steps, 3)
@@ -102,7 +107,8 @@ def compare(folder: Path, steps: int = 50, moved_at: int = 10, compared: int = 2
     worst = difference(place.losses("two"), expected)
     result["1 process of 8 devices -> 2 of 4"] = f"{steps} steps, largest relative difference {worst:.1e}"
 
-    everything, shares = place.rows("eight.rows"), [place.rows(f"two.rows{i}") for i in range(2)]
+    everything = place.rows("eight.rows")
+    shares = [place.rows(f"two.rows{i}") for i in range(2)]
     assert not shares[0] & shares[1]
     assert all(0.4 * len(everything) < len(share) < 0.6 * len(everything) for share in shares)
     counts = " and ".join(str(len(share)) for share in shares)

@@ -27,7 +27,8 @@ def random_batch(config: TransformerConfig = SMALL, rows: int = 8, length: int =
     spoken = rng.random(shape) < 0.5 if config.audio_vocab_size else np.zeros(shape, bool)
     text = np.where(spoken, config.modality_pad_id, rng.integers(0, min(287, config.text_vocab_size), shape))
     audio = np.where(spoken, rng.integers(0, config.eosp_id, shape), config.audio_pad_id)
-    cut, end = rng.integers(2, length // 2, rows), rng.integers(length // 2 + 1, length + 1, rows)
+    cut = rng.integers(2, length // 2, rows)
+    end = rng.integers(length // 2 + 1, length + 1, rows)
     at = np.arange(length)[None].repeat(rows, 0)
     segments = np.where(at < cut[:, None], 1, np.where(at < end[:, None], 2, 0))
     positions = np.where(segments == 2, at - cut[:, None], np.where(segments == 1, at, 0))
@@ -35,7 +36,9 @@ def random_batch(config: TransformerConfig = SMALL, rows: int = 8, length: int =
     weights = np.stack([counts & ~spoken, counts & spoken], -1).astype(np.float32)
     source = np.where(segments > 0, rng.integers(0, sources, (rows, 1)), -1)
     return {
-        "grid": jnp.asarray(np.stack([text, audio], -1), jnp.int32), "positions": jnp.asarray(positions, jnp.int32),
-        "segment_ids": jnp.asarray(segments, jnp.int32), "loss_weights": jnp.asarray(weights),
+        "grid": jnp.asarray(np.stack([text, audio], -1), jnp.int32),
+        "positions": jnp.asarray(positions, jnp.int32),
+        "segment_ids": jnp.asarray(segments, jnp.int32),
+        "loss_weights": jnp.asarray(weights),
         "source": jnp.asarray(source, jnp.int32),
-    }  # fmt: skip
+    }

@@ -50,7 +50,8 @@ def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
 
 
 def test_a_save_under_way_does_not_see_what_comes_after(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path / "c"), tree(1)
+    checkpoints = Checkpoints(tmp_path / "c")
+    state = tree(1)
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     for step in (1, 2, 3):
         checkpoints.save(step, {}, params=state)
@@ -86,7 +87,8 @@ def test_every_file_that_changes_or_goes_is_found(saved, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no checksums"])
 def test_the_one_before_is_used_and_the_damaged_one_kept_aside(saved, tmp_path, damage):
-    folder, lines = tmp_path / "c", []
+    folder = tmp_path / "c"
+    lines = []
     shutil.copytree(saved, folder)
     largest = max(files(folder / "2"), key=os.path.getsize)
     content = bytearray(largest.read_bytes())

@@ -30,9 +30,12 @@ def start(config, tmp_path, *settings, **environment):
     environment = tiny.environment(MOSS_JAX_CACHE=str(tmp_path / "cache"), **environment)
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(
-        [sys.executable, "-c", COUNTING, "train", "--config", str(config), *sets], env=environment, cwd=tiny.ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", COUNTING, "train", "--config", str(config), *sets],
+        env=environment,
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     return int(words[words.index("hits") + 1]), int(words[words.index("misses") + 1])

@@ -28,7 +28,8 @@ def system(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(system):
     config = SystemFolder(system).config("transformer", TransformerConfig)
-    random, folder = np.random.default_rng(0), system.parent / "data"
+    random = np.random.default_rng(0)
+    folder = system.parent / "data"
 
     def spoken(index):
         grid = np.full((20, 2), config.modality_pad_id, np.int32)
@@ -43,10 +44,19 @@ def data(system):
 
 def trained(system, data, folder, stage):
     run = Run(
-        name="t", folder=str(folder), init=str(system), stage=stage, optimizer=OptimizerConfig(1e-2, total_steps=2),
-        data=Mixture((("spoken", str(data), 1.0),)), context=20, batch_size=2, steps=2, dtype="float32",
-        frozen_dtype=None, remat="none",
-    )  # fmt: skip
+        name="t",
+        folder=str(folder),
+        init=str(system),
+        stage=stage,
+        optimizer=OptimizerConfig(1e-2, total_steps=2),
+        data=Mixture((("spoken", str(data), 1.0),)),
+        context=20,
+        batch_size=2,
+        steps=2,
+        dtype="float32",
+        frozen_dtype=None,
+        remat="none",
+    )
     assert loop.train(run, lambda line: None) == loop.DONE
     return folder / "exports/2"
 

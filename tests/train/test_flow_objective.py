@@ -41,7 +41,8 @@ def batch():
 
 
 def test_what_is_drawn():
-    objective, count = FlowObjective(), jnp.full(4000, 50)
+    objective = FlowObjective()
+    count = jnp.full(4000, 50)
     drawn = jax.jit(lambda key: draw(key, objective, CONFIG, count, 64))(jax.random.key(0))
     assert abs(float(drawn["keep"].mean()) - 0.8) < 0.03
     prompted = np.asarray(drawn["prompt"]) > 0
@@ -62,28 +63,36 @@ def test_the_loss_is_the_formula(params, batch):
     drawn = {
         "t": np.array([0.2, 0.7], np.float32),
         "noise": np.random.default_rng(1).normal(size=two["mel"].shape).astype(np.float32),
-        "keep": np.array([False, True]), "prompt": np.array([0, 9]), "chunk": np.array([12, 5]),
-    }  # fmt: skip
+        "keep": np.array([False, True]),
+        "prompt": np.array([0, 9]),
+        "chunk": np.array([12, 5]),
+    }
     said, right, _, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
     loss = squared_error(said, right, valid).sum() / valid.sum()
-    model, total = FlowModel(CONFIG), 0.0
+    model = FlowModel(CONFIG)
+    total = 0.0
 
     def apply(*inputs, method):
         return model.apply({"params": params}, *inputs, method=method)
 
     def estimated(codes, y, prompt, embedding, t, chunk):
-        count, frames = codes.shape[1] - CONFIG.lookahead, y.shape[1]
+        count = codes.shape[1] - CONFIG.lookahead
+        frames = y.shape[1]
         x = apply(codes, np.array([count]), method="embed")
         mu, _ = apply(x, np.ones((1, count), bool), chunk, method="encode")
-        speaker, time = apply(embedding, method="speaker_projection"), apply(t, method="time_embedding")
+        speaker = apply(embedding, method="speaker_projection")
+        time = apply(t, method="time_embedding")
         if chunk is None:
-            mu, speaker, prompt = 0 * mu, 0 * speaker, 0 * prompt
+            mu = 0 * mu
+            speaker = 0 * speaker
+            prompt = 0 * prompt
         valid = np.ones((1, frames), bool)
         return apply(y, mu, speaker, prompt, time, valid, chunk and 4 * chunk, method="velocity")[0]
 
     for i, (count, chunk) in enumerate(((12, None), (7, 5))):
         mel = ((two["mel"][i] + 5) / 2.5)[: 4 * count]
-        z, t = drawn["noise"][i, : 4 * count], drawn["t"][i : i + 1]
+        z = drawn["noise"][i, : 4 * count]
+        t = drawn["t"][i : i + 1]
         y = (1 - (1 - sigma) * t) * z + t * mel
         codes = np.pad(two["codes"][i, :count], (0, CONFIG.lookahead))[None]
         prompt = np.where(np.arange(4 * count)[:, None] < drawn["prompt"][i], mel, 0).astype(np.float32)
@@ -98,9 +107,12 @@ def test_the_training_forward_is_what_a_stream_computes(params, batch):
     config = replace(CONFIG, euler_steps=1, guidance=0.0)
     buffer = np.array(noise(config.noise_frames, config.mel_bins))[:, : 4 * CODES]
     drawn = {
-        "t": jnp.zeros(1), "noise": buffer, "keep": jnp.array([True]), "prompt": jnp.array([0]),
+        "t": jnp.zeros(1),
+        "noise": buffer,
+        "keep": jnp.array([True]),
+        "prompt": jnp.array([0]),
         "chunk": jnp.array([config.chunk]),
-    }  # fmt: skip
+    }
     one = {name: value[:1] for name, value in batch.items()}
     said, *_ = jax.jit(lambda p: velocity(p, config, one, drawn, 0.0))(params)
     expected = np.asarray(buffer + said) * 2.5 - 5
@@ -127,7 +139,8 @@ def test_chunks_of_each_item():
 def test_the_start_is_centred_and_steps_teach(batch):
     """What explodes from scratch is a flow whose mel lies at -6 while the weights say 0: here the first loss is the
     spread of the mel and the noise, whatever the mean is, and the gradient that much smaller."""
-    config, objective = TINY, FlowObjective(chunks=(0, 5))
+    config = TINY
+    objective = FlowObjective(chunks=(0, 5))
     raw = flatten(nn.unbox(jax.jit(FlowModel(config).init)(jax.random.key(0)))["params"])
     table = np.random.default_rng(2).normal(-7, 2, (config.codebook_size, config.mel_bins))
     far = batch | {"mel": np.repeat(table[batch["codes"]], 4, 1).astype(np.float32)}
@@ -140,7 +153,8 @@ def test_the_start_is_centred_and_steps_teach(batch):
 
     gradient = jax.jit(jax.value_and_grad(loss))
     params = centred(raw, config, mean)
-    (first, grads), (before, raw_grads) = gradient(params), gradient(raw)
+    (first, grads) = gradient(params)
+    (before, raw_grads) = gradient(raw)
     valid = (np.arange(4 * CODES) < 4 * far["count"][:, None])[..., None]
     spread = np.square(far["mel"] - drawn["noise"] - mean)[np.broadcast_to(valid, far["mel"].shape)].mean()
     np.testing.assert_allclose(first, spread, rtol=1e-4)
@@ -167,7 +181,8 @@ def test_bfloat16_is_the_same_but_for_rounding(params, batch):
         return squared_error(said, right, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    (high, _), (low, grads) = gradient(params, jnp.float32), gradient(params, jnp.bfloat16)
+    (high, _) = gradient(params, jnp.float32)
+    (low, grads) = gradient(params, jnp.bfloat16)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
     np.testing.assert_allclose(low, high, rtol=0.05)
 

@@ -69,7 +69,8 @@ def same(found, expected, keys=("step", "loss", "text_loss", "audio_loss", "grad
 
 def test_what_a_run_leaves(whole):
     run, lines = whole
-    steps, evaluations = entries(run), entries(run, "evaluations.jsonl")
+    steps = entries(run)
+    evaluations = entries(run, "evaluations.jsonl")
     assert [entry["step"] for entry in steps] == list(range(1, 13))
     assert [entry["step"] for entry in evaluations] == [4, 8, 12]
     assert steps[-1]["loss"] < steps[0]["loss"] and evaluations[-1]["loss"] < evaluations[0]["loss"]
@@ -96,7 +97,9 @@ def test_a_run_compiles_its_step_once(run, monkeypatch):
 
 def test_the_next_step_is_under_way_before_metrics_are_fetched(run, monkeypatch):
     """But where the run pauses: at steps 4, 8 and 12."""
-    events, make, fetch = [], language_model.make_step, jax.device_get
+    events = []
+    make = language_model.make_step
+    fetch = jax.device_get
 
     def made(*args, **options):
         step = make(*args, **options)
@@ -237,7 +240,7 @@ def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
         (["optimizer.rate=1"], "no field 'optimizer.rate', expected one of learning_rate"),
         (["guard.action=hope"], "guard.action is 'hope', expected one of skip, stop"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_nothing_is_lost(whole, settings, says):
     run = whole[0]
     before = entries(run)

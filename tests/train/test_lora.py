@@ -20,12 +20,14 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, total_steps=10)
 
 
 def test_adapters_train_and_merge():
-    base, batch = random_params(), random_batch()
+    base = random_params()
+    batch = random_batch()
     trainable, frozen = split_params(random_params(), STAGE)  # the step takes what trains
     evaluate = make_eval_step(SMALL, STAGE_2)
     unchanged = evaluate(base, {}, batch)["loss"]
     before = {path: np.asarray(value).tobytes() for path, value in frozen.items()}
-    step, state = make_step(SMALL, STAGE, OPTIMIZER), init_state(trainable, OPTIMIZER)
+    step = make_step(SMALL, STAGE, OPTIMIZER)
+    state = init_state(trainable, OPTIMIZER)
     losses = []
     for _ in range(4):
         state, metrics = step(state, frozen, batch)

@@ -18,8 +18,10 @@ def plain(x, kernel, labels):
 @pytest.mark.parametrize("chunk_rows", [1, 5, 8, 100])
 def test_values_and_gradients_are_those_of_the_plain_loss(chunk_rows):
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(3, 8, 16)).astype(np.float32), rng.normal(size=(16, 40)).astype(np.float32)
-    labels, weights = rng.integers(0, 40, (3, 8)), rng.random((3, 8)).astype(np.float32)
+    x = rng.normal(size=(3, 8, 16)).astype(np.float32)
+    kernel = rng.normal(size=(16, 40)).astype(np.float32)
+    labels = rng.integers(0, 40, (3, 8))
+    weights = rng.random((3, 8)).astype(np.float32)
 
     def total(nll):
         return jax.value_and_grad(lambda x, kernel: (weights * nll(x, kernel)).sum(), (0, 1))(x, kernel)
@@ -27,8 +29,9 @@ def test_values_and_gradients_are_those_of_the_plain_loss(chunk_rows):
     ours = total(lambda x, kernel: token_nll(x, kernel, labels, chunk_rows, 0))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
-        ours, total(lambda x, kernel: plain(x, kernel, labels)),
-    )  # fmt: skip
+        ours,
+        total(lambda x, kernel: plain(x, kernel, labels)),
+    )
 
 
 def arrays_in(jaxpr):
@@ -42,7 +45,9 @@ def arrays_in(jaxpr):
 
 
 def test_no_array_has_all_rows_and_the_whole_vocabulary():
-    length, width, vocab = 14336, 4096, 151680
+    length = 14336
+    width = 4096
+    vocab = 151680
     shapes = [(2, length, width), (width, vocab), (2, length)]
     arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, ("bfloat16", "bfloat16", "int32"), strict=True)]
 
@@ -67,7 +72,8 @@ def test_weights_belong_to_the_target_and_the_last_row_predicts_nothing():
 @given(st.integers(0, 2**31))
 def test_sums_by_source_add_up_and_rows_that_do_not_count_may_be_anything(seed):
     rng = np.random.default_rng(seed)
-    nll, weights = rng.random((3, 7)), rng.integers(0, 3, (3, 7)) / 2
+    nll = rng.random((3, 7))
+    weights = rng.integers(0, 3, (3, 7)) / 2
     source = np.where(weights > 0, rng.integers(0, 4, (3, 7)), -1)
     nll = np.where(weights > 0, nll, np.nan)
     total, sums, counts = channel_sums(*(jnp.asarray(x, jnp.float32) for x in (nll, weights)), jnp.asarray(source), 4)

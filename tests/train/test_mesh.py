@@ -19,9 +19,13 @@ MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"fsdp": 2, "seq
 def test_eight_devices_train_as_one():
     environment = {**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.train.test_mesh"], env=environment, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.train.test_mesh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.split() == ["same"] * len(MESHES) + ["kernel"]
 
@@ -40,16 +44,19 @@ def main():
     from tests.train.small import SMALL, random_batch, random_params
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    config, batch = replace(SMALL, num_shared_layers=1, remat="full"), random_batch()
+    config = replace(SMALL, num_shared_layers=1, remat="full")
+    batch = random_batch()
     optimizer = OptimizerConfig(learning_rate=1e-3, total_steps=10, eps=1e-2)  # a smooth step: no signs of noise
 
     def trained(mesh, accumulate=1):
         trainable, _ = split_params(random_params(config), STAGE_2)
-        step, placed = make_step(config, STAGE_2, optimizer, sources=2, mesh=mesh, accumulate=accumulate), batch
+        step = make_step(config, STAGE_2, optimizer, sources=2, mesh=mesh, accumulate=accumulate)
+        placed = batch
         if mesh is not None:
             trainable = jax.device_put(trainable, state_shardings(config, STAGE_2, optimizer, mesh).params)
             placed = jax.device_put(batch, batch_shardings(mesh, batch["positions"].shape))
-        state, all_metrics = init_state(trainable, optimizer), []
+        state = init_state(trainable, optimizer)
+        all_metrics = []
         for _ in range(2):
             if mesh is None:
                 state, metrics = step(state, {}, placed)
@@ -92,7 +99,8 @@ def kernel_on_parts_of_the_queries():
 
     def run(q, k, v):
         kernel = splash_kernel(256, 4, 2, 2, interpret=True)
-        queries, keys = ("batch", "length", "heads", "head_dim"), ("batch", "all length", "kv_heads", "head_dim")
+        queries = ("batch", "length", "heads", "head_dim")
+        keys = ("batch", "all length", "kv_heads", "head_dim")
         axes = queries, keys, keys, ("batch", "length"), ("batch", "all length"), ("heads", "length")
 
         def local(q, k, v, segments, key_segments, kernel):

@@ -19,10 +19,21 @@ from tests.train.test_run import stage1
 
 def entry(step, loss=2.0):
     return {
-        "step": step, "loss": loss, "text_loss": 1.5, "audio_loss": 0.5, "text_count": 3.0, "audio_count": 2.0,
-        "grad_norm": 1.25, "learning_rate": 1e-3, "tokens_per_second": 12345.0, "step_seconds": 2.0, "data_share": 0.01,
-        "data_seconds": 0.02, "skipped": 0.0, "mfu": 0.41,
-    }  # fmt: skip
+        "step": step,
+        "loss": loss,
+        "text_loss": 1.5,
+        "audio_loss": 0.5,
+        "text_count": 3.0,
+        "audio_count": 2.0,
+        "grad_norm": 1.25,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 12345.0,
+        "step_seconds": 2.0,
+        "data_share": 0.01,
+        "data_seconds": 0.02,
+        "skipped": 0.0,
+        "mfu": 0.41,
+    }
 
 
 def test_a_metrics_file_is_cut_back_and_never_holds_a_step_twice(tmp_path):
@@ -89,9 +100,11 @@ def test_losses_without_targets_are_left_out():
 
 def test_sources_by_name():
     metrics = {
-        "source_text_sum": np.asarray([4.0, 0.0]), "source_text_count": np.asarray([2.0, 0.0]),
-        "source_audio_sum": np.asarray([9.0, 0.0]), "source_audio_count": np.asarray([3.0, 0.0]),
-    }  # fmt: skip
+        "source_text_sum": np.asarray([4.0, 0.0]),
+        "source_text_count": np.asarray([2.0, 0.0]),
+        "source_audio_sum": np.asarray([9.0, 0.0]),
+        "source_audio_count": np.asarray([3.0, 0.0]),
+    }
     expected = {"a": {"text_loss": 2.0, "text_count": 2.0, "audio_loss": 3.0, "audio_count": 3.0}}
     assert by_source(metrics, ("a", "b")) == expected
 

@@ -68,8 +68,10 @@ def test_arms_make_as_many_updates():
     for seed in (0, 2):
         runs = {arm: ABLATION["runs_of"](arm, seed, 1 / 3) for arm in ABLATION["ARMS"]}
         assert [[run.stage.name for run in own] for own in runs.values()] == [
-            ["stage1", "stage2", "sft"], ["stage2", "stage2", "sft"], ["stage2", "stage2", "sft"]
-        ]  # fmt: skip
+            ["stage1", "stage2", "sft"],
+            ["stage2", "stage2", "sft"],
+            ["stage2", "stage2", "sft"],
+        ]
         assert len({tuple((run.steps, run.data) for run in own) for own in runs.values()}) == 1
         assert [own[0].split for own in runs.values()] == [NANO.num_modality_layers, NANO.num_modality_layers, 0]
         assert {own[0].init for own in runs.values()} == {"nano/qwen3"}

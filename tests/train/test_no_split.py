@@ -40,20 +40,29 @@ def test_from_a_qwen3():
 def test_with_and_without_a_cache():
     """In parts, the head on the shared layers says what over the whole it says; the branches have empty caches."""
     params = {"params": unflatten(random_params(WHOLE))}
-    model, grid = LayerSplitModel(WHOLE), random_batch(WHOLE, rows=2, length=8)["grid"]
+    model = LayerSplitModel(WHOLE)
+    grid = random_batch(WHOLE, rows=2, length=8)["grid"]
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
 
     @jax.jit
     def in_parts(params):
-        caches, valid, parts = init_cache(WHOLE, 2, 8), jnp.ones((2, 8), bool), []
+        caches = init_cache(WHOLE, 2, 8)
+        valid = jnp.ones((2, 8), bool)
+        parts = []
         assert caches["audio"].k.shape[0] == 0
         for begin, end in ((0, 5), (5, 8)):
             x = model.apply(params, grid[:, begin:end], method="embed")
             for name in ("shared", "audio"):
                 x, caches[name] = model.apply(
-                    params, name, x, positions[:, begin:end], cache=caches[name], index=begin, valid=valid,
+                    params,
+                    name,
+                    x,
+                    positions[:, begin:end],
+                    cache=caches[name],
+                    index=begin,
+                    valid=valid,
                     method="block",
-                )  # fmt: skip
+                )
             parts.append(model.apply(params, "audio", x, method="logits"))
         return jnp.concatenate(parts, 1)
 
@@ -65,8 +74,10 @@ def test_with_and_without_a_cache():
 def test_it_trains(stage):
     trainable, frozen = split_params(random_params(WHOLE), stage)
     optimizer = OptimizerConfig(learning_rate=3e-3, total_steps=100)
-    state, step = new_state(trainable, optimizer), make_step(WHOLE, stage, optimizer)
-    batch, losses = random_batch(WHOLE), []
+    state = new_state(trainable, optimizer)
+    step = make_step(WHOLE, stage, optimizer)
+    batch = random_batch(WHOLE)
+    losses = []
     for _ in range(4):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))

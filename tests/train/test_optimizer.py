@@ -24,7 +24,8 @@ def test_schedules():
 
 
 def test_clipping_bounds_the_gradient_that_adam_sees():
-    params, grads = {"a": jnp.zeros(4)}, {"a": jnp.full(4, 100.0)}
+    params = {"a": jnp.zeros(4)}
+    grads = {"a": jnp.full(4, 100.0)}
     seen = {}
     for clip in (None, 1.0):
         optimizer = make_optimizer(OptimizerConfig(clip_norm=clip, schedule="constant"))
@@ -41,10 +42,13 @@ MATRICES = {
     "head/decoder_layers/cross_key/kernel": ((2, 24, 2, 8), (24, 16)),
 }
 OTHERS = {
-    "text/embed/embedding": (50, 24), "text/head/kernel": (24, 50), "shared/layers/mlp_norm/scale": (2, 24),
-    "encoder/conv1/kernel": (3, 8, 24), "encoder/layers/query/bias": (2, 3, 8),
+    "text/embed/embedding": (50, 24),
+    "text/head/kernel": (24, 50),
+    "shared/layers/mlp_norm/scale": (2, 24),
+    "encoder/conv1/kernel": (3, 8, 24),
+    "encoder/layers/query/bias": (2, 3, 8),
     "decoder/layers/conv/kernel": (2, 3, 8, 8),
-}  # fmt: skip
+}
 
 
 def update_of(params, **settings):

@@ -29,7 +29,10 @@ class Kitchen:
     """A recipe whose steps write a file each; `trouble` says what happens to a step the next time it is made."""
 
     def __init__(self, folder):
-        self.folder, self.made, self.lines, self.trouble = folder, [], [], {}
+        self.folder = folder
+        self.made = []
+        self.lines = []
+        self.trouble = {}
         self.steps = [RecipeStep(name, f"makes {name}", self._work(name), (folder / name,)) for name in NAMES]
 
     def _work(self, name):
@@ -47,7 +50,8 @@ class Kitchen:
         return work
 
     def run(self, from_step=None, to_step=None, quick=False):
-        self.made, self.lines = [], []
+        self.made = []
+        self.lines = []
         return run_recipe(self.folder, self.steps, {"quick": quick}, from_step, to_step, self.lines.append)
 
 
@@ -146,7 +150,8 @@ class TwoLanes(Kitchen):
     def __init__(self, folder, flow=(time.sleep, 0.3), vocoder=(time.sleep, 0.1)):
         super().__init__(folder)
         corpus, text, split, system = self.steps
-        self.processes, self.targets = {}, {"flow": flow, "vocoder": vocoder}
+        self.processes = {}
+        self.targets = {"flow": flow, "vocoder": vocoder}
         beside = [
             RecipeStep(name, f"makes {name}", self._work(name), start=functools.partial(self._start, name))
             for name in self.targets
@@ -215,7 +220,8 @@ def test_nothing_goes_on_beside_when_the_recipe_ends(tmp_path, trouble):
 @needs_two_cores
 def test_each_of_two_keeps_to_half_of_the_cores(tmp_path, capfd):
     kitchen = TwoLanes(tmp_path / "nano")
-    all_cores, seen = os.sched_getaffinity(0), []
+    all_cores = os.sched_getaffinity(0)
+    seen = []
     corpus, flow, vocoder, text, *others = kitchen.steps
 
     def look():

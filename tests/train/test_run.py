@@ -35,9 +35,16 @@ def stage1(*assignments):
 
 def test_set_changes_fields_with_their_types():
     run = stage1(
-        "steps=2000", "optimizer.learning_rate=1e-4", "mesh.tensor=2", "guard.spike=none", "tensorboard=true",
-        "folder=runs/7", "data.sources=[('a', 'b', 2)]", "profile=(3, 5)", "frozen_dtype=none",
-    )  # fmt: skip
+        "steps=2000",
+        "optimizer.learning_rate=1e-4",
+        "mesh.tensor=2",
+        "guard.spike=none",
+        "tensorboard=true",
+        "folder=runs/7",
+        "data.sources=[('a', 'b', 2)]",
+        "profile=(3, 5)",
+        "frozen_dtype=none",
+    )
     assert run.steps == run.optimizer.total_steps == 2000
     assert run.optimizer.learning_rate == 1e-4 and run.mesh.tensor == 2 and run.guard.spike is None
     assert run.tensorboard is True and run.folder == "runs/7" and run.profile == (3, 5) and run.frozen_dtype is None

@@ -28,9 +28,11 @@ from tests.train import tiny
 from tests.train.test_vocoder_objective import CONFIG as VOCODER
 
 MODEL = decoder_config.SpeechDecoderConfig(
-    flow=replace(flow_config.TINY, speaker_size=1, mel_mean=-5.0, mel_std=2.0), vocoder=replace(VOCODER, mel_bins=8),
-    speaker=None, chunks=(),
-)  # fmt: skip
+    flow=replace(flow_config.TINY, speaker_size=1, mel_mean=-5.0, mel_std=2.0),
+    vocoder=replace(VOCODER, mel_bins=8),
+    speaker=None,
+    chunks=(),
+)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, schedule="constant", warmup_steps=2, weight_decay=0.0)
 
 
@@ -49,43 +51,82 @@ def compiled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Eight recordings, as `moss-jax tokenize --format decoder` leaves them."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
     counts = random.integers(5, 12, 8).astype(np.int32) * 4
-    frames, table = int(counts.sum()), random.normal(-5, 2, (90, 8))
+    frames = int(counts.sum())
+    table = random.normal(-5, 2, (90, 8))
     codes = random.integers(0, 90, frames // 4).astype(np.int32)
     shard = folder / "shard-00000"
     shard.mkdir()
     arrays = {
-        "counts": counts, "codes": codes, "mel": np.repeat(table[codes], 4, 0).astype(np.float32),
-        "wave": random.normal(0, 3000, frames * 480).astype(np.int16), "f0": np.full(frames, 150, np.float32),
-    }  # fmt: skip
+        "counts": counts,
+        "codes": codes,
+        "mel": np.repeat(table[codes], 4, 0).astype(np.float32),
+        "wave": random.normal(0, 3000, frames * 480).astype(np.int16),
+        "f0": np.full(frames, 150, np.float32),
+    }
     for name, value in arrays.items():
         np.save(shard / f"{name}.npy", value)
     about = {
-        "format": FORMAT, "codes": 90, "mel_bins": 8, "hop": 480, "sample_rate": 24000, "frames_per_code": 4,
-        "embedding": None, "documents": 8, "frames": frames, "mel_mean": arrays["mel"].mean(0).tolist(),
-    }  # fmt: skip
+        "format": FORMAT,
+        "codes": 90,
+        "mel_bins": 8,
+        "hop": 480,
+        "sample_rate": 24000,
+        "frames_per_code": 4,
+        "embedding": None,
+        "documents": 8,
+        "frames": frames,
+        "mel_mean": arrays["mel"].mean(0).tolist(),
+    }
     (folder / SOURCE).write_text(json.dumps(about))
     return folder
 
 
 def flow_run(data, folder, **fields) -> FlowRun:
     sources = Mixture((("voice", str(data), 1.0),), seed=1)
-    return FlowRun(**{
-        "name": "flow", "folder": str(folder), "model": MODEL, "data": sources, "held_out": sources, "codes": 10,
-        "objective": FlowObjective(chunks=(0, 5)), "optimizer": OPTIMIZER, "batch_size": 4, "steps": 6, "average": 0.9,
-        "save_every": 3, "evaluate_batches": 1, "evaluate_every": 3, **fields,
-    })  # fmt: skip
+    return FlowRun(
+        **{
+            "name": "flow",
+            "folder": str(folder),
+            "model": MODEL,
+            "data": sources,
+            "held_out": sources,
+            "codes": 10,
+            "objective": FlowObjective(chunks=(0, 5)),
+            "optimizer": OPTIMIZER,
+            "batch_size": 4,
+            "steps": 6,
+            "average": 0.9,
+            "save_every": 3,
+            "evaluate_batches": 1,
+            "evaluate_every": 3,
+            **fields,
+        }
+    )
 
 
 def vocoder_run(data, folder, **fields) -> VocoderRun:
     sources = Mixture((("voice", str(data), 1.0),), seed=1)
     judges = DiscriminatorConfig(periods=(2,), period_channels=(4, 4), ffts=())
-    return VocoderRun(**{
-        "name": "vocoder", "folder": str(folder), "model": MODEL, "data": sources, "held_out": sources, "frames": 6,
-        "objective": VocoderObjective(resolutions=((512, 128, 512),), discriminators=judges), "optimizer": OPTIMIZER,
-        "batch_size": 2, "steps": 4, "save_every": 2, "evaluate_batches": 1, **fields,
-    })  # fmt: skip
+    return VocoderRun(
+        **{
+            "name": "vocoder",
+            "folder": str(folder),
+            "model": MODEL,
+            "data": sources,
+            "held_out": sources,
+            "frames": 6,
+            "objective": VocoderObjective(resolutions=((512, 128, 512),), discriminators=judges),
+            "optimizer": OPTIMIZER,
+            "batch_size": 2,
+            "steps": 4,
+            "save_every": 2,
+            "evaluate_batches": 1,
+            **fields,
+        }
+    )
 
 
 def entries(run, name="metrics.jsonl"):
@@ -104,10 +145,12 @@ def flow(data, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
-    steps, evaluations = entries(flow), entries(flow, "evaluations.jsonl")
+    steps = entries(flow)
+    evaluations = entries(flow, "evaluations.jsonl")
     assert evaluations[1]["loss"] < evaluations[0]["loss"] < steps[0]["loss"]
     assert evaluations[1]["stream_loss"] > 0 and read_run(flow.folder) == flow
-    half, lines = flow_run(data, tmp_path / "run", steps=3), []
+    half = flow_run(data, tmp_path / "run", steps=3)
+    lines = []
     assert loop.train(half, lambda line: None) == loop.DONE
     assert loop.train(override(half, ["steps=6"]), lines.append) == loop.DONE
     assert any(line.startswith("going on after step 3") for line in lines)
@@ -130,7 +173,8 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     assert config == MODEL and set(parts) == {"flow", "vocoder"}
     exported = Path(flow.folder, "exports/6/speech_decoder/flow.safetensors").read_bytes()
     assert (folder.path / "speech_decoder" / "flow.safetensors").read_bytes() == exported
-    decoder, voice = SpeechDecoder(config, parts), Voice.zero(8, 1)
+    decoder = SpeechDecoder(config, parts)
+    voice = Voice.zero(8, 1)
     codes = np.arange(12)
     wave = decoder.decode(codes, voice)
     assert wave.shape == (12 * 1920,) and np.isfinite(wave).all() and np.abs(wave).max() > 1e-4
@@ -165,7 +209,8 @@ def test_rows_divided_over_two_devices_give_the_same_losses(flow, data, tmp_path
     )
     done = tiny.run(path, "mesh.data=2", devices=2)
     assert done.returncode == 0, done.stderr
-    found, alone = entries(load_run(path)), entries(flow)[:3]
+    found = entries(load_run(path))
+    alone = entries(flow)[:3]
     np.testing.assert_allclose([e["loss"] for e in found], [e["loss"] for e in alone], rtol=1e-4)
 
 

@@ -46,7 +46,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """An uninterrupted run and what it said."""
-    folder, lines = tmp_path_factory.mktemp("whole"), []
+    folder = tmp_path_factory.mktemp("whole")
+    lines = []
     run = load_run(tones.write_config(folder / "run.py", data, folder / "run"))
     assert loop.train(run, lines.append) == loop.DONE
     return run, lines
@@ -60,7 +61,8 @@ def entries(folder, name="metrics.jsonl"):
 @pytest.mark.slow
 def test_what_a_run_leaves(whole, tmp_path, capsys):
     run, lines = whole
-    steps, evaluations = entries(run.folder), entries(run.folder, "evaluations.jsonl")
+    steps = entries(run.folder)
+    evaluations = entries(run.folder, "evaluations.jsonl")
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4] and [e["step"] for e in evaluations] == [4]
     for key in ("asr_loss", "mel_loss", "commitment_loss", "perplexity", "code_use", "grad_norm"):
         assert all(np.isfinite(entry[key]) for entry in steps)
@@ -116,7 +118,8 @@ def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
     codebook = state.extra["codebook"]
     encoder = unflatten(state.params)["encoder"] | {"codebook": codebook}
     tokenizer = SpeechTokenizer.load(Path(run.folder) / "untrained/speech_tokenizer")
-    feed, seen = task.feed(), set()
+    feed = task.feed()
+    seen = set()
     for _ in range(2):
         batch = next(feed)
         frames, lengths = log_mel(run.model, batch)
@@ -135,14 +138,17 @@ def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
 
 
 def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
-    objective, random = Objective(ema_decay=0.75, restart_below=0.3), np.random.default_rng(0)
+    objective = Objective(ema_decay=0.75, restart_below=0.3)
+    random = np.random.default_rng(0)
     vectors = random.normal(size=(2, 5, 3)).astype(np.float32)
     codes = np.array([[0, 0, 1, 1, 3], [0, 1, 1, 3, 3]])
     valid = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
     book = {
-        "codebook": random.normal(size=(4, 3)).astype(np.float32), "count": np.array([2.0, 1.0, 0.5, 1.0]),
-        "sum": random.normal(size=(4, 3)).astype(np.float32), "age": np.float32(1000),
-    }  # fmt: skip
+        "codebook": random.normal(size=(4, 3)).astype(np.float32),
+        "count": np.array([2.0, 1.0, 0.5, 1.0]),
+        "sum": random.normal(size=(4, 3)).astype(np.float32),
+        "age": np.float32(1000),
+    }
     found = moved(book, jnp.asarray(vectors), jnp.asarray(codes), jnp.asarray(valid), objective, jax.random.key(0))
     chosen = np.array([3, 3, 0, 1])
     count = 0.75 * book["count"] + 0.25 * chosen
@@ -153,9 +159,13 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
     np.testing.assert_allclose(found["codebook"][np.array(alive)], (sums / count[:, None])[alive], rtol=1e-5)
     assert found["count"][2] == 7 / 4 and any(np.allclose(found["codebook"][2], row) for row in vectors[valid])
     fresh = moved(
-        new_codebook(jnp.asarray(book["codebook"]), False), jnp.asarray(vectors), jnp.asarray(codes),
-        jnp.asarray(valid), objective, jax.random.key(1),
-    )  # fmt: skip
+        new_codebook(jnp.asarray(book["codebook"]), False),
+        jnp.asarray(vectors),
+        jnp.asarray(codes),
+        jnp.asarray(valid),
+        objective,
+        jax.random.key(1),
+    )
     assert all(any(np.allclose(row, other) for other in vectors[valid]) for row in fresh["codebook"])
     early = moved(
         book | {"age": np.float32(2)}, *map(jnp.asarray, (vectors, codes, valid)), objective, jax.random.key(0)

@@ -44,7 +44,8 @@ def test_many_steps_of_stage_1_leave_every_frozen_byte():
     before = {path: np.asarray(value).tobytes() for path, value in frozen.items()}
     start = {path: np.asarray(value) for path, value in trainable.items()}
     config = replace(SMALL, dtype="bfloat16")
-    step, state = make_step(config, STAGE_1, OPTIMIZER, sources=2), init_state(trainable, OPTIMIZER)
+    step = make_step(config, STAGE_1, OPTIMIZER, sources=2)
+    state = init_state(trainable, OPTIMIZER)
     losses = []
     for i in range(30):
         state, metrics = step(state, frozen, random_batch(seed=i % 2))
@@ -103,7 +104,8 @@ def test_a_loop_over_layers_changes_no_gradient(full):
 
 
 def test_layers_one_by_one_give_the_gradients_of_the_scan(full):
-    params, batch = random_params(), random_batch()
+    params = random_params()
+    batch = random_batch()
 
     def loss(flat):
         def block(name, x):
@@ -138,7 +140,8 @@ def test_losses_of_one_channel_train_its_own_branch_only(full):
 
 
 def test_metrics_say_what_was_trained_on(full):
-    metrics, batch = full[0], random_batch()
+    metrics = full[0]
+    batch = random_batch()
     for channel, name in enumerate(("text", "audio")):
         count = float(batch["loss_weights"][:, 1:, channel].sum())
         assert metrics[f"{name}_count"] == count == metrics[f"source_{name}_count"].sum()
@@ -150,8 +153,10 @@ def test_metrics_say_what_was_trained_on(full):
 
 def test_a_step_that_is_not_accepted_changes_nothing():
     trainable, frozen = split_params(random_params(), STAGE_1)
-    step, state = make_step(SMALL, STAGE_1, OPTIMIZER, sources=2), init_state(trainable, OPTIMIZER)
-    batch, inf = random_batch(), np.float32(np.inf)
+    step = make_step(SMALL, STAGE_1, OPTIMIZER, sources=2)
+    state = init_state(trainable, OPTIMIZER)
+    batch = random_batch()
+    inf = np.float32(np.inf)
     state, metrics = step(state, frozen, batch, np.array([inf, inf]))
     assert metrics["skipped"] == 0 and metrics["learning_rate"] == np.float32(0.5e-2)
     kept = [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
@@ -169,7 +174,8 @@ def test_a_step_that_is_not_accepted_changes_nothing():
 def test_a_plain_qwen3_trains_on_text():
     config = replace(SMALL, num_shared_layers=0, audio_vocab_size=0)
     trainable, frozen = split_params(random_params(config), STAGE_2)
-    step, state = make_step(config, STAGE_2, OPTIMIZER, sources=2), init_state(trainable, OPTIMIZER)
+    step = make_step(config, STAGE_2, OPTIMIZER, sources=2)
+    state = init_state(trainable, OPTIMIZER)
     batch = random_batch(config)
     state, first = step(state, frozen, batch)
     for _ in range(3):

@@ -25,10 +25,22 @@ from moss_jax.train.speech_decoder.discriminators import (
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective, cast, losses, mel_configs
 
 CONFIG = VocoderConfig(
-    mel_bins=16, channels=32, upsample_rates=(4,), upsample_widths=(8,), resblock_widths=(3,),
-    resblock_dilations=((1, 3),), source_resblock_widths=(3,), source_resblock_dilations=((1,),), fft_size=480,
-    fft_hop=120, f0_channels=16, f0_layers=2, harmonics=3, free_phase=True, magnitude_limit=1000.0,
-)  # fmt: skip
+    mel_bins=16,
+    channels=32,
+    upsample_rates=(4,),
+    upsample_widths=(8,),
+    resblock_widths=(3,),
+    resblock_dilations=((1, 3),),
+    source_resblock_widths=(3,),
+    source_resblock_dilations=((1,),),
+    fft_size=480,
+    fft_hop=120,
+    f0_channels=16,
+    f0_layers=2,
+    harmonics=3,
+    free_phase=True,
+    magnitude_limit=1000.0,
+)
 JUDGES = DiscriminatorConfig(periods=(2, 3), period_channels=(4, 8), ffts=(512,), fft_channels=4)
 OBJECTIVE = VocoderObjective(resolutions=((512, 128, 512),), discriminators=JUDGES)
 FRAMES = 6
@@ -63,7 +75,8 @@ def weights(batch):
 @pytest.mark.slow
 def test_stft_loss_is_torch_s(waves):
     torch = pytest.importorskip("torch")
-    resolutions, total = ((512, 50, 240), (1024, 120, 600)), 0.0
+    resolutions = ((512, 50, 240), (1024, 120, 600))
+    total = 0.0
 
     def magnitude(wave, fft, hop, window):
         found = torch.stft(torch.tensor(wave), fft, hop, window, torch.hann_window(window), return_complex=True).abs()
@@ -111,7 +124,8 @@ def test_discriminators(weights, waves):
 def test_the_relativistic_loss_is_the_formula():
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, 3, 35)).astype(np.float32)
-    expected, tau = 0.0, 0.5
+    expected = 0.0
+    tau = 0.5
     for x, y in zip(a, b, strict=True):
         middle = np.median(x - y)
         loss = np.square(x - y - middle)[x < y + middle].mean()
@@ -150,7 +164,8 @@ def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
     assert float(jnp.abs(early[post] - grads[post]).max()) > 1e-3 * float(jnp.abs(grads[post]).max())
 
     update = optax.adam(2e-3)
-    state, step = update.init(params), jax.jit(update.update)
+    state = update.init(params)
+    step = jax.jit(update.update)
     for _ in range(15):
         (_, now), grads = gradient(params, key)
         updates, state = step(grads, state)

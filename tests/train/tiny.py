@@ -15,7 +15,7 @@ from tests import flags
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dataclasses.replace(
     TINY, num_shared_layers=2, num_modality_layers=1, hidden_size=32, intermediate_size=64, num_key_value_heads=4
-)  # fmt: skip
+)
 
 CONFIG = """
 from moss_jax.data import Mixture
@@ -45,10 +45,8 @@ def documents(seed: int, spoken: bool, count: int = 60):
         weights[1:, 0] = 1
         if spoken:
             rows = slice(length // 3, None)
-            grid[rows, 0], grid[rows, 1] = (
-                MODEL.modality_pad_id,
-                random.integers(0, MODEL.eosp_id, length - length // 3),
-            )
+            grid[rows, 0] = MODEL.modality_pad_id
+            grid[rows, 1] = random.integers(0, MODEL.eosp_id, length - length // 3)
             weights[rows] = 0, 1
             weights[0] = 0
         yield Example(grid, weights, f"document {index}")

@@ -9,12 +9,25 @@ from moss_jax.audio.wave import save_audio
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 WORDS = {"low": 300.0, "middle": 800.0, "high": 1900.0, "top": 3500.0}  # Hz
-RATE, WORD = 16000, 0.32  # Hz; seconds a word
+# Hz; seconds a word
+RATE = 16000
+WORD = 0.32
 MODEL = SpeechTokenizerConfig(
-    sample_rate=RATE, n_fft=400, hop_length=160, num_mel_bins=24, d_model=16, num_layers=1, encoder_attention_heads=2,
-    encoder_ffn_dim=32, max_source_positions=80, pooling_kernel_size=4, quantize_vocab_size=12, code_dim=8,
-    normalize_codes=True, layer_norm_epsilon=1e-5,
-)  # fmt: skip
+    sample_rate=RATE,
+    n_fft=400,
+    hop_length=160,
+    num_mel_bins=24,
+    d_model=16,
+    num_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    max_source_positions=80,
+    pooling_kernel_size=4,
+    quantize_vocab_size=12,
+    code_dim=8,
+    normalize_codes=True,
+    layer_norm_epsilon=1e-5,
+)
 
 CONFIG = """
 from moss_jax.train.optimizer import OptimizerConfig

@@ -78,12 +78,14 @@ def cached_step(model, params, grid, positions, caches, index, valid):
 )
 def test_any_chunking_through_the_cache_equals_one_pass(params, seed, lengths, chunks):
     rng = np.random.default_rng(seed)
-    total, capacity = 24, 32
+    total = 24
+    capacity = 32
     grid, valid, positions = padded(rng, lengths, total)
     expected = forward(params, grid, positions, valid.astype(np.int32))
     seen = np.concatenate([valid, rng.random((2, capacity - total)) < 0.5], 1)  # columns to come may hold anything
     caches = jax.tree.map(lambda x: x + 7.0, init_cache(TINY, 2, capacity))
-    at, got = 0, []
+    at = 0
+    got = []
     for chunk in chunks:
         chunk = chunk if at + chunk <= total else 1
         if at == total:
@@ -161,7 +163,8 @@ def test_depth_does_not_grow_the_program(params):
 def test_remat_changes_no_gradient():
     config = replace(TINY, num_shared_layers=2, num_modality_layers=1, audio_vocab_size=0)
     params = random_params(config)
-    grid, positions = random_grid(np.random.default_rng(4), 2, 12), np.arange(12)[None].repeat(2, 0)
+    grid = random_grid(np.random.default_rng(4), 2, 12)
+    positions = np.arange(12)[None].repeat(2, 0)
 
     def gradient(remat):
         model = LayerSplitModel(replace(config, remat=remat))
@@ -182,7 +185,8 @@ def test_remat_changes_no_gradient():
 
 def test_bfloat16_keeps_float32_logits_and_follows_float32(params):
     config = replace(TINY, dtype="bfloat16", param_dtype="bfloat16")
-    grid, positions = random_grid(np.random.default_rng(5), 2, 30), np.arange(30)[None].repeat(2, 0)
+    grid = random_grid(np.random.default_rng(5), 2, 30)
+    positions = np.arange(30)[None].repeat(2, 0)
     small = jax.tree.map(lambda p: np.asarray(p).astype(jnp.bfloat16), params)
     text, _ = jax.jit(LayerSplitModel(config).apply)({"params": small}, grid, positions)
     exact, _ = forward(jax.tree.map(lambda p: p.astype(np.float32), small), grid, positions)
@@ -198,18 +202,26 @@ def test_full_size_names_and_shapes():
     assert {leaf.dtype for leaf in tree.values()} == {jnp.dtype("bfloat16")}
     shapes = transformer.table(MOSS_SPEECH_8B).shapes(tree)
     layer = {
-        "self_attn.q_proj.weight": (4096, 4096), "self_attn.o_proj.weight": (4096, 4096),
-        "self_attn.k_proj.weight": (1024, 4096), "self_attn.v_proj.weight": (1024, 4096),
-        "self_attn.q_norm.weight": (128,), "self_attn.k_norm.weight": (128,),
-        "mlp.gate_proj.weight": (12288, 4096), "mlp.up_proj.weight": (12288, 4096),
+        "self_attn.q_proj.weight": (4096, 4096),
+        "self_attn.o_proj.weight": (4096, 4096),
+        "self_attn.k_proj.weight": (1024, 4096),
+        "self_attn.v_proj.weight": (1024, 4096),
+        "self_attn.q_norm.weight": (128,),
+        "self_attn.k_norm.weight": (128,),
+        "mlp.gate_proj.weight": (12288, 4096),
+        "mlp.up_proj.weight": (12288, 4096),
         "mlp.down_proj.weight": (4096, 12288),
-        "input_layernorm.weight": (4096,), "post_attention_layernorm.weight": (4096,),
-    }  # fmt: skip
+        "input_layernorm.weight": (4096,),
+        "post_attention_layernorm.weight": (4096,),
+    }
     expected = {
-        "model.embed_tokens.weight": (151680, 4096), "text_lm_head.weight": (151680, 4096),
-        "model.audio_embed.weight": (16512, 4096), "audio_lm_head.weight": (16512, 4096),
-        "model.text_norm.weight": (4096,), "model.audio_norm.weight": (4096,),
-    }  # fmt: skip
+        "model.embed_tokens.weight": (151680, 4096),
+        "text_lm_head.weight": (151680, 4096),
+        "model.audio_embed.weight": (16512, 4096),
+        "audio_lm_head.weight": (16512, 4096),
+        "model.text_norm.weight": (4096,),
+        "model.audio_norm.weight": (4096,),
+    }
     for block, depth in {"shared": 32, "text": 4, "audio": 4}.items():
         for i in range(depth):
             expected |= {f"model.{block}_block.layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -228,10 +240,20 @@ def test_long_positions_against_transformers(tied):
     config = replace(layer_split.qwen3_config(TINY, 336), rope_theta=1e4, max_position_embeddings=2048)
     torch.manual_seed(0)
     theirs_config = transformers.Qwen3Config(
-        hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_hidden_layers=5, vocab_size=336, rms_norm_eps=1e-6, max_position_embeddings=2048, initializer_range=0.15,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_theta=1e4, tie_word_embeddings=tied,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=160,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=5,
+        vocab_size=336,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_theta=1e4,
+        tie_word_embeddings=tied,
+    )
     theirs = transformers.Qwen3ForCausalLM(theirs_config).eval()
     ids = torch.randint(0, TINY.modality_pad_id, (2, 500))
     mask = torch.ones_like(ids)
@@ -244,7 +266,8 @@ def test_long_positions_against_transformers(tied):
     if tied:
         del tree["text/head/kernel"]
     flat = qwen3.table(config).to_ours(weights, tree, "weights")
-    grid, real = np.stack([ids.numpy()] * 2, -1) % TINY.modality_pad_id, mask.numpy() != 0
+    grid = np.stack([ids.numpy()] * 2, -1) % TINY.modality_pad_id
+    real = mask.numpy() != 0
     grid[..., 1] %= TINY.audio_vocab_size
 
     def check(config, flat, expected):
@@ -266,10 +289,17 @@ def test_long_positions_against_transformers(tied):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_key_value_heads": 3}, {"head_dim": 15}, {"hidden_size": 0}, {"dtype": "int8"}, {"attention": "flash"},
-        {"remat": "some"}, {"eosp_id": 96}, {"sosp_id": 320}, {"num_shared_layers": -1},
+        {"num_key_value_heads": 3},
+        {"head_dim": 15},
+        {"hidden_size": 0},
+        {"dtype": "int8"},
+        {"attention": "flash"},
+        {"remat": "some"},
+        {"eosp_id": 96},
+        {"sosp_id": 320},
+        {"num_shared_layers": -1},
     ],
-)  # fmt: skip
+)
 def test_a_config_that_contradicts_itself_is_an_error(change):
     with pytest.raises(MossError, match=next(iter(change)) if "head" not in str(change) else "head"):
         replace(TINY, **change)
@@ -287,7 +317,8 @@ def test_parameters_carry_logical_axes():
 
 def test_the_gradient_of_a_frequent_id_does_not_drown_in_bfloat16():
     config = replace(TINY, dtype="bfloat16", param_dtype="bfloat16")
-    model, gradient = LayerSplitModel(config), np.random.default_rng(0).normal(0.3, 1, (1, 4096, 64)).astype(np.float32)
+    model = LayerSplitModel(config)
+    gradient = np.random.default_rng(0).normal(0.3, 1, (1, 4096, 64)).astype(np.float32)
     grid = jnp.zeros((1, 4096, 2), jnp.int32)
     tables = {"text": {"embed": {"embedding": jnp.zeros((320, 64), jnp.bfloat16)}}}
     tables |= {"audio": {"embed": {"embedding": jnp.zeros((96, 64), jnp.bfloat16)}}}

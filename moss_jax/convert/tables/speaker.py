@@ -21,7 +21,8 @@ def table(config: SpeakerConfig) -> Table:
         norm(f"head.bn{i}", f"head/norm{i}")
     for group, blocks in enumerate(config.head_blocks, 1):
         for block in range(blocks):
-            name, path = f"head.layer{group}.{block}", f"head/layer{group}_{block}"
+            name = f"head.layer{group}.{block}"
+            path = f"head/layer{group}_{block}"
             for i in (1, 2):
                 conv(f"{name}.conv{i}", f"{path}/conv{i}", CONV2D)
                 norm(f"{name}.bn{i}", f"{path}/norm{i}")
@@ -32,7 +33,8 @@ def table(config: SpeakerConfig) -> Table:
     norm("xvector.tdnn.nonlinear.batchnorm", "tdnn_norm")
     for block, layers in enumerate(config.dense_layers, 1):
         for layer in range(1, layers + 1):
-            name, path = f"xvector.block{block}.tdnnd{layer}", f"block{block}_{layer}"
+            name = f"xvector.block{block}.tdnnd{layer}"
+            path = f"block{block}_{layer}"
             norm(f"{name}.nonlinear1.batchnorm", f"{path}/norm1")
             conv(f"{name}.linear1", f"{path}/inner", CONV1X1)
             norm(f"{name}.nonlinear2.batchnorm", f"{path}/norm2")

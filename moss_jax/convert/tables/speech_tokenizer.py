@@ -34,9 +34,11 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
         MossError: a key is missing, or describes an encoder that this one is not. `where` opens the message.
     """
     fixed = {
-        "encoder_causal_attention": True, "encoder_causal_convolution": True, "pooling_type": "avg",
+        "encoder_causal_attention": True,
+        "encoder_causal_convolution": True,
+        "pooling_type": "avg",
         "activation_function": "gelu",
-    }  # fmt: skip
+    }
     for key, value in fixed.items():
         if released.get(key, value) != value:
             raise MossError(f"{where}: {key} is {shown(released[key])}, this encoder has {value!r}")
@@ -71,7 +73,9 @@ def table(config: SpeechTokenizerConfig) -> Table:
     """Layers after the quantiser, the moving averages of codebook training and all that is not of the encoder are
     carried along unused."""
     heads = config.encoder_attention_heads
-    q, bias, out = heads_out(heads), heads_bias(heads), heads_in(heads)
+    q = heads_out(heads)
+    bias = heads_bias(heads)
+    out = heads_in(heads)
     layer = prefixed(
         (
             Row("self_attn.q_proj.weight", "query/kernel", q),

@@ -11,9 +11,18 @@ from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.transformer.config import TransformerConfig
 
 SAME_KEY = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_shared_layers",
-    "num_modality_layers", "audio_vocab_size", "rope_theta", "rms_norm_eps", "max_position_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_shared_layers",
+    "num_modality_layers",
+    "audio_vocab_size",
+    "rope_theta",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
 CONFIG_KEYS = {key: key for key in SAME_KEY} | {"text_vocab_size": "vocab_size"}  # our field -> key of config.json
 ID_KEYS = {
     "endoftext_id": "endoftext_token_id",
@@ -76,7 +85,8 @@ def config_from_released(released: Mapping[str, Any], where: str) -> Transformer
 
 def layer_rows(config: TransformerConfig) -> tuple[Row, ...]:
     """One Qwen3 layer, names and paths relative to the layer."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads
     return (
         Row("input_layernorm.weight", "attention_norm/scale"),
         Row("self_attn.q_proj.weight", "attention/q/kernel", heads_out(heads)),

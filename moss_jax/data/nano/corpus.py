@@ -45,15 +45,34 @@ RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer he
 CHUNK = 100  # utterances that are made, and made again when interrupted, together
 # Spoken questions of each kind, at scale 1.
 AMOUNTS = {
-    "sum": 2200, "difference": 2200, "greater": 1200, "less": 1200, "digits": 2000, "capital": 500, "colour": 400,
-    "greeting": 80, "wellbeing": 80, "thanks": 80, "goodbye": 80, "name": 80,
-}  # fmt: skip
-DIALOGUES, DOCUMENTS, EXTRAS = 2400, 800, 500  # of two turns; of several facts; sentences of no answer. At scale 1
+    "sum": 2200,
+    "difference": 2200,
+    "greater": 1200,
+    "less": 1200,
+    "digits": 2000,
+    "capital": 500,
+    "colour": 400,
+    "greeting": 80,
+    "wellbeing": 80,
+    "thanks": 80,
+    "goodbye": 80,
+    "name": 80,
+}
+# of two turns; of several facts; sentences of no answer. At scale 1
+DIALOGUES = 2400
+DOCUMENTS = 800
+EXTRAS = 500
 # Conversations that change their subject, joined of what is said for the others. At scale 1; the fewest and most that
 # are joined; rows that one may have in the language model, and of these a turn's own and a second's of speech.
-TALKS, TALK_PARTS, TALK_ROWS, TURN_ROWS, SECOND_ROWS = 3000, (2, 4), 220, 6, 12.5
+TALKS = 3000
+TALK_PARTS = (2, 4)
+TALK_ROWS = 220
+TURN_ROWS = 6
+SECOND_ROWS = 12.5
 # Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
-ROWS, ROW_WORDS = 3200, (3, 8)  # at scale 1; fewest and most words in one
+# at scale 1; fewest and most words in one
+ROWS = 3200
+ROW_WORDS = (3, 8)
 ALL_ANSWERS = 0.1  # from this scale on every answer is said; below it a share of them and those to what is asked
 OFTEN = 15  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
 # Questions in text.jsonl; of the other kinds all.
@@ -64,13 +83,20 @@ VALID = 0.03  # of what is drawn is for the valid manifests
 SPEEDS = tuple(round(0.9 + 0.02 * number, 2) for number in range(11))
 # Where they ask: half of them are quieter or louder (dB), in noise (dB that speech is above it), with pauses (seconds
 # at each end) as a recording has them; the others are what espeak-ng says and nothing else.
-ROOMS, LEVELS, ABOVE_NOISE, PAUSES = 1 / 2, (-18.0, 6.0), (25.0, 60.0), (0.0, 0.2)
+ROOMS = 1 / 2
+LEVELS = (-18.0, 6.0)
+ABOVE_NOISE = (25.0, 60.0)
+PAUSES = (0.0, 0.2)
 WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
 # Fields of the transformer's config that this text tokenizer wants.
 TEXT_IDS = {
-    "text_vocab_size": 800, "endoftext_id": 768, "im_start_id": 769, "im_end_id": 770, "sosp_id": 771,
+    "text_vocab_size": 800,
+    "endoftext_id": 768,
+    "im_start_id": 769,
+    "im_end_id": 770,
+    "sosp_id": 771,
     "modality_pad_id": 792,
-}  # fmt: skip
+}
 Said = dict[str, object]  # a line of a manifest: audio, text, words
 
 
@@ -200,12 +226,15 @@ def _with_answers(plan: Plan, wanted: Collection[str]) -> Plan:
         return replace(of, asked=places[of.asked], asked_second=second)
 
     return replace(
-        plan, utterances=[plan.utterances[place] for place in old],
+        plan,
+        utterances=[plan.utterances[place] for place in old],
         answers={text: places[place] for text, place in answers.items()},
-        extras=[places[place] for place in plan.extras], rows=[places[place] for place in plan.rows],
-        singles=[dialogue(of) for of in plan.singles], doubles=[dialogue(of) for of in plan.doubles],
+        extras=[places[place] for place in plan.extras],
+        rows=[places[place] for place in plan.rows],
+        singles=[dialogue(of) for of in plan.singles],
+        doubles=[dialogue(of) for of in plan.doubles],
         documents=[places[place] for place in plan.documents],
-    )  # fmt: skip
+    )
 
 
 def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
@@ -233,7 +262,8 @@ def _trained_questions() -> dict[Fact, list[Question]]:
 
 def _other_sentences(amount: int, draw: random.Random) -> list[str]:
     """Sentences that are no answers, for the decoder: longer rows of digits, what is not so, questions."""
-    capitals, colours = domain.CAPITALS, domain.COLOURS
+    capitals = domain.CAPITALS
+    colours = domain.COLOURS
     untrue = [
         f"The capital of {x} is not {city}." for x in capitals for city in capitals.values() if city != capitals[x]
     ]
@@ -261,7 +291,8 @@ def _rows(amount: int, draw: random.Random) -> Iterator[str]:
     ] + [answer.split() for answer in SOCIAL.values()]
     first = sorted({words[0].strip(",.?") for words in phrased if words[0][0].isupper()})
     later = sorted({word.strip(",.?") for words in phrased for word in words[1:]} - {""})
-    numbers, names = domain.NUMBERS[: domain.MOST + 1], [*domain.CAPITALS, *domain.CAPITALS.values()]
+    numbers = domain.NUMBERS[: domain.MOST + 1]
+    names = [*domain.CAPITALS, *domain.CAPITALS.values()]
     things = [*domain.COLOURS, *domain.COLOURS.values()]
     kept = {question.text for question in domain.questions() if question.kept}
     while amount:
@@ -378,7 +409,9 @@ def say(folder: Path, place: str, utterance: Utterance) -> Said:
     wave, rate, words = speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
     own = RATES[utterance.use]
     played = round(rate * utterance.speed / 50) * 50  # Hz; the filter is as long as what rates have not in common
-    speed, room, wave = played / rate, utterance.room, resample(wave, played, own)
+    speed = played / rate
+    room = utterance.room
+    wave = resample(wave, played, own)
     if room is not None:
         wave = room.record(wave, own, zlib.crc32(utterance.text.encode()))
     save_audio(folder / place, wave, own)
@@ -419,10 +452,12 @@ def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.
     hours = {
         name: round(sum(said[place]["words"][-1][2] for place in places) / 3600, 2)
         for name, places in {
-            "questions": [*questions, *seconds], "answers": [*plan.answers.values(), *plan.extras],
-            "documents": plan.documents, "rows": plan.rows,
+            "questions": [*questions, *seconds],
+            "answers": [*plan.answers.values(), *plan.extras],
+            "documents": plan.documents,
+            "rows": plan.rows,
         }.items()
-    }  # fmt: skip
+    }
     about = read_json(part / "about.json")
     write_text(part / "about.json", json.dumps({**about, "hours": hours}, indent=1) + "\n")
 
@@ -500,7 +535,8 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
     for _ in range(3):
         order = draw.sample(domain.facts(), len(domain.facts()))
         while order:
-            several, order = order[:4], order[4:]
+            several = order[:4]
+            order = order[4:]
             lines.append(" ".join(fact.answer for fact in several))
     asked = []
     for kind in PHRASINGS:

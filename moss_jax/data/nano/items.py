@@ -29,24 +29,67 @@ from moss_jax.errors import MossError
 
 FOLDER = Path(__file__).with_name("items")
 SETS = {
-    "voices": "unseen voices", "phrasings": "unseen phrasings", "both": "unseen voices and phrasings",
-    "seen": "seen voices and phrasings", "two-turn": "two turns, unseen voices",
+    "voices": "unseen voices",
+    "phrasings": "unseen phrasings",
+    "both": "unseen voices and phrasings",
+    "seen": "seen voices and phrasings",
+    "two-turn": "two turns, unseen voices",
     "new-subject": "a second question on its own, unseen voices",
     "sentences": "unseen answers, for the codec",
-}  # fmt: skip
+}
 AMOUNTS = {
-    "voices": {"sum": 90, "difference": 90, "greater": 35, "less": 35, "digits": 80, "capital": 30, "colour": 24,
-               **dict.fromkeys(SOCIAL, 8)},
-    "phrasings": {"sum": 60, "difference": 60, "greater": 25, "less": 25, "digits": 50, "capital": 10, "colour": 8,
-                  **dict.fromkeys(SOCIAL, 4)},
-    "both": {"sum": 25, "difference": 25, "greater": 10, "less": 10, "digits": 22, "capital": 10, "colour": 8,
-             **dict.fromkeys(SOCIAL, 2)},
-    "seen": {"sum": 45, "difference": 45, "greater": 18, "less": 18, "digits": 40, "capital": 14, "colour": 10,
-             **dict.fromkeys(SOCIAL, 2)},
+    "voices": {
+        "sum": 90,
+        "difference": 90,
+        "greater": 35,
+        "less": 35,
+        "digits": 80,
+        "capital": 30,
+        "colour": 24,
+        **dict.fromkeys(SOCIAL, 8),
+    },
+    "phrasings": {
+        "sum": 60,
+        "difference": 60,
+        "greater": 25,
+        "less": 25,
+        "digits": 50,
+        "capital": 10,
+        "colour": 8,
+        **dict.fromkeys(SOCIAL, 4),
+    },
+    "both": {
+        "sum": 25,
+        "difference": 25,
+        "greater": 10,
+        "less": 10,
+        "digits": 22,
+        "capital": 10,
+        "colour": 8,
+        **dict.fromkeys(SOCIAL, 2),
+    },
+    "seen": {
+        "sum": 45,
+        "difference": 45,
+        "greater": 18,
+        "less": 18,
+        "digits": 40,
+        "capital": 14,
+        "colour": 10,
+        **dict.fromkeys(SOCIAL, 2),
+    },
     "two-turn": {"sum": 40, "difference": 40, "capital": 20, "colour": 20, "digits": 20},
-    "new-subject": {"sum": 20, "difference": 20, "greater": 10, "less": 10, "digits": 20, "capital": 10, "colour": 8,
-                    **dict.fromkeys(SOCIAL, 2)},
-}  # fmt: skip
+    "new-subject": {
+        "sum": 20,
+        "difference": 20,
+        "greater": 10,
+        "less": 10,
+        "digits": 20,
+        "capital": 10,
+        "colour": 8,
+        **dict.fromkeys(SOCIAL, 2),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -69,18 +112,33 @@ class Item:
     pitch: int
 
     def to_json(self) -> dict:
-        turns = [*self.questions, *self.answers] if not self.questions else [
-            part for pair in zip(self.questions, self.answers, strict=True) for part in pair
-        ]  # fmt: skip
-        return {"id": self.name, "kind": self.kind, "turns": turns, "voice": self.voice,
-                "words_per_minute": self.words_per_minute, "pitch": self.pitch}  # fmt: skip
+        turns = (
+            [*self.questions, *self.answers]
+            if not self.questions
+            else [part for pair in zip(self.questions, self.answers, strict=True) for part in pair]
+        )
+        return {
+            "id": self.name,
+            "kind": self.kind,
+            "turns": turns,
+            "voice": self.voice,
+            "words_per_minute": self.words_per_minute,
+            "pitch": self.pitch,
+        }
 
     @classmethod
     def from_json(cls, entry: dict) -> "Item":
         turns = entry["turns"]
         questions, answers = (turns[::2], turns[1::2]) if len(turns) > 1 else ([], turns)
-        return cls(entry["id"], entry["kind"], tuple(questions), tuple(answers), entry["voice"],
-                   entry["words_per_minute"], entry["pitch"])  # fmt: skip
+        return cls(
+            entry["id"],
+            entry["kind"],
+            tuple(questions),
+            tuple(answers),
+            entry["voice"],
+            entry["words_per_minute"],
+            entry["pitch"],
+        )
 
 
 def make_items(seed: int = 0) -> dict[str, list[Item]]:
@@ -123,7 +181,8 @@ def _item(
     name: str, question: Question, voices: Sequence[str], draw: random.Random, group: str, other: Question | None
 ) -> Item:
     """One that asks `question`, in two turns then what goes on from it, or an `other` one."""
-    questions, answers = [question.text], [question.fact.answer]
+    questions = [question.text]
+    answers = [question.fact.answer]
     if group == "two-turn":
         second = draw.choice(list(domain.follow_ups(question.fact, reserved=draw.random() < 0.5)))
         questions.append(second.text)
@@ -155,15 +214,18 @@ def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[st
     Returns:
         For each item {"questions": 16 kHz recordings, "answers": 24 kHz ones of the answering voice}, one a turn.
     """
-    spoken, lines = [], []
+    spoken = []
+    lines = []
     (folder / group).mkdir(parents=True, exist_ok=True)
     for item in items:
         asker = (item.voice, item.words_per_minute, item.pitch)
         paths = {
-            f"{use}s": [_spoken(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
-                        for turn, text in enumerate(texts)]
+            f"{use}s": [
+                _spoken(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
+                for turn, text in enumerate(texts)
+            ]
             for use, speaker, texts in (("question", asker, item.questions), ("answer", ANSWERS, item.answers))
-        }  # fmt: skip
+        }
         spoken.append(paths)
         said = zip(item.questions or item.answers, paths["questions"] or paths["answers"], strict=True)
         lines += [{"audio": str(path.relative_to(folder)), "text": text} for text, path in said]

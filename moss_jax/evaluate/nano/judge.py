@@ -34,9 +34,14 @@ FRAME = 50  # a second, of the checks
 FLOOR = 35.0  # dB below the level: what is quieter at the ends is silence
 SECONDS = (-0.0369, 0.0416, 0.1679, 0.2304)  # constant, a letter, a word, a comma
 LENGTHS = (0.65, 1.45)  # measured over expected
-LEVEL, SPREAD = -45.0, 8.0  # dBFS and dB, at least
+# dBFS and dB, at least
+LEVEL = -45.0
+SPREAD = 8.0
 MARGIN = 0.1  # seconds that stay around what is not silent
-POWER, PAUSE, NOISE = 0.1, 0.15, 0.002  # root mean square; seconds; root mean square
+# root mean square; seconds; root mean square
+POWER = 0.1
+PAUSE = 0.15
+NOISE = 0.002
 
 
 def grammar() -> str:

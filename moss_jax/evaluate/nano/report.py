@@ -45,7 +45,9 @@ ROOMS = {
     "slow": ("a second before and after", Room(level=0, above_noise=40, before=1, after=1)),
 }
 IN_ROOMS = 100  # items, spread over the set
-RESYNTHESIS, SENTENCES = "voices", "sentences"  # the sets whose answers go through the codec alone
+# the sets whose answers go through the codec alone
+RESYNTHESIS = "voices"
+SENTENCES = "sentences"
 QUALITY_RATE = 16000  # Hz, of wide-band PESQ and of STOI
 
 
@@ -76,8 +78,14 @@ def run(
     if limit is not None and limit < 1:
         raise MossError(f"items: {limit}, expected at least 1")
     judge = NanoJudge()
-    about = {"task": "nano", "judge": judge.name, "items": file_hash(FOLDER), "sampling": SAMPLING,
-             "codec": model.codec_hash(), "model": model.language_hash()}  # fmt: skip
+    about = {
+        "task": "nano",
+        "judge": judge.name,
+        "items": file_hash(FOLDER),
+        "sampling": SAMPLING,
+        "codec": model.codec_hash(),
+        "model": model.language_hash(),
+    }
     with Results(out, about) as results:
         work = _Work(model, judge, results, sets, ways, limit, say)
         work.run(replies_only)
@@ -86,8 +94,12 @@ def run(
 
 class _Work:
     def __init__(self, model, judge, results, sets, ways, limit, say):
-        self.model, self.judge, self.results, self.say = model, judge, results, say
-        self.ways, self.folder = ways, results.folder
+        self.model = model
+        self.judge = judge
+        self.results = results
+        self.say = say
+        self.ways = ways
+        self.folder = results.folder
         self.items = {group: _spread(read_items(group), limit) for group in SETS if group in sets}
 
     def run(self, replies_only: bool) -> None:
@@ -138,9 +150,12 @@ class _Work:
         return recorded
 
     def _each(
-        self, part: str, group: str, measure: Callable[[Item, dict[str, list[Path]]], dict[str, Any]],
+        self,
+        part: str,
+        group: str,
+        measure: Callable[[Item, dict[str, list[Path]]], dict[str, Any]],
         limit: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One measurement of every item of a set that has not been taken yet."""
         pairs = self._pairs(group)[:limit]
         for number, (item, paths) in enumerate(pairs, 1):
@@ -165,22 +180,31 @@ class _Work:
 
     def _stream(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
         """The same question in one piece and streamed; times are from the whole question to sound."""
-        turns, system = [Turn("user", audio=paths["questions"][0])], self.model.system
+        turns = [Turn("user", audio=paths["questions"][0])]
+        system = self.model.system
         whole = system.reply(turns, **SAMPLING)
-        begin, first, waves = time.perf_counter(), None, []
+        begin = time.perf_counter()
+        first = None
+        waves = []
         stream = system.stream(turns, **SAMPLING)
         for piece in stream:
             if piece.wave.size and first is None:
                 first = time.perf_counter() - begin
             waves.append(piece.wave)
-        spent, wave, codes = time.perf_counter() - begin, np.concatenate(waves), stream.reply.codes
+        spent = time.perf_counter() - begin
+        wave = np.concatenate(waves)
+        codes = stream.reply.codes
         same = min(len(codes), len(whole.codes))
         differ = int((codes[:same] != whole.codes[:same]).sum()) + abs(len(codes) - len(whole.codes))
         judged = {name: self._answer(item, 0, reply, "ss") for name, reply in (("own", stream.reply), ("whole", whole))}
         return judged["own"] | {
-            "whole": judged["whole"]["right"], "differ": differ, "codes": len(codes), "first": first, "spent": spent,
+            "whole": judged["whole"]["right"],
+            "differ": differ,
+            "codes": len(codes),
+            "first": first,
+            "spent": spent,
             "seconds": wave.size / stream.sample_rate,
-        }  # fmt: skip
+        }
 
     def _vocoder(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
         """True mel -> sound, beside the sound that it was computed from."""
@@ -213,9 +237,13 @@ class _Work:
                 records.append(
                     record
                     | judged[-1]
-                    | {"right": whole and judged[-1]["right"], "first": judged[0]["right"],
-                       "complete": replies[-1].complete, "codes": len(replies[-1].codes)}
-                )  # fmt: skip
+                    | {
+                        "right": whole and judged[-1]["right"],
+                        "first": judged[0]["right"],
+                        "complete": replies[-1].complete,
+                        "codes": len(replies[-1].codes),
+                    }
+                )
             self.results.append(records)
             self.say(f"{part}, {SETS[group]}: {len(pairs) - len(left) + first + len(batch)} of {len(pairs)}")
 
@@ -240,9 +268,11 @@ class _Work:
                 turns[i].append(Turn("user", **asked))
             if going:
                 answers = model.system.reply_batch(
-                    [turns[i] for i in going], reply="speech" if way[1] == "s" else "text",
-                    batch_size=model.batch_size, **SAMPLING,
-                )  # fmt: skip
+                    [turns[i] for i in going],
+                    reply="speech" if way[1] == "s" else "text",
+                    batch_size=model.batch_size,
+                    **SAMPLING,
+                )
                 for i, answer in zip(going, answers, strict=True):
                     replies[i].append(answer)
         return replies
@@ -387,8 +417,13 @@ def _next(items: Mapping[str, Item]) -> dict[str, str]:
 
 def _budget(found: Mapping) -> list[dict[str, Any]]:
     """Shares that multiply to spoken-to-spoken: what the text model knows, what is lost in hearing, in speaking."""
-    parts = [("tt", RESYNTHESIS), ("st", RESYNTHESIS), ("ss", RESYNTHESIS), ("ceiling", RESYNTHESIS),
-             ("codec", RESYNTHESIS)]  # fmt: skip
+    parts = [
+        ("tt", RESYNTHESIS),
+        ("st", RESYNTHESIS),
+        ("ss", RESYNTHESIS),
+        ("ceiling", RESYNTHESIS),
+        ("codec", RESYNTHESIS),
+    ]
     if any(part not in found for part in parts):
         return []
     share = {part: float(np.mean([record["right"] for record in found[part, group].values()])) for part, group in parts}
@@ -408,9 +443,12 @@ def _budget(found: Mapping) -> list[dict[str, Any]]:
 
 
 def _streamed(records: Sequence[Mapping[str, Any]]) -> str:
-    codes, differ = sum(r["codes"] for r in records), sum(r["differ"] for r in records)
-    right = [accuracy_row(told, [r[key] for r in records]) for told, key in
-             (("S->S in one piece", "whole"), ("S->S streamed", "right"))]  # fmt: skip
+    codes = sum(r["codes"] for r in records)
+    differ = sum(r["differ"] for r in records)
+    right = [
+        accuracy_row(told, [r[key] for r in records])
+        for told, key in (("S->S in one piece", "whole"), ("S->S streamed", "right"))
+    ]
     spoken = [r for r in records if r["first"] is not None]
     told = f"Streamed beside one piece, question by question: {differ} of {codes} codes differ.\n\n{markdown(right)}"
     if not spoken:
@@ -432,7 +470,8 @@ def _vocoder_rows(found: Mapping) -> list[dict[str, Any]]:
     rows = []
     for key, told in (("pesq", "PESQ-wb"), ("stoi", "STOI")):
         values = np.array([record[key] for record in found["vocoder", SENTENCES].values()])
-        middle, half = values.mean(), 1.96 * values.std() / len(values) ** 0.5
+        middle = values.mean()
+        half = 1.96 * values.std() / len(values) ** 0.5
         told_row = {"what": told, "items": len(values)}
         numbers = {"mean": middle, "95% from": middle - half, "95% to": middle + half}
         rows.append(told_row | {key: round(float(value), 3) for key, value in numbers.items()})

@@ -96,7 +96,8 @@ def _in_query_blocks(q, k, v, mask, turned, turn) -> jax.Array:
 def _over_blocks(q, turned, past: Past, state):
     """Adds the filled part of a cache to a running softmax (maximum, sum, weighted values), a block of keys at a time,
     so that the cost follows what is filled and each key is read from memory once."""
-    lead, size = past.k.ndim - 4, min(KEY_BLOCK, past.k.shape[-2])
+    lead = past.k.ndim - 4
+    size = min(KEY_BLOCK, past.k.shape[-2])
     slots = past.k.shape[-2]
 
     def body(i, state):
@@ -111,7 +112,8 @@ def _over_blocks(q, turned, past: Past, state):
         slot = start + jnp.arange(size)
         scores = jnp.where((slot >= i * size) & (slot < past.filled), _scores(q, k, turned, turn), MASKED)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        weights = jnp.exp(scores - new_top)
+        shrink = jnp.exp(top - new_top)
         return new_top, total * shrink + weights.sum(-1, keepdims=True), values * shrink + weights @ v
 
     return jax.lax.fori_loop(0, (past.filled + size - 1) // size, body, state)
@@ -126,9 +128,11 @@ def sinusoids(positions: jax.Array, size: int) -> jax.Array:
     """PE of absolute positions, int [S] in 0..65535 -> float32 [S, size], exact to float32 rounding for all positions.
 
     sin(p w) in float32 is off by p * 6e-8, so p is split in high and low digits, whose tables come in float64."""
-    base, most = 128, 2**16
+    base = 128
+    most = 2**16
     rates = np.exp(-np.arange(0, size, 2) * np.log(10000.0) / size)
-    low, high = np.arange(base)[:, None] * rates, np.arange(0, most, base)[:, None] * rates
+    low = np.arange(base)[:, None] * rates
+    high = np.arange(0, most, base)[:, None] * rates
     ls, lc, hs, hc = (
         jnp.asarray(f(angle), jnp.float32)[digit]
         for angle, digit in ((low, positions % base), (high, positions // base))
@@ -143,6 +147,8 @@ def relative(query: jax.Array, kernel: jax.Array, turn: jax.Array) -> jax.Array:
     query [B, T, N, H]; kernel W [D, N, H]; turn [T, D] = sinusoids of the queries' positions -> [B, T, N, D].
     """
     rows = jnp.einsum("btnh,dnh->btnd", query, kernel)
-    sine, cosine = turn[:, None, 0::2], turn[:, None, 1::2]
-    a, b = rows[..., 0::2], rows[..., 1::2]
+    sine = turn[:, None, 0::2]
+    cosine = turn[:, None, 1::2]
+    a = rows[..., 0::2]
+    b = rows[..., 1::2]
     return jnp.stack([b * sine - a * cosine, a * sine + b * cosine], -1).reshape(rows.shape)

@@ -33,8 +33,10 @@ class RelativeAttention(nn.Module):
     @nn.compact
     def __call__(self, x, mask, turn, past: Sequence[Past] = ()):
         """x [B, T, D], mask bool [B, T, T], turn [T, D] -> (y [B, T, D], (k, v) [B, N, T, H])."""
-        size, heads = x.shape[-1], self.num_heads
-        split, axes = (heads, size // heads), ("embed", "heads", None)
+        size = x.shape[-1]
+        heads = self.num_heads
+        split = (heads, size // heads)
+        axes = ("embed", "heads", None)
         q, k, v = (Linear(split, axes, name=name)(x) for name in ("query", "key", "value"))
         bias_u, bias_v = (
             self.param(name, named(nn.initializers.normal(0.02), "heads", None), split, jnp.float32)
@@ -89,7 +91,8 @@ class Embedding(nn.Module):
 
 def initial_encoder_tails(config: FlowConfig, batch: int) -> dict[str, jax.Array]:
     """The convolutions' tails at the beginning of a stream."""
-    size, frames = config.encoder.hidden_size, config.frames_per_code
+    size = config.encoder.hidden_size
+    frames = config.frames_per_code
     return {"lookahead": jnp.zeros((batch, 2, size)), "upsample": jnp.zeros((batch, 2 * frames, size))}
 
 
@@ -97,7 +100,8 @@ class Encoder(nn.Module):
     config: FlowConfig
 
     def setup(self):
-        size, config = self.config.encoder.hidden_size, self.config
+        size = self.config.encoder.hidden_size
+        config = self.config
         self.embedding = Embedding(size)
         self.lookahead = Conv1d(size, config.lookahead + 1, axes=CONV)
         self.lookahead_out = CausalConv1d(size, 3, axes=CONV)
@@ -138,7 +142,9 @@ class Encoder(nn.Module):
             states float32 [B, T * frames_per_code, D], and a dictionary of `tails`, `keys` = (k, v)
             [L, B, N, T, H] at the code rate and `up_keys` at the mel's.
         """
-        config, frames, codes = self.config, self.config.frames_per_code, valid.shape[1]
+        config = self.config
+        frames = self.config.frames_per_code
+        codes = valid.shape[1]
         tails = initial_encoder_tails(config, x.shape[0]) if tails is None else tails
         with jax.named_scope("lookahead"):
             ahead = jax.nn.leaky_relu(self.lookahead(x), 0.01)

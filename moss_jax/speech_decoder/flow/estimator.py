@@ -40,7 +40,8 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array) -> dict[str, jax.Array]:
         """t float32 [K] in 0..1."""
-        config, sizes = self.config.estimator, ("time", "time_out")
+        config = self.config.estimator
+        sizes = ("time", "time_out")
         half = self.config.estimator_inputs // 2
         rates = jnp.exp(-jnp.log(10000.0) / (half - 1) * jnp.arange(half))
         angle = 1000 * t[:, None] * rates
@@ -95,7 +96,8 @@ class TransformerBlock(nn.Module):
         config = self.config.estimator
         past = [part.replace(index=(*part.index, layer)) for part in past]
         y = LayerNorm(name="attention_norm")(x)
-        split, axes = (config.num_heads, config.head_dim), ("embed", "heads", None)
+        split = (config.num_heads, config.head_dim)
+        axes = ("embed", "heads", None)
         q, k, v = (Linear(split, axes, use_bias=False, name=name)(y) for name in ("query", "key", "value"))
         y = attend(q, k, v, mask, past)
         x = x + Linear(config.channels, ("heads", None, "embed"), in_dims=2, name="out")(y)
@@ -133,7 +135,8 @@ class Stage(nn.Module):
 
 def initial_tails(config: FlowConfig, rows: int) -> dict[str, Any]:
     """The convolutions' tails of an estimator call at the beginning of a stream, each [(stages,) rows, 2, channels]."""
-    channels, stages = config.estimator.channels, config.estimator.num_mid_stages
+    channels = config.estimator.channels
+    stages = config.estimator.num_mid_stages
 
     def zeros(size, *lead):
         return jnp.zeros((*lead, rows, WIDTH - 1, size))
@@ -183,9 +186,12 @@ class Estimator(nn.Module):
         config = self.config.estimator
         rows, frames = valid.shape
         tails = initial_tails(self.config, rows) if tails is None else tails
-        mask, visible = valid[..., None].astype(x.dtype), allowed(frames, valid, chunk)
+        mask = valid[..., None].astype(x.dtype)
+        visible = allowed(frames, valid, chunk)
         conv = [CausalConv1d(config.channels, WIDTH, axes=CONV, name=name) for name in ("down_out", "up_out")]
-        new, keys, common = {}, {}, (mask, visible, length, past)
+        new = {}
+        keys = {}
+        common = (mask, visible, length, past)
 
         with jax.named_scope("down"):
             speaker = jnp.broadcast_to(speaker[:, None], (rows, frames, speaker.shape[-1]))
@@ -193,7 +199,8 @@ class Estimator(nn.Module):
             x, (new["down"], keys["down"]) = Stage(self.config, name="down")(
                 x, (0, time["down"], tails["down"]), *common
             )
-            skip, x = x, x * mask
+            skip = x
+            x = x * mask
             new["down_out"] = tail_at(x, tails["down_out"], length)
             x = conv[0](x, tails["down_out"])[0]
         with jax.named_scope("mid"):

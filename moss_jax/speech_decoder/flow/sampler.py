@@ -115,7 +115,8 @@ def flow(
         (4 * (count - lookahead) when not finalize).
     """
     model = partial(FlowModel(config).apply, {"params": params})
-    rows, frames = codes.shape[1], codes.shape[1] * config.frames_per_code
+    rows = codes.shape[1]
+    frames = codes.shape[1] * config.frames_per_code
     valid = jnp.arange(rows) < (count if finalize else count - config.lookahead)[:, None]
     chunk = config.chunk if streaming else None
     ahead = jnp.zeros((codes.shape[0], config.lookahead), codes.dtype)
@@ -213,7 +214,8 @@ def decode(
     if not finalize and codes.size < config.lookahead:
         raise MossError(f"speech codes: {codes.size} codes, expected at least the look-ahead of {config.lookahead}")
     buffer = noise(config.noise_frames, config.mel_bins) if buffer is None else buffer
-    frames, count = config.frames_per_code, prompt_codes.size + codes.size
+    frames = config.frames_per_code
+    count = prompt_codes.size + codes.size
     padded = bucket(count, buffer.shape[1] // frames)
     ids = np.zeros((1, padded), np.int32)
     ids[0, :count] = np.concatenate([prompt_codes, codes])

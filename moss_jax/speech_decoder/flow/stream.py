@@ -86,7 +86,8 @@ class FlowState:
 
 def chunk_bytes(config: FlowConfig, dtype: str = "float32") -> int:
     """Bytes of cache that a chunk takes."""
-    encoder, estimator = config.encoder, config.estimator
+    encoder = config.encoder
+    estimator = config.estimator
     a_frame = 2 * estimator.num_heads * estimator.head_dim * estimator.num_layers * config.euler_steps * config.rows
     a_frame += 2 * encoder.hidden_size * encoder.num_up_layers
     a_code = config.frames_per_code * a_frame + 2 * encoder.hidden_size * encoder.num_layers
@@ -105,8 +106,11 @@ def prefilled_chunks(config: FlowConfig, prompt_codes: int) -> int:
 
 def empty(config: FlowConfig, slots: int, dtype: str = "float32") -> FlowState:
     """The state before the first code, with a cache of `slots` chunks."""
-    encoder, estimator, dtype = config.encoder, config.estimator, jnp.dtype(dtype)
-    codes, frames = slots * config.chunk, slots * config.chunk_frames
+    encoder = config.encoder
+    estimator = config.estimator
+    dtype = jnp.dtype(dtype)
+    codes = slots * config.chunk
+    frames = slots * config.chunk_frames
     head = encoder.hidden_size // encoder.num_heads
 
     def zeros(*shape):
@@ -116,9 +120,14 @@ def empty(config: FlowConfig, slots: int, dtype: str = "float32") -> FlowState:
     at_codes = (encoder.num_layers, 1, encoder.num_heads, codes, head)
     at_frames = (encoder.num_up_layers, 1, encoder.num_heads, frames, head)
     cache = FlowCache(
-        zeros(*wide), zeros(*wide), zeros(*at_codes), zeros(*at_codes), zeros(*at_frames), zeros(*at_frames),
+        zeros(*wide),
+        zeros(*wide),
+        zeros(*at_codes),
+        zeros(*at_codes),
+        zeros(*at_frames),
+        zeros(*at_frames),
         jnp.zeros(slots, jnp.int32),
-    )  # fmt: skip
+    )
     tails = initial_tails(config, config.rows)
     tails = jax.tree.map(lambda x: jnp.zeros((config.euler_steps, *x.shape), x.dtype), tails)
     return FlowState(
@@ -167,7 +176,8 @@ def extend(
     """
     mel, kept, later = _compute(params, config, noise, state, codes, count, chunks, shared, prompt_mel)
     n = (codes.shape[1] - config.lookahead) // config.chunk
-    index, cache = state.chunk - state.first, state.cache
+    index = state.chunk - state.first
+    cache = state.cache
     # Once the cache is full the oldest chunk that is not pinned goes.
     slot = jnp.where(
         index < cache.slots, index, state.pinned + (index - state.pinned) % jnp.maximum(cache.slots - state.pinned, 1)
@@ -222,14 +232,17 @@ def conclude(
 def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_mel):
     """-> mel, what is to be kept, the prompt's mel after these chunks."""
     model = partial(FlowModel(config).apply, {"params": params})
-    rows, size = codes.shape[1] - config.lookahead, config.encoder.hidden_size
+    rows = codes.shape[1] - config.lookahead
+    size = config.encoder.hidden_size
     frames = rows * config.frames_per_code
     valid = (jnp.arange(rows) < count)[None]
     start = state.chunk * config.chunk
     parts = [(state.cache, jnp.minimum(state.chunk - state.first, state.cache.slots))]
     if shared is not None:
         parts = [(shared, state.first), *parts]
-    past, code_past, frame_past = [], [], []
+    past = []
+    code_past = []
+    frame_past = []
     for cache, filled in parts:
         positions = (cache.chunks[:, None] * config.chunk + jnp.arange(config.chunk)).reshape(-1)
         turn = sinusoids(positions, size)
@@ -241,9 +254,16 @@ def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_
 
     x = model(codes, jnp.reshape(count, (1,)), method="embed")
     mu, kept = model(
-        x, valid, config.chunk, tails=state.encoder_tails, start=start, length=chunks * config.chunk,
-        past=code_past, up_past=frame_past, method="encode",
-    )  # fmt: skip
+        x,
+        valid,
+        config.chunk,
+        tails=state.encoder_tails,
+        start=start,
+        length=chunks * config.chunk,
+        past=code_past,
+        up_past=frame_past,
+        method="encode",
+    )
     later = state.prompt_mel
     if prompt_mel is None:
         prompt_mel = later[:, :frames]
@@ -252,9 +272,18 @@ def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_
 
     def velocity(x, mu, speaker, prompt, time, step, tails):
         return model(
-            x, mu, speaker, prompt, time, every_row, config.chunk_frames, tails=tails,
-            length=chunks * config.chunk_frames, past=[part.replace(index=(step,)) for part in past], method="velocity",
-        )  # fmt: skip
+            x,
+            mu,
+            speaker,
+            prompt,
+            time,
+            every_row,
+            config.chunk_frames,
+            tails=tails,
+            length=chunks * config.chunk_frames,
+            past=[part.replace(index=(step,)) for part in past],
+            method="velocity",
+        )
 
     x = jax.lax.dynamic_slice_in_dim(noise, start * config.frames_per_code, frames, 1)
     states, moved = euler(config, model, x, mu, state.speaker, prompt_mel, velocity, state.estimator_tails)
@@ -317,7 +346,9 @@ class CachedFlow:
     def __init__(
         self, params: Any, config: FlowConfig, *, memory: int = MEMORY, window: int = WINDOW, dtype: str = "float32"
     ):
-        self.params, self.config, self.dtype = params, config, dtype
+        self.params = params
+        self.config = config
+        self.dtype = dtype
         self.slots = min(memory // chunk_bytes(config, dtype), -(-config.max_codes // config.chunk))
         least = last_chunks(config) + 2  # what may hold some prompt, and one chunk of speech
         if self.slots < least:
@@ -347,11 +378,13 @@ class CachedFlow:
         check_length(config, codes.size, 1)
         mel = np.asarray(config.normalized(voice.mel), np.float32)
         mel = mel.reshape(1, codes.size * config.frames_per_code, config.mel_bins)
-        chunks, piece = prefilled_chunks(config, codes.size), max(PREFILL_CODES // config.chunk, 1)
+        chunks = prefilled_chunks(config, codes.size)
+        piece = max(PREFILL_CODES // config.chunk, 1)
         state = empty(config, max(-(-chunks // piece) * piece, 1), self.dtype)
         state = state.replace(speaker=self._project(self.params, np.asarray(voice.embedding, np.float32)[None]))
         for first in range(0, chunks, piece):
-            begin, end = first * config.chunk, (first + piece) * config.chunk
+            begin = first * config.chunk
+            end = (first + piece) * config.chunk
             ids, count = _padded(codes[begin : end + config.lookahead], piece * config.chunk + config.lookahead)
             part = mel[:, begin * config.frames_per_code : end * config.frames_per_code]
             part = _lengthened(part, piece * config.chunk_frames)
@@ -377,7 +410,8 @@ class FlowStream:
 
     def __init__(self, flow: CachedFlow, prompt: Prompt):
         config = flow.config
-        self.flow, self.prompt = flow, prompt
+        self.flow = flow
+        self.prompt = prompt
         chunks = prefilled_chunks(config, prompt.codes.size)
         self._waiting = prompt.codes[chunks * config.chunk :]  # codes of chunks that are not computed yet
         self._prompt_waiting = self._waiting.size  # how many of them are the prompt's
@@ -393,7 +427,8 @@ class FlowStream:
         Raises:
             MossError: codes out of range, or the sequence longer than the noise buffer.
         """
-        config, flow = self.flow.config, self.flow
+        config = self.flow.config
+        flow = self.flow
         if len(codes):
             codes = check_codes(config, codes, self.prompt.codes.size + self.codes)
             self._waiting = np.concatenate([self._waiting, codes])
@@ -416,7 +451,8 @@ class FlowStream:
         Raises:
             MossError: there was not one code of speech.
         """
-        config, flow = self.flow.config, self.flow
+        config = self.flow.config
+        flow = self.flow
         if self.codes == 0:
             raise MossError("speech codes: none in the stream, expected at least one")
         ids, count = _padded(self._waiting, last_chunks(config) * config.chunk + config.lookahead)
@@ -425,7 +461,8 @@ class FlowStream:
 
     def _speech(self, mel: jax.Array, codes: int) -> np.ndarray:
         """Cuts the prompt's part and the padding off the mel of the next `codes` codes, which wait no longer."""
-        frames, prompt = self.flow.config.frames_per_code, min(self._prompt_waiting, codes)
+        frames = self.flow.config.frames_per_code
+        prompt = min(self._prompt_waiting, codes)
         self._waiting = self._waiting[codes:]
         self._prompt_waiting -= prompt
         # On the host: a slice there compiles nothing.
@@ -445,7 +482,8 @@ def grown(state: FlowState, slots: int) -> FlowState:
 
 def narrowed(state: FlowState, slots: int) -> FlowState:
     """The state, whose cache is just full, with a cache of fewer slots: of the pinned chunks and the latest ones."""
-    old, pinned = state.cache.slots, int(state.pinned)
+    old = state.cache.slots
+    pinned = int(state.pinned)
     ring = slots - pinned
     latest = np.arange(old - ring, old)
     kept = np.arange(slots)  # which slot moves to each

@@ -61,7 +61,9 @@ def _time(batches, size: Size, repeats: int, workers: int) -> Row:
     next(batches)  # files are open, the first plan is made, workers have started
     if not workers:
         batches.skip_to(1)  # what was read ahead is forgotten and will be counted
-    wall, tokens, spent = [], 0, time.process_time()
+    wall = []
+    tokens = 0
+    spent = time.process_time()
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(STEPS):
@@ -76,7 +78,8 @@ def _time(batches, size: Size, repeats: int, workers: int) -> Row:
 
 
 def _write(folder: Path, size: Size) -> None:
-    random, config = np.random.default_rng(0), MOSS_SPEECH_8B
+    random = np.random.default_rng(0)
+    config = MOSS_SPEECH_8B
     for name, make, most, median in (("speech", speech, config.eosp_id, 250), ("text", text, config.endoftext_id, 300)):
         examples = (
             Example(*make(random.integers(0, most, length, np.int32), config))

@@ -59,7 +59,8 @@ def run(options: Options) -> Iterator[Row]:
     yield row(f"offline, {OFFLINE} codes", offline, peer and partial(peer.mel, codes[:OFFLINE], False, True), note=note)
 
     flow = stream.CachedFlow(params, config, memory=_memory(config, PROMPT + len(codes)))
-    request, start = flow.stream(flow.prefill(voice)), 0
+    request = flow.stream(flow.prefill(voice))
+    start = 0
     for count in CHUNKS:
         # The last chunk before `count` codes, and two more of nearly that length, are timed; the last is compared.
         seconds, mel = _advance(request, codes, start, count)
@@ -82,10 +83,13 @@ def run(options: Options) -> Iterator[Row]:
 
 def _long(flow: stream.CachedFlow, voice: Any, codes: np.ndarray, name: str) -> Iterator[Row]:
     """The cost of a chunk early and late in one long stream; compilation is not in it."""
-    request, start, early = flow.stream(flow.prefill(voice)), 0, []
+    request = flow.stream(flow.prefill(voice))
+    start = 0
+    early = []
     for count in (50, len(codes)):
         seconds, _ = _advance(request, codes, start, count)
-        start, late = count, seconds[-3:]
+        start = count
+        late = seconds[-3:]
         early = early or late
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)) / 2**30
         ratio = f", {np.median(late) / np.median(early):.2f} x the tenth chunk" if count > 50 else ""
@@ -94,9 +98,12 @@ def _long(flow: stream.CachedFlow, voice: Any, codes: np.ndarray, name: str) -> 
 
 def _advance(request: stream.FlowStream, codes: np.ndarray, start: int, end: int) -> tuple[list[float], jax.Array]:
     """Pushes codes[start:end] a chunk at a time -> the seconds of the calls that computed one, and the last mel."""
-    config, seconds, mel = request.flow.config, [], None
+    config = request.flow.config
+    seconds = []
+    mel = None
     for first in range(start, end, config.chunk):
-        begin, done = time.perf_counter(), int(request.state.chunk)
+        begin = time.perf_counter()
+        done = int(request.state.chunk)
         part = jax.block_until_ready(request.push(codes[first : min(first + config.chunk, end)]))
         if int(request.state.chunk) > done:
             seconds.append((time.perf_counter() - begin) / (int(request.state.chunk) - done))
@@ -121,7 +128,8 @@ def _inputs(config: FlowConfig) -> tuple[Any, np.ndarray]:
 
 
 def random_params(config: FlowConfig) -> dict:
-    random, flat = np.random.default_rng(0), {}
+    random = np.random.default_rng(0)
+    flat = {}
     for path, leaf in param_shapes(FlowModel(config)).items():
         name = path.rsplit("/", 1)[-1]
         if name in ("scale", "bias"):
@@ -149,40 +157,71 @@ class Peer:
         )
         from omegaconf import DictConfig
 
-        encoder, estimator = config.encoder, config.estimator
+        encoder = config.encoder
+        estimator = config.estimator
         self._torch = torch
         self._model = flow.CausalMaskedDiffWithXvec(
-            input_size=encoder.hidden_size, output_size=config.mel_bins, spk_embed_dim=config.speaker_size,
-            output_type="mel", vocab_size=config.vocab_size, input_frame_rate=12.5, only_mask_loss=True,
-            token_mel_ratio=config.frames_per_code, pre_lookahead_len=config.lookahead,
+            input_size=encoder.hidden_size,
+            output_size=config.mel_bins,
+            spk_embed_dim=config.speaker_size,
+            output_type="mel",
+            vocab_size=config.vocab_size,
+            input_frame_rate=12.5,
+            only_mask_loss=True,
+            token_mel_ratio=config.frames_per_code,
+            pre_lookahead_len=config.lookahead,
             encoder=upsample.UpsampleConformerEncoder(
-                output_size=encoder.hidden_size, attention_heads=encoder.num_heads,
-                linear_units=encoder.intermediate_size, num_blocks=encoder.num_layers, normalize_before=True,
-                input_layer="linear", pos_enc_layer_type="rel_pos_espnet", selfattention_layer_type="rel_selfattn",
-                input_size=encoder.hidden_size, upsample_stride=config.frames_per_code, use_cnn_module=False,
-                macaron_style=False, static_chunk_size=config.chunk,
+                output_size=encoder.hidden_size,
+                attention_heads=encoder.num_heads,
+                linear_units=encoder.intermediate_size,
+                num_blocks=encoder.num_layers,
+                normalize_before=True,
+                input_layer="linear",
+                pos_enc_layer_type="rel_pos_espnet",
+                selfattention_layer_type="rel_selfattn",
+                input_size=encoder.hidden_size,
+                upsample_stride=config.frames_per_code,
+                use_cnn_module=False,
+                macaron_style=False,
+                static_chunk_size=config.chunk,
             ),
             decoder=matching.CausalConditionalCFM(
-                in_channels=3 * config.mel_bins, n_spks=1, spk_emb_dim=config.mel_bins,
-                cfm_params=DictConfig({
-                    "sigma_min": 1e-6, "solver": "euler", "t_scheduler": "cosine", "training_cfg_rate": 0.2,
-                    "inference_cfg_rate": config.guidance, "reg_loss_type": "l1",
-                }),
+                in_channels=3 * config.mel_bins,
+                n_spks=1,
+                spk_emb_dim=config.mel_bins,
+                cfm_params=DictConfig(
+                    {
+                        "sigma_min": 1e-6,
+                        "solver": "euler",
+                        "t_scheduler": "cosine",
+                        "training_cfg_rate": 0.2,
+                        "inference_cfg_rate": config.guidance,
+                        "reg_loss_type": "l1",
+                    }
+                ),
                 estimator=decoder.CausalConditionalDecoder(
-                    in_channels=config.estimator_inputs, out_channels=config.mel_bins, dropout=0.0, act_fn="gelu",
-                    channels=[estimator.channels], n_blocks=estimator.num_blocks, num_heads=estimator.num_heads,
-                    num_mid_blocks=estimator.num_mid_stages, attention_head_dim=estimator.head_dim,
-                    static_chunk_size=config.chunk_frames, num_decoding_left_chunks=-1,
+                    in_channels=config.estimator_inputs,
+                    out_channels=config.mel_bins,
+                    dropout=0.0,
+                    act_fn="gelu",
+                    channels=[estimator.channels],
+                    n_blocks=estimator.num_blocks,
+                    num_heads=estimator.num_heads,
+                    num_mid_blocks=estimator.num_mid_stages,
+                    attention_head_dim=estimator.head_dim,
+                    static_chunk_size=config.chunk_frames,
+                    num_decoding_left_chunks=-1,
                 ),
             ),
-        ).eval()  # fmt: skip
+        ).eval()
         weights = table(config).to_theirs({path: np.asarray(leaf) for path, leaf in flatten(params).items()})
         self._model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights}, strict=True)
         self._voice = [torch.from_numpy(np.array(leaf))[None] for leaf in (voice.codes, voice.mel, voice.embedding)]
 
     def mel(self, codes: np.ndarray, streaming: bool, finalize: bool) -> np.ndarray:
         """The mel of one run over the prompt and `codes`, float32 [1, T, M], without the prompt."""
-        torch, (prompt, mel, embedding) = self._torch, self._voice
+        torch = self._torch
+        (prompt, mel, embedding) = self._voice
 
         def length(x):
             return torch.tensor([x.shape[1]], dtype=torch.int32)

@@ -24,12 +24,18 @@ from moss_jax.transformer import MOSS_SPEECH_8B, TINY, TransformerConfig, model_
 SIZES = {
     "full": MOSS_SPEECH_8B,
     "mid": replace(
-        MOSS_SPEECH_8B, hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_shared_layers=12,
+        MOSS_SPEECH_8B,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_attention_heads=16,
+        num_shared_layers=12,
         num_modality_layers=2,
     ),  # about the layers of Qwen3-0.6B, half as many
     "tiny": TINY,
-}  # fmt: skip
-PROMPT, STEPS, BATCHES = 512, 25, (1, 16)
+}
+PROMPT = 512
+STEPS = 25
+BATCHES = (1, 16)
 
 
 def run(options: Options) -> Iterator[Row]:
@@ -104,7 +110,9 @@ class Ours:
     """A batch of spoken replies; `decode` goes on where the last call stopped."""
 
     def __init__(self, config: TransformerConfig, params: dict, batch: int, prompt: int, steps: int):
-        self.config, self.params, self.batch = config, params, batch
+        self.config = config
+        self.params = params
+        self.batch = batch
         rng = np.random.default_rng(0)
         text = rng.integers(0, config.endoftext_id, (batch, prompt))
         text[:, -1] = config.sosp_id
@@ -117,7 +125,8 @@ class Ours:
     def prefill(self):
         self.state = None  # makes room for the new one
         state = new_state(self.config, self.batch, self.capacity)
-        valid, keys = jnp.ones(self.rows.shape[:2], bool), request_keys(0, self.batch)
+        valid = jnp.ones(self.rows.shape[:2], bool)
+        keys = request_keys(0, self.batch)
         state = prefill(self.params, state, self.rows, valid, self.rows.shape[1], keys, config=self.config)
         # the prompt passes the audio layers with the first step
         self.state = decode_chunk(self.params, state, self.settings, 1, config=self.config)
@@ -138,12 +147,19 @@ class Peer:
         self.torch = torch
         self.device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         sizes = transformers.Qwen3Config(
-            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, head_dim=config.head_dim,
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-            num_hidden_layers=config.num_shared_layers + config.num_modality_layers, vocab_size=config.audio_vocab_size,
-            max_position_embeddings=config.max_position_embeddings, tie_word_embeddings=False,
-            bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            head_dim=config.head_dim,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            num_hidden_layers=config.num_shared_layers + config.num_modality_layers,
+            vocab_size=config.audio_vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         sizes.dtype = getattr(torch, config.dtype)
         with torch.device(self.device):
             self.model = transformers.AutoModelForCausalLM.from_config(sizes, dtype=sizes.dtype).eval()
@@ -158,7 +174,8 @@ class Peer:
     def prefill(self):
         with self.torch.no_grad():
             output = self.model(self.ids, use_cache=True, logits_to_keep=1)
-        self.cache, self.next = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        self.cache = output.past_key_values
+        self.next = output.logits[:, -1].argmax(-1, keepdim=True)
         self._wait()
 
     def decode(self):
@@ -166,10 +183,16 @@ class Peer:
         ids = self.torch.cat([self.ids, self.next], 1)
         with self.torch.no_grad():
             self.model.generate(
-                ids, past_key_values=self.cache, do_sample=True, temperature=channel.temperature, top_k=channel.top_k,
-                top_p=channel.top_p, repetition_penalty=channel.repetition_penalty, max_new_tokens=self.steps,
+                ids,
+                past_key_values=self.cache,
+                do_sample=True,
+                temperature=channel.temperature,
+                top_k=channel.top_k,
+                top_p=channel.top_p,
+                repetition_penalty=channel.repetition_penalty,
+                max_new_tokens=self.steps,
                 min_new_tokens=self.steps,
-            )  # fmt: skip
+            )
         self.cache.crop(self.ids.shape[1] - self.cache.get_seq_length())  # negative: so many fewer
         self._wait()
 

@@ -58,7 +58,9 @@ def run(options: Options) -> Iterator[Row]:
 def _stream(config: SpeechTokenizerConfig, params, wave: np.ndarray, repeats: int) -> Row:
     frames = CHUNK * config.frames_per_code
     piece = jnp.asarray(wave[:, : (frames - 1) * config.hop_length + config.n_fft])
-    state, valid, peak = init_wave_state(config, 1), jnp.array([frames], jnp.int32), jnp.float32(START_PEAK)
+    state = init_wave_state(config, 1)
+    valid = jnp.array([frames], jnp.int32)
+    peak = jnp.float32(START_PEAK)
 
     def step():
         nonlocal state
@@ -78,7 +80,8 @@ def _torch_peer(config: SpeechTokenizerConfig, params) -> Callable[[np.ndarray],
     functional = torch.nn.functional
     named = table(config).to_theirs({path: np.asarray(leaf) for path, leaf in flatten(params).items()})
     w = {name.removeprefix("encoder."): torch.tensor(tensor) for name, tensor in named}
-    filters, window = torch.tensor(mel_filters(config.mel)), torch.hann_window(config.n_fft)
+    filters = torch.tensor(mel_filters(config.mel))
+    window = torch.hann_window(config.n_fft)
     norms = w["codebook.weight"].square().sum(-1)
 
     def linear(x, name):

@@ -27,16 +27,33 @@ from moss_jax.transformer import MOSS_SPEECH_8B, TINY, TransformerConfig
 
 SIZES = {
     "full": replace(
-        MOSS_SPEECH_8B, hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_shared_layers=25,
+        MOSS_SPEECH_8B,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_attention_heads=16,
+        num_shared_layers=25,
         num_modality_layers=3,
     ),  # the layers of Qwen3-1.7B
     "mid": replace(
-        MOSS_SPEECH_8B, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, num_shared_layers=6, num_modality_layers=2, text_vocab_size=16384, audio_vocab_size=4096,
-        eosp_id=4000, endoftext_id=16000, im_start_id=16001, im_end_id=16002, sosp_id=16003, modality_pad_id=16004,
+        MOSS_SPEECH_8B,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_shared_layers=6,
+        num_modality_layers=2,
+        text_vocab_size=16384,
+        audio_vocab_size=4096,
+        eosp_id=4000,
+        endoftext_id=16000,
+        im_start_id=16001,
+        im_end_id=16002,
+        sosp_id=16003,
+        modality_pad_id=16004,
     ),
     "tiny": TINY,
-}  # fmt: skip
+}
 BATCHES = {"full": (4, 4096), "mid": (2, 512), "tiny": (8, 256)}  # rows, length
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", eps=1e-6)
 
@@ -76,10 +93,12 @@ def packed_batch(config: TransformerConfig, rows: int, length: int, seed: int = 
     audio = np.where(spoken, rng.integers(0, config.eosp_id, at.shape), config.audio_pad_id)
     counts = positions > 0
     return {
-        "grid": np.stack([text, audio], -1).astype(np.int32), "positions": positions.astype(np.int32),
-        "segment_ids": np.where(at < cut, 1, 2).astype(np.int32), "source": np.zeros(at.shape, np.int32),
+        "grid": np.stack([text, audio], -1).astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "segment_ids": np.where(at < cut, 1, 2).astype(np.int32),
+        "source": np.zeros(at.shape, np.int32),
         "loss_weights": np.stack([counts & ~spoken, counts & spoken], -1).astype(np.float32),
-    }  # fmt: skip
+    }
 
 
 class Ours:
@@ -106,16 +125,25 @@ class Peer:
         import transformers
         from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-        self.torch, self.config = torch, config
+        self.torch = torch
+        self.config = config
         self.device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         sizes = transformers.Qwen3Config(
-            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, head_dim=config.head_dim,
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-            num_hidden_layers=config.num_shared_layers + config.num_modality_layers, rms_norm_eps=config.rms_norm_eps,
-            vocab_size=config.text_vocab_size, max_position_embeddings=config.max_position_embeddings,
-            rope_theta=config.rope_theta, attn_implementation="sdpa",
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            head_dim=config.head_dim,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            num_hidden_layers=config.num_shared_layers + config.num_modality_layers,
+            rms_norm_eps=config.rms_norm_eps,
+            vocab_size=config.text_vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_theta=config.rope_theta,
+            attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
 
         def block(depth):
             module = torch.nn.Module()
@@ -124,7 +152,8 @@ class Peer:
 
         width = config.hidden_size
         with torch.device(self.device):
-            root, model = torch.nn.Module(), torch.nn.Module()
+            root = torch.nn.Module()
+            model = torch.nn.Module()
             model.embed_tokens = torch.nn.Embedding(config.text_vocab_size, width)
             model.audio_embed = torch.nn.Embedding(config.audio_vocab_size, width)
             model.shared_block = block(config.num_shared_layers)
@@ -132,9 +161,11 @@ class Peer:
                 setattr(model, f"{name}_block", block(config.num_modality_layers))
                 setattr(model, f"{name}_norm", qwen3.Qwen3RMSNorm(width, config.rms_norm_eps))
                 setattr(root, f"{name}_lm_head", torch.nn.Linear(width, vocab, bias=False))
-            root.model, self.rope = model, qwen3.Qwen3RotaryEmbedding(sizes)
+            root.model = model
+            self.rope = qwen3.Qwen3RotaryEmbedding(sizes)
         self.root = root
-        rows, start = table(config), flatten(ours.start)
+        rows = table(config)
+        start = flatten(ours.start)
         if start:
             tensors = {name: torch.from_numpy(np.array(value)) for name, value in rows.to_theirs(start)}
             root.load_state_dict(tensors)
@@ -163,7 +194,9 @@ class Peer:
         return loss.item()  # waits
 
     def _loss(self):
-        torch, model, grid = self.torch, self.root.model, self.batch["grid"].long()
+        torch = self.torch
+        model = self.root.model
+        grid = self.batch["grid"].long()
         spoken = (grid[..., 0] == self.config.modality_pad_id)[..., None]
         x = torch.where(spoken, model.audio_embed(grid[..., 1]), model.embed_tokens(grid[..., 0]))
         angles = self.rope(x, self.batch["positions"])
@@ -174,7 +207,8 @@ class Peer:
                 x = y[0] if isinstance(y, tuple) else y
             return x
 
-        x, total = block("shared_block", x), 0.0
+        x = block("shared_block", x)
+        total = 0.0
         for channel, name in enumerate(CHANNELS):
             y = getattr(model, f"{name}_norm")(block(f"{name}_block", x))[:, :-1]
             logits = getattr(self.root, f"{name}_lm_head")(y).float()

@@ -48,7 +48,8 @@ def run(options: Options) -> Iterator[Row]:
         speaker=replace(CAMPPLUS, embedding_size=sizes.speaker_size),
         chunks=(),
     )
-    params, flow_params = random_params(config.vocoder), flow.random_params(sizes)
+    params = random_params(config.vocoder)
+    flow_params = flow.random_params(sizes)
     decoder = SpeechDecoder(config, {"flow": flow_params, "vocoder": unflatten(params)})
     peer = Peer(config.vocoder, params, options.reference) if options.peer and options.reference else None
     row = partial(compare, repeats=options.repeats, peer_name="reference classes, PyTorch" if peer else "")
@@ -88,8 +89,10 @@ def run(options: Options) -> Iterator[Row]:
 
 def random_params(config: VocoderConfig) -> dict[str, Any]:
     """Flat parameters with weight norm in two parts, of the scale that training starts from."""
-    random, flat = np.random.default_rng(0), {}
-    mel, noise = jnp.zeros((1, 2, config.mel_bins)), jnp.zeros((1, 2 * config.hop, config.harmonics))
+    random = np.random.default_rng(0)
+    flat = {}
+    mel = jnp.zeros((1, 2, config.mel_bins))
+    noise = jnp.zeros((1, 2 * config.hop, config.harmonics))
     for path, leaf in param_shapes(HiFT(config), mel, noise).items():
         name = path.rsplit("/", 1)[-1]
         value = random.standard_normal(leaf.shape, np.float32) * 0.02
@@ -127,18 +130,24 @@ class Peer:
         predictor = reference_module(checkout, "cosyvoice.hifigan.f0_predictor")
         self._torch = torch
         self._model = generator.HiFTGenerator(
-            in_channels=config.mel_bins, base_channels=config.channels, nb_harmonics=config.harmonics - 1,
-            sampling_rate=config.sample_rate, nsf_alpha=config.sine_amplitude, nsf_sigma=config.noise_std,
-            nsf_voiced_threshold=config.voiced_threshold, upsample_rates=list(config.upsample_rates),
+            in_channels=config.mel_bins,
+            base_channels=config.channels,
+            nb_harmonics=config.harmonics - 1,
+            sampling_rate=config.sample_rate,
+            nsf_alpha=config.sine_amplitude,
+            nsf_sigma=config.noise_std,
+            nsf_voiced_threshold=config.voiced_threshold,
+            upsample_rates=list(config.upsample_rates),
             upsample_kernel_sizes=list(config.upsample_widths),
             istft_params={"n_fft": config.fft_size, "hop_len": config.fft_hop},
             resblock_kernel_sizes=list(config.resblock_widths),
             resblock_dilation_sizes=list(map(list, config.resblock_dilations)),
             source_resblock_kernel_sizes=list(config.source_resblock_widths),
             source_resblock_dilation_sizes=list(map(list, config.source_resblock_dilations)),
-            lrelu_slope=config.leaky_slope, audio_limit=config.audio_limit,
+            lrelu_slope=config.leaky_slope,
+            audio_limit=config.audio_limit,
             f0_predictor=predictor.ConvRNNF0Predictor(1, config.mel_bins, config.f0_channels),
-        ).eval()  # fmt: skip
+        ).eval()
         weights = {name: torch.from_numpy(weight) for name, weight in table(config).to_theirs(params)}
         self._model.load_state_dict(weights, strict=True)
 

@@ -83,13 +83,15 @@ def _compare(name: str, golden: Golden, results: dict, tolerance: tuple[float, f
         return Check(name, False, note=f"output/{stored} is not in the file")
     if name not in results:
         return Check(name, False, note="the component does not compute this output")
-    expected, result = golden.outputs[stored], results[name]
+    expected = golden.outputs[stored]
+    result = results[name]
     ours, mask = result if isinstance(result, tuple) else (result, True)
     ours = np.asarray(ours)
     if ours.shape != expected.shape:
         return Check(name, False, note=f"shape {list(ours.shape)}, expected {list(expected.shape)}")
     mask = np.broadcast_to(mask, expected.shape)
-    ours, expected = ours[mask].astype(np.float64), expected[mask].astype(np.float64)
+    ours = ours[mask].astype(np.float64)
+    expected = expected[mask].astype(np.float64)
     if ours.size == 0:
         return Check(name, False, note="nothing to compare")
     infinite = ~np.isfinite(expected) | ~np.isfinite(ours)  # equal infinities match, NaN matches nothing

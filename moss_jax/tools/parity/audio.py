@@ -7,7 +7,8 @@ from moss_jax.tools.parity.golden import Golden, Mismatch
 
 
 def _resample(golden: Golden) -> dict:
-    config, signal = golden.config, golden.need("wav")
+    config = golden.config
+    signal = golden.need("wav")
     _same("method", config.get("method"), "sinc_interp_hann")
     _no_more_weights(golden)
     sizes = {"lowpass_filter_width": config["lowpass_filter_width"], "rolloff": config["rolloff"]}
@@ -25,7 +26,8 @@ def _log_mel(golden: Golden) -> dict:
     if not names:
         raise Mismatch("input/wav_0 is missing")
     waves = [golden.inputs[name] for name in names]
-    multiple, outputs = given["pad_to_multiple_of"], {}
+    multiple = given["pad_to_multiple_of"]
+    outputs = {}
 
     def run(prefix: str, batch: list[np.ndarray]):
         padded = np.zeros((len(batch), -(-max(map(len, batch)) // multiple) * multiple), np.float32)
@@ -58,9 +60,15 @@ def _prompt_mel(golden: Golden) -> dict:
 def _fbank(golden: Golden) -> dict:
     given = golden.config
     fixed = {
-        "dither": 0, "window": "povey", "remove_dc_offset": True, "round_to_power_of_two": True, "snip_edges": True,
-        "use_power": True, "use_log": True, "use_energy": False,
-    }  # fmt: skip
+        "dither": 0,
+        "window": "povey",
+        "remove_dc_offset": True,
+        "round_to_power_of_two": True,
+        "snip_edges": True,
+        "use_power": True,
+        "use_log": True,
+        "use_energy": False,
+    }
     for key, value in fixed.items():
         _same(key, given.get(key, value), value)
     rate = given["sample_frequency"]

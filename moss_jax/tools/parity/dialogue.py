@@ -21,8 +21,10 @@ from moss_jax.transformer import TINY
 def fsm(golden: Golden) -> dict:
     """Component lm.fsm: the truth table of the reference's state machine."""
     _no_weights(golden)
-    config, rows = read_config(golden), golden.need("rows")
-    text, audio = rows[:, 0], rows[:, 1]
+    config = read_config(golden)
+    rows = golden.need("rows")
+    text = rows[:, 0]
+    audio = rows[:, 1]
     initial = state_machine.initial_mode(text, audio, config, compat=True)
     modes = [state_machine.next_mode(np.full_like(text, mode), text, audio, config, compat=True) for mode in (0, 1)]
     return {
@@ -44,7 +46,8 @@ def grids(golden: Golden) -> dict:
         config = replace(TINY, **ids, **sizes)
         text_tokenizer = TextTokenizer.from_file(golden.path.parent / golden.config["tokenizer_file"])
         text_tokenizer.check(config)
-        results, compat_grids = {}, []
+        results = {}
+        compat_grids = []
         for case in _listed(golden, "conversations"):
             turns = [_turn(turn) for turn in case["conversation"]]
             reply = {"audio": "speech", "text": "text"}[case["output_modality"]]
@@ -64,17 +67,21 @@ def grids(golden: Golden) -> dict:
 def sampler(golden: Golden) -> dict:
     """Component lm.sampler: raw logits and a history to the distribution that is drawn from."""
     _no_weights(golden)
-    config, results = read_config(golden), {}
+    config = read_config(golden)
+    results = {}
     for case in _listed(golden, "steps"):
         name = case["name"]
-        step, history = golden.need(f"{name}/generating_length"), golden.need(f"{name}/history")
+        step = golden.need(f"{name}/generating_length")
+        history = golden.need(f"{name}/history")
         forbidden = {"text": False, "audio": sampling.forbid_audio(step, case["min_new_tokens"], config)}
         for channel, branch in enumerate(forbidden):
             logits = golden.need(f"{name}/{branch}_logits")
             settings = ChannelSettings(
-                temperature=case["temperature"], top_p=case["top_p"], top_k=case["top_k"],
+                temperature=case["temperature"],
+                top_p=case["top_p"],
+                top_k=case["top_k"],
                 repetition_penalty=case["repetition_penalty"],
-            )  # fmt: skip
+            )
             ids = history[None, :, channel]
             seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
@@ -87,7 +94,8 @@ def generate(golden: Golden) -> dict:
     """Component lm.generate: greedy replies by the compiled loop in compat semantics, alone and as a padded batch."""
     if golden.contract.get("semantics") != "compat":
         raise Mismatch(f"contract 'semantics' is {golden.contract.get('semantics')!r}, expected 'compat'")
-    config, results = read_config(golden), {}
+    config = read_config(golden)
+    results = {}
     params = split_params(golden, config)
     cases = _listed(golden, "cases")
     longest = max(value.shape[-2] for name, value in golden.inputs.items() if name.endswith("grid"))
@@ -106,16 +114,23 @@ def generate(golden: Golden) -> dict:
         count = rows.shape[1]
         padding = (0, 0), (0, capacity - count)
         state = prefill(
-            params, new_state(config, len(rows), capacity), np.pad(rows, (*padding, (0, 0))), np.pad(valid, padding),
-            count, sampling.request_keys(0, len(rows)), config=config, compat=True,
-        )  # fmt: skip
+            params,
+            new_state(config, len(rows), capacity),
+            np.pad(rows, (*padding, (0, 0))),
+            np.pad(valid, padding),
+            count,
+            sampling.request_keys(0, len(rows)),
+            config=config,
+            compat=True,
+        )
         logits = {"text": [], "audio": []}
         for _ in range(len(golden.outputs.get(f"{name}/text_logits", ()))):
             state = decode_chunk(params, state, settings, 1, config=config)
             for branch, steps in logits.items():
                 steps.append(np.asarray(state.logits[branch]))
         state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config)
-        lengths, made = np.asarray(state.lengths), np.asarray(state.grid[:, count : int(state.filled)])
+        lengths = np.asarray(state.lengths)
+        made = np.asarray(state.grid[:, count : int(state.filled)])
         if len(rows) > 1:
             expected = golden.outputs.get(f"{name}/grid", made)
             missing = np.full((len(rows), max(0, expected.shape[1] - made.shape[1]), 2), _padding(config))

@@ -21,7 +21,9 @@ from moss_jax.tools.parity.golden import Golden, Mismatch
 def flow_config(golden: Golden) -> FlowConfig:
     """Our config from the reference's constructor arguments; what a file leaves out keeps the released value."""
     groups = {name: golden.config.get(name, {}) for name in ("flow", "encoder", "estimator", "cfm_params")}
-    flow, encoder, estimator = groups["flow"], groups["encoder"], groups["estimator"]
+    flow = groups["flow"]
+    encoder = groups["encoder"]
+    estimator = groups["estimator"]
 
     def given(group: dict[str, Any], default: Any, **names: str) -> dict[str, Any]:
         return {ours: group.get(theirs, getattr(default, ours)) for ours, theirs in names.items()}
@@ -39,8 +41,13 @@ def flow_config(golden: Golden) -> FlowConfig:
         **given(flow, FlowConfig(), speaker_size="spk_embed_dim", lookahead="pre_lookahead_len"),
         encoder=EncoderConfig(
             **given(
-                encoder, EncoderConfig(), hidden_size="output_size", num_heads="attention_heads",
-                intermediate_size="linear_units", num_layers="num_blocks", num_up_layers="num_up_blocks",
+                encoder,
+                EncoderConfig(),
+                hidden_size="output_size",
+                num_heads="attention_heads",
+                intermediate_size="linear_units",
+                num_layers="num_blocks",
+                num_up_layers="num_up_blocks",
             )
         ),
         estimator=EstimatorConfig(
@@ -48,11 +55,15 @@ def flow_config(golden: Golden) -> FlowConfig:
             intermediate_size=4 * channels[0],
             time_size=estimator.get("time_embed_dim", 4 * channels[0]),
             **given(
-                estimator, EstimatorConfig(), num_heads="num_heads", head_dim="attention_head_dim",
-                num_blocks="n_blocks", num_mid_stages="num_mid_blocks",
+                estimator,
+                EstimatorConfig(),
+                num_heads="num_heads",
+                head_dim="attention_head_dim",
+                num_blocks="n_blocks",
+                num_mid_stages="num_mid_blocks",
             ),
         ),
-    )  # fmt: skip
+    )
     if len(channels) != 1 or estimator.get("in_channels", 4 * mel_bins) != config.estimator_inputs:
         raise Mismatch("estimator: expected one level of channels and in_channels = 4 * out_channels")
     return config
@@ -78,7 +89,8 @@ def _highest(function):
 def flow_encoder(golden: Golden) -> dict[str, Any]:
     config = flow_config(golden)
     apply = _bound(golden, config, "encoder")
-    frames, results = config.frames_per_code, {}
+    frames = config.frames_per_code
+    results = {}
 
     def run(x, context, lengths, chunk):
         embed = partial(apply, method=lambda model, x: model.encoder.embed(x))
@@ -94,7 +106,8 @@ def flow_encoder(golden: Golden) -> dict[str, Any]:
             results[f"{name}_h"] = (states, golden.compared(f"{name}_h", valid))
             results[f"{name}_masks"] = valid[:, None].astype(np.int32)
         if "xs1" in golden.inputs:
-            context, lengths = golden.inputs.get("context1"), golden.inputs.get("xs1_lens")
+            context = golden.inputs.get("context1")
+            lengths = golden.inputs.get("xs1_lens")
             states, valid = run(golden.inputs["xs1"], context, lengths, chunk)
             results[f"{name}_context_h"] = (states, valid[..., None])
     return results
@@ -157,7 +170,8 @@ def flow(golden: Golden) -> dict[str, Any]:
         states = sampler.decode(params, config, codes, voice, buffer=buffer, states=True, **flags)
         return np.asarray(states).transpose(0, 1, 3, 2)  # [steps + 1, 1, M, T]
 
-    results, start = {}, len(voice.codes) * config.frames_per_code
+    results = {}
+    start = len(voice.codes) * config.frames_per_code
     wanted = {name.partition("@")[0] for name in golden.final}
     for name in wanted:
         match = re.fullmatch(r"(full_)?mel_streaming([01])_finalize([01])", name)

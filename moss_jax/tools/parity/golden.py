@@ -65,7 +65,8 @@ class Golden:
     def compared(self, name: str, rows: np.ndarray) -> np.ndarray:
         """The mask [B, T, 1...] of an output [B, T, ...]: the `rows` [B, T] that must be compared, and those beyond in
         which the file stores something. There the reference's value is as definite, so it is compared as well."""
-        stored, rows = self.outputs.get(name), rows.astype(bool)
+        stored = self.outputs.get(name)
+        rows = rows.astype(bool)
         if stored is None or stored.shape[:2] != rows.shape:
             return rows  # the comparison says what is wrong
         axes = tuple(range(2, stored.ndim))
@@ -120,6 +121,14 @@ def read_golden(path: str | Path) -> Golden:
             raise MossError(f"{path}: tensor {name!r} is neither weight/*, input/*, output/* nor new/*")
         kinds[kind][rest] = tensor
     return Golden(
-        path, meta.get("component", ""), decoded["config"], final, decoded["contract"], meta,
-        kinds["weight"], kinds["input"], kinds["output"], kinds["new"],
-    )  # fmt: skip
+        path,
+        meta.get("component", ""),
+        decoded["config"],
+        final,
+        decoded["contract"],
+        meta,
+        kinds["weight"],
+        kinds["input"],
+        kinds["output"],
+        kinds["new"],
+    )

@@ -34,7 +34,8 @@ def train_step(golden: Golden) -> dict:
 def measured(golden: Golden) -> tuple[dict, dict[str, np.ndarray]]:
     """All outputs, and the gradients of stage 1 by released name."""
     config = read_config(golden)
-    table, params = released.table(config), flatten(golden_params(golden, config))
+    table = released.table(config)
+    params = flatten(golden_params(golden, config))
     batch, ignored = _batch(golden, config)
     _optimizer(golden)  # a wrong file fails before anything is computed
     results = {}
@@ -61,10 +62,12 @@ def by_contract(golden: Golden, results: dict, grads: dict[str, np.ndarray]) -> 
     there the file's value stands in for ours if the two are within two learning rates."""
     if "small_gradients" not in golden.contract:
         return results
-    results, rate = dict(results), _optimizer(golden).learning_rate
+    results = dict(results)
+    rate = _optimizer(golden).learning_rate
     for tensor, grad in grads.items():
         name = f"stage1/updated/{tensor}"
-        ours, expected = results[name], golden.outputs.get(name)
+        ours = results[name]
+        expected = golden.outputs.get(name)
         if expected is not None and expected.shape == ours.shape:
             small = (grad != 0) & (np.abs(grad) < SMALL_GRADIENT) & (np.abs(ours - expected) <= 2 * rate)
             results[name] = np.where(small, expected, ours)
@@ -73,7 +76,8 @@ def by_contract(golden: Golden, results: dict, grads: dict[str, np.ndarray]) -> 
 
 def _batch(golden: Golden, config: TransformerConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Our batch, and which labels are ignored. A label that counts must be the grid's own id."""
-    grid, labels = golden.need("grid"), golden.need("labels")
+    grid = golden.need("grid")
+    labels = golden.need("labels")
     segments = golden.inputs.get("segment_ids", np.ones(grid.shape[:2], np.int32))
     _, positions = mask_and_positions(golden, grid.shape[:2])
     ignored = labels == IGNORED
@@ -99,7 +103,8 @@ def _gradient(config, stage, trainable, frozen, batch, weights=(1.0, 1.0)) -> di
 
 def _norms(name: str, table, grads) -> dict:
     """Norms by released tensor, by group (the released name's first parts), and of everything."""
-    squares, groups = {}, {}
+    squares = {}
+    groups = {}
     for tensor, value in table.to_theirs(grads):
         square = float(np.square(value.astype(np.float64)).sum())
         squares[tensor] = square
@@ -133,9 +138,13 @@ def _optimizer(golden: Golden) -> OptimizerConfig:
     try:
         given = parse_object(golden.meta["optimizer"])
         return OptimizerConfig(
-            learning_rate=given["lr"], schedule="constant", betas=tuple(given["betas"]), eps=given["eps"],
-            weight_decay=given["weight_decay"], clip_norm=given.get("clip_norm"),
-        )  # fmt: skip
+            learning_rate=given["lr"],
+            schedule="constant",
+            betas=tuple(given["betas"]),
+            eps=given["eps"],
+            weight_decay=given["weight_decay"],
+            clip_norm=given.get("clip_norm"),
+        )
     except (KeyError, ValueError, TypeError, MossError) as error:
         raise Mismatch(f"metadata 'optimizer' is not AdamW's settings ({error!r})") from error
 
@@ -145,7 +154,8 @@ def _check_selection(golden: Golden, table, trainable, frozen) -> None:
     for key, ours in (("trainable", trainable), ("frozen", frozen)):
         if key not in golden.meta:
             continue
-        listed, found = set(parse_json(golden.meta[key])), set(table.shapes(ours))
+        listed = set(parse_json(golden.meta[key]))
+        found = set(table.shapes(ours))
         if listed != found:
             raise Mismatch(f"metadata {key!r}: {sorted(listed ^ found)[0]} is on one side only")
 

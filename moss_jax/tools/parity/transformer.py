@@ -49,7 +49,8 @@ def split(golden: Golden) -> dict:
         caches = init_cache(config, *grid.shape[:2])
         for name, before in {"shared": "embeds", "text": "shared_hidden", "audio": "shared_hidden"}.items():
             _, cache = call("block", name, out[before], positions, cache=caches[name], index=0, valid=mask != 0)
-            out[f"cache/{name}/layer0_key"], out[f"cache/{name}/layer0_value"] = cache.k[0], cache.v[0]
+            out[f"cache/{name}/layer0_key"] = cache.k[0]
+            out[f"cache/{name}/layer0_value"] = cache.v[0]
         out["text_logits"], out["audio_logits"] = call("__call__", grid, positions, mask)
         return out
 

@@ -15,7 +15,8 @@ from moss_jax.tools.parity.golden import Golden
 
 def vocoder_config(config: dict) -> VocoderConfig:
     """The reference's constructor arguments as our config."""
-    f0, fft = config["f0_predictor"], config["istft_params"]
+    f0 = config["f0_predictor"]
+    fft = config["istft_params"]
 
     def nested(name):
         return tuple(map(tuple, config[name]))
@@ -45,7 +46,8 @@ def vocoder_config(config: dict) -> VocoderConfig:
 def load_vocoder(golden: Golden, strip: str = "") -> tuple[VocoderConfig, dict]:
     """The golden's vocoder, folded for running: its config and nested parameters."""
     config = vocoder_config(golden.config["hift"])
-    mel, noise = jnp.zeros((1, 2, config.mel_bins)), jnp.zeros((1, 2 * config.hop, config.harmonics))
+    mel = jnp.zeros((1, 2, config.mel_bins))
+    noise = jnp.zeros((1, 2 * config.hop, config.harmonics))
     names = [name[len(strip) :] for name in golden.weights if name.startswith(strip)]
     params = golden.params(table(config, spelling(names)), param_shapes(HiFT(config), mel, noise), strip=strip)
     params = {path: jnp.asarray(leaf) for path, leaf in fold_weight_norm(params).items()}
@@ -75,7 +77,8 @@ def vocoder(golden: Golden) -> dict:
     """`HiFTGenerator.inference` with and without a source cache, and its parts: decode, F0, STFT and inverse."""
     config, params = load_vocoder(golden)
     run = runner(config, params)
-    inputs, results = golden.inputs, {}
+    inputs = golden.inputs
+    results = {}
     if "mel" in inputs:
         mel = channels_last(inputs["mel"])
         results["f0"] = run(mel, method="f0")

@@ -95,7 +95,9 @@ class SpectrumDiscriminator(nn.Module):
         wave = 0.8 * wave / (peak + 1e-9)
         spectrum = stft(wave, self.fft, self.fft // 4, self.fft)
         parts = jnp.stack([spectrum.real, spectrum.imag], -1)  # [B, T, bins, 2]
-        bins, features, bands = parts.shape[2], [], []
+        bins = parts.shape[2]
+        features = []
+        bands = []
         for place, (low, high) in enumerate(BANDS):
             x = parts[:, :, int(low * bins) : int(high * bins)]
             for i in range(5):

@@ -24,7 +24,8 @@ def flow_flops(config: FlowConfig, codes: int) -> float:
 
 def vocoder_flops(config: VocoderConfig, frames: int) -> float:
     """Of the generator, for a batch of so many mel frames."""
-    total, count = 0, len(config.resblock_widths)
+    total = 0
+    count = len(config.resblock_widths)
     for path, shape in vocoder_shapes(config).items():
         name, _, place = path.partition("/")[0].rpartition("_")
         if path.endswith(("/v", "/kernel")):

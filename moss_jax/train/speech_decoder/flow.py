@@ -20,7 +20,8 @@ from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.sampler import as_velocity
 
-LAST_BIAS, LAST_KERNEL = "estimator/final_out/bias", "estimator/final_out/kernel"
+LAST_BIAS = "estimator/final_out/bias"
+LAST_KERNEL = "estimator/final_out/kernel"
 LEAST_LEFT = 0.15  # of the time: an estimator that says the mel is not asked for the velocity nearer to the end
 
 
@@ -52,7 +53,8 @@ def draw(key: jax.Array, objective: FlowObjective, config: FlowConfig, count: ja
         t float32 [B] in 0..1, denser towards 0 (cosine schedule); noise float32 [B, T, M]; keep bool [B]: the
         conditions stay; prompt int32 [B] mel frames; chunk int32 [B] codes, as many as there are where there is none.
     """
-    batch, frames = count.shape[0], codes * config.frames_per_code
+    batch = count.shape[0]
+    frames = codes * config.frames_per_code
     keys = jax.random.split(key, 6)
     most = (objective.longest_prompt * count * config.frames_per_code).astype(jnp.int32)  # frames
     prompt = jnp.floor(jax.random.uniform(keys[0], (batch,)) * (most + 1)).astype(jnp.int32)
@@ -67,9 +69,13 @@ def draw(key: jax.Array, objective: FlowObjective, config: FlowConfig, count: ja
 
 
 def velocity(
-    params: Any, config: FlowConfig, batch: Mapping[str, jax.Array], drawn: Mapping[str, Any], sigma: float,
+    params: Any,
+    config: FlowConfig,
+    batch: Mapping[str, jax.Array],
+    drawn: Mapping[str, Any],
+    sigma: float,
     dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The velocity that the model says and the one that is right, what its encoder makes of the codes, and the valid
     frames.
 
@@ -82,12 +88,16 @@ def velocity(
         (said, right, encoded, float32 [B, T, M] each, valid bool [B, T]).
     """
     model = partial(FlowModel(config).apply, {"params": params})
-    codes, count, keep = batch["codes"], batch["count"], drawn["keep"]
-    rows, size = codes.shape[1], config.frames_per_code
+    codes = batch["codes"]
+    count = batch["count"]
+    keep = drawn["keep"]
+    rows = codes.shape[1]
+    size = config.frames_per_code
     valid = jnp.arange(rows) < count[:, None]
     frame_valid = jnp.repeat(valid, size, 1)
     target = config.normalized(batch["mel"])
-    t, noise = drawn["t"][:, None, None], drawn["noise"]
+    t = drawn["t"][:, None, None]
+    noise = drawn["noise"]
     y = (1 - (1 - sigma) * t) * noise + t * target
     right = target - (1 - sigma) * noise
 

@@ -68,9 +68,15 @@ class VocoderRun(SpeechDecoderRun):
 
     kind: ClassVar[str] = "vocoder"
     shown: ClassVar[tuple[str, ...]] = (
-        "mel_loss", "stft_loss", "f0_loss", "generator_loss", "feature_loss", "generator_relative_loss",
-        "discriminator_loss", "discriminator_relative_loss",
-    )  # fmt: skip
+        "mel_loss",
+        "stft_loss",
+        "f0_loss",
+        "generator_loss",
+        "feature_loss",
+        "generator_relative_loss",
+        "discriminator_loss",
+        "discriminator_relative_loss",
+    )
 
     frames: int = 32  # mel frames of a row
     objective: VocoderObjective = field(default_factory=VocoderObjective)

@@ -41,7 +41,8 @@ def stft_loss(real: jax.Array, made: jax.Array, resolutions: tuple[tuple[int, in
     """
     total = jnp.float32(0)
     for resolution in resolutions:
-        x, y = magnitude(real, *resolution), magnitude(made, *resolution)
+        x = magnitude(real, *resolution)
+        y = magnitude(made, *resolution)
         convergence = jnp.sqrt((jnp.square(x - y).sum() + FLOOR) / jnp.square(x).sum())
         total += convergence + jnp.abs(jnp.log(x) - jnp.log(y)).mean()
     return total / len(resolutions)

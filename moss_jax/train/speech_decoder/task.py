@@ -37,7 +37,9 @@ from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 
 RANDOM = "random"
-VOCODER, JUDGES = "vocoder/", "judges/"  # in front of the paths of a vocoder's run
+# in front of the paths of a vocoder's run
+VOCODER = "vocoder/"
+JUDGES = "judges/"
 Say = Callable[[str], None]
 
 
@@ -53,14 +55,18 @@ class SpeechDecoderTask:
 
     def __init__(self, run: SpeechDecoderRun, mesh: Mesh, say: Say):
         check_rows(run.batch_size, mesh)
-        self._run, self._mesh, self._say, self.frozen = run, mesh, say, {}
+        self._run = run
+        self._mesh = mesh
+        self._say = say
+        self.frozen = {}
         self._everywhere = NamedSharding(mesh, P())
         self.config = self._sizes()
         if run.system is not None and not Path(init_folder(run.system)).is_dir():
             raise MossError(f"{run.system}: no such folder, expected the system that an export is completed from")
 
     def _sizes(self) -> SpeechDecoderConfig:
-        run, found = self._run, None
+        run = self._run
+        found = None
         if run.init != RANDOM:
             found = SystemFolder(init_folder(run.init)).config("speech_decoder", SpeechDecoderConfig)
         elif run.model is None:
@@ -89,9 +95,14 @@ class SpeechDecoderTask:
     def _feed(self, mixture: Mixture, workers: int) -> ClipFeed:
         def open_part(index: int, count: int) -> SpokenBatches:
             return SpokenBatches(
-                mixture, self.config, batch_size=self._run.batch_size, process_index=index, process_count=count,
-                workers=workers, **self._length(),
-            )  # fmt: skip
+                mixture,
+                self.config,
+                batch_size=self._run.batch_size,
+                process_index=index,
+                process_count=count,
+                workers=workers,
+                **self._length(),
+            )
 
         return ClipFeed(self._run.batch_size, self._mesh, open_part)
 
@@ -115,7 +126,8 @@ class SpeechDecoderTask:
         run = self._run
         if run.held_out is None:
             return None
-        feed, measure = self._feed(run.held_out, 0), jax.jit(self._measured, out_shardings=self._everywhere)
+        feed = self._feed(run.held_out, 0)
+        measure = jax.jit(self._measured, out_shardings=self._everywhere)
 
         def evaluate(state: TrainState, preemption: Preemption) -> dict[str, Any] | None:
             feed.skip_to(0)
@@ -166,7 +178,8 @@ class FlowTask(SpeechDecoderTask):
         return {"codes": self._run.codes}
 
     def start(self) -> Flat:
-        run, config = self._run, self.config.flow
+        run = self._run
+        config = self.config.flow
         if run.init != RANDOM:
             return self._loaded(flow_stem(), flow_shapes(config))
         params = jax.jit(lambda key: flatten(nn.unbox(FlowModel(config).init(key))["params"]))(jax.random.key(run.seed))
@@ -188,7 +201,8 @@ class FlowTask(SpeechDecoderTask):
         codes = batch["codes"].shape[1]
         drawn = draw(key, self._run.objective, self.config.flow, batch["count"], codes)
         errors, priors, frames = self._errors(params, batch, drawn)
-        masked, prior = drawn["chunk"] < codes, _mean(priors, frames)
+        masked = drawn["chunk"] < codes
+        prior = _mean(priors, frames)
         terms = {"prior_loss": prior}
         for name, chosen in (("offline", ~masked), ("stream", masked)):
             terms[f"{name}_loss"] = _mean(errors, frames, chosen)
@@ -197,7 +211,8 @@ class FlowTask(SpeechDecoderTask):
 
     def _measured(self, params: Flat, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """With all conditions: the error offline and as a stream has it, and the mean of the two."""
-        config, codes = self.config.flow, batch["codes"].shape[1]
+        config = self.config.flow
+        codes = batch["codes"].shape[1]
         objective = FlowObjective(drop=0.0, prompt=0.0, chunks=(0,), sigma=self._run.objective.sigma)
         drawn = draw(key, objective, config, batch["count"], codes)
         stream = drawn | {"chunk": jnp.full_like(drawn["chunk"], config.chunk)}
@@ -216,7 +231,8 @@ class FlowTask(SpeechDecoderTask):
 
     def export(self, state: TrainState, folder: Path, dtype: str | None = None) -> None:
         """One set of weights, under the name of every chunk size that the config has."""
-        best, mine = self._best(state), self.config
+        best = self._best(state)
+        mine = self.config
         parts = {flow_stem(chunk): best for chunk in (None, *mine.chunks)}
 
         def merged(there: SpeechDecoderConfig) -> SpeechDecoderConfig:
@@ -256,14 +272,16 @@ class VocoderTask(SpeechDecoderTask):
         return shapes
 
     def start(self) -> Flat:
-        run, config = self._run, self.config.vocoder
+        run = self._run
+        config = self.config.vocoder
         keys = jax.random.split(jax.random.key(run.seed))
         if run.init != RANDOM:
             params = self._loaded("vocoder", vocoder_shapes(config))
         else:
 
             def new(key):
-                mel, noise = jnp.zeros((1, 4, config.mel_bins)), jnp.zeros((1, 4 * config.hop, config.harmonics))
+                mel = jnp.zeros((1, 4, config.mel_bins))
+                noise = jnp.zeros((1, 4 * config.hop, config.harmonics))
                 return flatten(nn.unbox(HiFT(config).init(key, mel, noise))["params"])
 
             params = jax.jit(new)(keys[0])
@@ -289,7 +307,8 @@ class VocoderTask(SpeechDecoderTask):
 
     def _measured(self, params: Flat, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         mine, _ = self._nested(params)
-        run, config = self._run, self.config.vocoder
+        run = self._run
+        config = self.config.vocoder
         objective = replace(run.objective, true_f0=0.0, discriminators=None)
         loss, terms = losses(mine, None, config, objective, batch, key, jnp.int32(0), jnp.dtype(run.dtype))
         made, _ = render(mine, config, batch, key, 0.0, jnp.dtype(run.dtype))
@@ -302,7 +321,8 @@ class VocoderTask(SpeechDecoderTask):
         return vocoder_flops(self.config.vocoder, self.tokens(batch))
 
     def export(self, state: TrainState, folder: Path, dtype: str | None = None) -> None:
-        best, mine = self._best(state), self.config
+        best = self._best(state)
+        mine = self.config
         parts = {path.removeprefix(VOCODER): leaf for path, leaf in best.items() if path.startswith(VOCODER)}
 
         def merged(there: SpeechDecoderConfig) -> SpeechDecoderConfig:

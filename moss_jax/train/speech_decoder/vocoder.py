@@ -76,7 +76,8 @@ def render(
     """Mel [B, T, M] and measured F0 [B, T] -> (wave float32 [B, hop * T], predicted F0 [B, T])."""
     model = HiFT(config)
     mel = batch["mel"]
-    size, keys = (mel.shape[0], mel.shape[1] * config.hop, config.harmonics), jax.random.split(key)
+    size = (mel.shape[0], mel.shape[1] * config.hop, config.harmonics)
+    keys = jax.random.split(key)
     noise = jax.random.normal(keys[0], size)
 
     def apply(*inputs, method):
@@ -90,9 +91,15 @@ def render(
 
 
 def losses(
-    params: Any, judges: Any, config: VocoderConfig, objective: VocoderObjective, batch: Mapping[str, jax.Array],
-    key: jax.Array, step: jax.Array, dtype: Any = jnp.float32,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    params: Any,
+    judges: Any,
+    config: VocoderConfig,
+    objective: VocoderObjective,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    step: jax.Array,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, its terms), all float32 scalars.
 
     The gradient of the one loss is the generator's for its parameters and the discriminators' for theirs: each sees
@@ -113,10 +120,12 @@ def losses(
     loss = objective.mel * terms["mel_loss"] + objective.stft * terms["stft_loss"] + objective.f0 * terms["f0_loss"]
     if objective.discriminators is None:
         return loss, terms
-    model, fixed = Discriminators(objective.discriminators), jax.lax.stop_gradient
+    model = Discriminators(objective.discriminators)
+    fixed = jax.lax.stop_gradient
     judged_real = model.apply({"params": judges}, real)
     judged_made = model.apply({"params": judges}, fixed(made))
-    seen_real, seen_made = fixed(judged_real), model.apply({"params": fixed(judges)}, made)
+    seen_real = fixed(judged_real)
+    seen_made = model.apply({"params": fixed(judges)}, made)
     tau = objective.tau
     terms |= {
         "generator_loss": generator_loss(seen_made),

@@ -15,7 +15,8 @@ from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.speech_tokenizer.run import Objective
 
-QKV, OUT = ("embed", "heads", "head_dim"), ("heads", "head_dim", "embed")
+QKV = ("embed", "heads", "head_dim")
+OUT = ("heads", "head_dim", "embed")
 
 
 class Layer(nn.Module):
@@ -58,7 +59,8 @@ class Head(nn.Module):
     units: int
 
     def setup(self):
-        config, objective = self.config, self.objective
+        config = self.config
+        objective = self.objective
         if config.code_dim != config.d_model:
             self.lift = Linear(config.d_model, ("code", "embed"))
         self.layers = _stack(objective.layers)(config)
@@ -116,9 +118,13 @@ class Head(nn.Module):
 
 def _stack(layers: int):
     return nn.scan(
-        Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=layers,
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )  # fmt: skip
+    )
 
 
 def _inputs(config: SpeechTokenizerConfig):

@@ -38,15 +38,20 @@ def new_codebook(codebook: jax.Array, trained: bool) -> dict[str, jax.Array]:
 
 
 def moved(
-    book: Mapping[str, jax.Array], vectors: jax.Array, codes: jax.Array, valid: jax.Array, objective: Objective,
+    book: Mapping[str, jax.Array],
+    vectors: jax.Array,
+    codes: jax.Array,
+    valid: jax.Array,
+    objective: Objective,
     key: jax.Array,
-) -> dict[str, jax.Array]:  # fmt: skip
+) -> dict[str, jax.Array]:
     """The codebook after a batch: vectors [B, T, C], the codes that they chose [B, T], valid bool [B, T]."""
     size = book["codebook"].shape[0]
     # While the encoder is new its vectors run away from where they were: averages over the last tenth of the steps
     # keep up, and a code that is left behind is soon seen to be dead.
     decay = jnp.minimum(objective.ema_decay, (1 + book["age"]) / (10 + book["age"]))
-    flat, weights = vectors.reshape(-1, vectors.shape[-1]), valid.reshape(-1).astype(jnp.float32)
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    weights = valid.reshape(-1).astype(jnp.float32)
     chosen = jax.ops.segment_sum(weights, codes.reshape(-1), size)
     total = jax.ops.segment_sum(flat * weights[:, None], codes.reshape(-1), size)
     count = decay * book["count"] + (1 - decay) * chosen
@@ -81,16 +86,24 @@ class Recogniser:
     """
 
     def __init__(
-        self, config: SpeechTokenizerConfig, objective: Objective, units: int, begin: tuple[int, ...] = (BLANK,),
+        self,
+        config: SpeechTokenizerConfig,
+        objective: Objective,
+        units: int,
+        begin: tuple[int, ...] = (BLANK,),
         end: int = BLANK,
-    ):  # fmt: skip
-        self.config, self.objective, self.begin, self.end = config, objective, begin, end
+    ):
+        self.config = config
+        self.objective = objective
+        self.begin = begin
+        self.end = end
         self.head = Head(config, objective, units)
 
     def sums(self, params: Flat, codebook: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
         """{part: (sum, count)} of the losses "asr" (nats a unit), "mel" and "commitment", and under "vectors", "codes",
         "valid", "memory" what they were made of."""
-        config, tree = self.config, unflatten(params)
+        config = self.config
+        tree = unflatten(params)
         frames, lengths = log_mel(config, batch)
         encoder = tree["encoder"] | {"codebook": codebook}
         vectors, codes = Encoder(config).apply({"params": encoder}, frames, method="vectors")
@@ -101,9 +114,11 @@ class Recogniser:
         placed = through + encoder["code_positions"][: codes.shape[1]]
         memory = self._head(tree, "memory", placed, valid)
         with jax.named_scope("recognise"):
-            asr = self._ctc(tree, memory, valid, batch) if self.objective.head == "ctc" else self._attention(
-                tree, memory, valid, batch
-            )  # fmt: skip
+            asr = (
+                self._ctc(tree, memory, valid, batch)
+                if self.objective.head == "ctc"
+                else self._attention(tree, memory, valid, batch)
+            )
         with jax.named_scope("mel"):
             weights = jnp.repeat(valid, config.frames_per_code, 1).astype(jnp.float32)
             made = self._head(tree, "mel", jnp.where(valid[..., None], through, 0))
@@ -114,16 +129,22 @@ class Recogniser:
         distance = distance.sum(-1) if config.normalize_codes else distance.mean(-1)
         commitment = (distance * valid).sum(), valid.sum().astype(jnp.float32)
         return {
-            "asr": asr, "mel": mel, "commitment": commitment, "vectors": vectors, "codes": codes, "valid": valid,
+            "asr": asr,
+            "mel": mel,
+            "commitment": commitment,
+            "vectors": vectors,
+            "codes": codes,
+            "valid": valid,
             "memory": memory,
-        }  # fmt: skip
+        }
 
     def _head(self, tree: Mapping[str, Any], method: str, *inputs: jax.Array) -> jax.Array:
         return self.head.apply({"params": tree["head"]}, *inputs, method=method)
 
     def _ctc(self, tree, memory, valid, batch) -> tuple[jax.Array, jax.Array]:
         logits = self._head(tree, "ctc_logits", memory)
-        labels, count = batch["labels"], batch["label_count"]
+        labels = batch["labels"]
+        count = batch["label_count"]
         place = jnp.arange(labels.shape[1])
         again = (labels[:, 1:] == labels[:, :-1]) & (place[1:] < count[:, None])
         # A clip with more units than codes has no alignment and would only give an infinite loss.
@@ -133,7 +154,9 @@ class Recogniser:
         return jnp.where(fits, loss, 0).sum(), (count * fits).sum().astype(jnp.float32)
 
     def _attention(self, tree, memory, valid, batch) -> tuple[jax.Array, jax.Array]:
-        labels, count, first = batch["labels"], batch["label_count"], len(self.begin) - 1
+        labels = batch["labels"]
+        count = batch["label_count"]
+        first = len(self.begin) - 1
         inputs = jnp.concatenate([jnp.broadcast_to(jnp.array(self.begin), (len(labels), first + 1)), labels], 1)
         place = jnp.arange(labels.shape[1] + 1)
         targets = jnp.where(place < count[:, None], jnp.pad(labels, ((0, 0), (0, 1))), self.end)
@@ -148,7 +171,8 @@ class Recogniser:
         if self.objective.head == "ctc":
             best = self._head(tree, "ctc_logits", parts["memory"]).argmax(-1)
             return jnp.where(parts["valid"], best, BLANK).astype(jnp.int32)
-        rows, first = parts["memory"].shape[0], len(self.begin)
+        rows = parts["memory"].shape[0]
+        first = len(self.begin)
         units = jnp.full((rows, first + width), self.end, jnp.int32).at[:, :first].set(jnp.array(self.begin))
 
         def say(place, units):
@@ -189,7 +213,8 @@ def make_step(recogniser: Recogniser, optimizer: OptimizerConfig, seed: int, sha
             book = moved(state.extra, sums["vectors"], sums["codes"], sums["valid"], objective, key)
         with jax.named_scope("update"):
             state, told = updated(state, grads, value, limit, optimizer, book)
-        count, size = state.extra["count"], state.extra["count"].shape[0]
+        count = state.extra["count"]
+        size = state.extra["count"].shape[0]
         chosen = jax.ops.segment_sum(sums["valid"].astype(jnp.float32).ravel(), sums["codes"].ravel(), size)
         use = {"perplexity": perplexity(chosen), "code_use": (count > 0.1 * count.mean()).mean()}
         return state, {"loss": value, **parts, **use, **told}

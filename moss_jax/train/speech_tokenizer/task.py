@@ -54,7 +54,9 @@ class SpeechTokenizerTask:
 
     def __init__(self, run: SpeechTokenizerRun, mesh: Mesh, say: Callable[[str], None]):
         check_rows(run.batch_size, mesh)
-        self._run, self._mesh, self._say = run, mesh, say
+        self._run = run
+        self._mesh = mesh
+        self._say = say
         self.frozen: Flat = {}
         self.what = f"speech tokenizer, {run.objective.head} over {run.objective.units},"
         self.rows = f"{run.batch_size} clips of up to {run.buckets[-1]:g} s"
@@ -62,7 +64,8 @@ class SpeechTokenizerTask:
     def start(self) -> Flat:
         run = self._run
         self._clips = self._open(run.data)
-        begin, end = (BLANK,), BLANK
+        begin = (BLANK,)
+        end = BLANK
         if run.objective.units == "whisper":
             path = Path(run.init) / "config.json"
             about = read_config(_WhisperIds, read_json(path), path, foreign=True)
@@ -79,18 +82,19 @@ class SpeechTokenizerTask:
     @property
     def _shardings(self) -> dict[str, NamedSharding]:
         """Of what trains by gradient: copied to every device, the model being small beside a batch of sound."""
-        everywhere, head = NamedSharding(self._mesh, P()), self._recogniser.head
+        everywhere = NamedSharding(self._mesh, P())
+        head = self._recogniser.head
         paths = [f"encoder/{path}" for path in encoder_shapes(self._run.model)]
         paths += [f"head/{path}" for path in head_shapes(head)]
         return {path: everywhere for path in paths if path != CODEBOOK}
 
     def _parameters(self) -> Flat:
-        run, init = self._run, Path(self._run.init)
+        run = self._run
+        init = Path(self._run.init)
         encoder_key, head_key = jax.random.split(jax.random.key(run.seed))
-        fresh = {
-            "encoder": init_params(run.model, encoder_key), "head": init_head(self._recogniser.head, head_key)
-        }  # fmt: skip
-        parameters, self._trained = flatten(fresh), False
+        fresh = {"encoder": init_params(run.model, encoder_key), "head": init_head(self._recogniser.head, head_key)}
+        parameters = flatten(fresh)
+        self._trained = False
         if run.init == "random":
             return parameters
         room = init / ROOM if (init / ROOM).is_dir() else init
@@ -154,9 +158,11 @@ class SpeechTokenizerTask:
 
     def flops(self, batch: Batch) -> float:
         """6 a weight and place that it is used at, attention as its square; convolutions at their own rates."""
-        config, (rows, samples) = self._run.model, batch["wave"].shape
+        config = self._run.model
+        (rows, samples) = batch["wave"].shape
         codes = samples // config.samples_per_code
-        frames, total = codes * config.pooling_kernel_size, 0.0
+        frames = codes * config.pooling_kernel_size
+        total = 0.0
         rates = {"encoder/conv1": 2 * frames, "encoder/conv2": frames, "encoder/layers": frames}
         for path, shape in self._all_shapes().items():
             if path.endswith("kernel"):
@@ -207,11 +213,21 @@ class Evaluation:
     """
 
     def __init__(
-        self, objective: Objective, recogniser: Recogniser, units: Units | WhisperUnits, clips: Clips, feed: ClipFeed,
-        batches: int, mesh: Mesh,
-    ):  # fmt: skip
-        self._objective, self._recogniser, self._units, self._clips = objective, recogniser, units, clips
-        self._feed, self._batches = feed, batches
+        self,
+        objective: Objective,
+        recogniser: Recogniser,
+        units: Units | WhisperUnits,
+        clips: Clips,
+        feed: ClipFeed,
+        batches: int,
+        mesh: Mesh,
+    ):
+        self._objective = objective
+        self._recogniser = recogniser
+        self._units = units
+        self._clips = clips
+        self._feed = feed
+        self._batches = batches
 
         def measured(params, codebook, batch):
             sums = recogniser.sums(params, codebook, batch)
@@ -226,7 +242,9 @@ class Evaluation:
     def __call__(self, state: TrainState, preemption: Preemption) -> dict[str, Any] | None:
         """{"loss", "asr_loss", "mel_loss", "commitment_loss", "wer", "words", "perplexity", "code_use"}; None when a
         notice to end came meanwhile."""
-        totals, used, self.by_clip = {}, 0.0, []
+        totals = {}
+        used = 0.0
+        self.by_clip = []
         self._feed.skip_to(0)
         try:
             for _ in range(self._batches):
@@ -247,10 +265,13 @@ class Evaluation:
         loss, parts = loss_of(totals, self._objective, self._objective.commitment_from)
         wrong, said = (sum(column) for column in zip(*self.by_clip, strict=True))
         return {
-            "loss": float(loss), **{name: float(value) for name, value in parts.items()},
-            "wer": wrong / max(said, 1), "words": said, "perplexity": float(perplexity(used)),
+            "loss": float(loss),
+            **{name: float(value) for name, value in parts.items()},
+            "wer": wrong / max(said, 1),
+            "words": said,
+            "perplexity": float(perplexity(used)),
             "code_use": float((used > 0).mean()),
-        }  # fmt: skip
+        }
 
     def _transcript(self, found: np.ndarray) -> list[int]:
         if self._objective.head == "ctc":

@@ -9,7 +9,9 @@ from moss_jax.dialogue.text_tokenizer import build_tokenizer
 from moss_jax.documents import located, read_text
 from moss_jax.errors import MossError
 
-BLANK, UNKNOWN = 0, 1  # of words and characters; for the attention head, 0 begins and ends a transcript
+# of words and characters; for the attention head, 0 begins and ends a transcript
+BLANK = 0
+UNKNOWN = 1
 
 
 class Units:
