@@ -50,7 +50,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["moss_jax", "moss_jax.*"]),
     package_data={
-        "moss_jax": ["assets/nano/*", "assets/nano/*/*", "data/nano/items/*", "evaluate/nano/*.jsgf", "serve/page/*"]
+        "moss_jax": ["assets/nano/*", "assets/nano/*/*", "recipes/nano/items/*", "recipes/nano/*.jsgf", "serve/page/*"]
     },
     install_requires=[
         "jax>=0.10",

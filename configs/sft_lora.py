@@ -9,10 +9,10 @@ and rates are ours.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.lora import Lora
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import Run
-from moss_jax.train.stages import SFT, with_lora
+from moss_jax.train.speech_lm.lora import Lora
+from moss_jax.train.speech_lm.stages import SFT, with_lora
 
 STEPS = 3_000
 

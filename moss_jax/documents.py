@@ -2,7 +2,7 @@
 
 Every reader of the package uses these functions, so that the same limits and the same messages apply everywhere. A
 malformed document is one MossError. What a document must contain is checked by its reader, mostly with
-`moss_jax.nn.config.read_config`.
+`moss_jax.checkpoint.config_io.read_config`.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ import soundfile
 from IPython.display import Audio, display
 
 import moss_jax
-from moss_jax.dialogue.folder import NANO
+from moss_jax.checkpoint.system_folder import NANO
 
 system = moss_jax.load()  # without a folder: nano
 

@@ -49,7 +49,7 @@ import soundfile
 from IPython.display import Audio, display
 
 import moss_jax
-from moss_jax.train.nano import Recipe
+from moss_jax.recipes.nano.train import Recipe
 
 QUICK = bool(os.environ.get("MOSS_JAX_QUICK"))  # a few steps of everything, to see that the notebook goes
 recipe = Recipe(quick=QUICK, share=1.0 if QUICK else 0.1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "arguments", "documents", "files", "audio", "nn", "checkpoint", "sharding"}
-MODELS = {"speech_tokenizer", "transformer", "speech_decoder"}
+GROUND = {"errors", "arguments", "documents", "files", "audio", "nn", "checkpoint", "sharding", "text"}
+MODELS = {"speech_tokenizer", "speech_lm", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
     "arguments": {"errors"},
@@ -19,15 +19,20 @@ ALLOWED = {
     "nn": {"errors", "documents"},
     "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
     "sharding": {"errors", "nn"},
+    "text": {"errors", "documents", "files"},
     **{model: GROUND for model in sorted(MODELS)},
-    "dialogue": GROUND | MODELS,
-    "convert": GROUND | MODELS | {"dialogue"},
-    "data": GROUND | MODELS | {"dialogue"},
-    "train": GROUND | MODELS | {"dialogue", "convert", "data"},
-    "evaluate": GROUND | MODELS | {"dialogue", "convert", "data"},
-    "tools": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate"},
-    "serve": GROUND | MODELS | {"dialogue"},
-    "cli": GROUND | MODELS | {"dialogue", "convert", "data", "train", "evaluate", "tools", "serve"},
+    "generate": GROUND | MODELS,
+    "dialogue": GROUND | MODELS | {"generate"},
+    "convert": GROUND | MODELS | {"generate", "dialogue"},
+    "data": GROUND | MODELS | {"generate", "dialogue"},
+    "train": GROUND | MODELS | {"generate", "dialogue", "convert", "data"},
+    "evaluate": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
+    "compile": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
+    "serve": GROUND | MODELS | {"generate", "dialogue"},
+    "recipes": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train", "evaluate"},
+    "cli": GROUND
+    | MODELS
+    | {"generate", "dialogue", "convert", "data", "train", "evaluate", "compile", "serve", "recipes"},
 }
 
 
@@ -62,12 +67,12 @@ def test_import_is_light():
 
 # These parse what the package itself has just written: a copy of a config, a library's or a child process's answer.
 OWN_JSON = {
-    "nn/config.py",
+    "checkpoint/config_io.py",
     "evaluate/results.py",
     "data/tokenize.py",
-    "dialogue/byte_level.py",
-    "tools/bench/audio.py",
-    "tools/compile.py",
+    "text/byte_level.py",
+    "recipes/nano/ablation.py",
+    "compile/serving.py",
 }
 
 

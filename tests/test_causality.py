@@ -14,12 +14,12 @@ from moss_jax.speech_decoder.flow.config import TINY as FLOW
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.vocoder import TINY as VOCODER
 from moss_jax.speech_decoder.vocoder import HiFT
+from moss_jax.speech_lm import TINY, LayerSplitModel
 from moss_jax.speech_tokenizer.config import TINY as ENCODER
 from moss_jax.speech_tokenizer.encoder import Encoder, init_params
-from moss_jax.transformer import TINY, LayerSplitModel
 from tests.speech_decoder.test_flow import tiny_params
 from tests.speech_decoder.test_vocoder import random_params as vocoder_params
-from tests.transformer.test_model import random_params
+from tests.speech_lm.test_model import random_params
 
 
 def influence(function, *inputs):

@@ -11,7 +11,7 @@ from pathlib import Path
 from moss_jax.data import Mixture
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import Run
-from moss_jax.train.stages import STAGE_1
+from moss_jax.train.speech_lm.stages import STAGE_1
 
 STEPS = 100
 SOURCES = (

@@ -11,13 +11,13 @@ Weights are random: speed does not depend on them.
 
 from pathlib import Path
 
+from moss_jax.cli.clone import import_dev
 from moss_jax.errors import MossError
 
 
 def add_arguments(parser):
-    from moss_jax.tools.bench import PARTS
-
-    parser.add_argument("part", choices=list(PARTS), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()))
+    parts = import_dev("bench").PARTS
+    parser.add_argument("part", choices=list(parts), help="; ".join(f"{k}: {v}" for k, v in parts.items()))
     parser.add_argument("--size", default="full", help="model size: full (default), mid or tiny")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default 5)")
     parser.add_argument("--reference", type=Path, help="checkout of the reference sources")
@@ -25,8 +25,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from moss_jax.tools import bench
-
+    bench = import_dev("bench")
     if args.repeats < 1:
         raise MossError(f"--repeats is {args.repeats}, expected at least 1")
     if args.reference and not args.reference.is_dir():

@@ -17,7 +17,7 @@ from moss_jax.errors import MossError
 
 
 def add_arguments(parser):
-    from moss_jax.tools.compile import FUNCTIONS, SIZES
+    from moss_jax.compile.serving import FUNCTIONS, SIZES
 
     parser.add_argument("function", help="; ".join(f"{name}: {what}" for name, what in FUNCTIONS.items()))
     parser.add_argument("--size", default="8b", help=f"model size: {', '.join(SIZES)} (default 8b)")
@@ -38,7 +38,7 @@ def add_arguments(parser):
 
 def run(args) -> int:
     from moss_jax.checkpoint import write_text
-    from moss_jax.tools.compile import Request, compile_function
+    from moss_jax.compile.serving import Request, compile_function
 
     request = Request(
         args.function,

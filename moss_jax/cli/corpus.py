@@ -32,7 +32,7 @@ def run(args) -> int:
             progress(f"{done} of {total} utterances")
 
     if args.nano:
-        from moss_jax.data.nano.corpus import make_nano_corpus
+        from moss_jax.recipes.nano.corpus import make_nano_corpus
 
         if args.utterances is not None or args.recordings:
             raise MossError("--nano goes without --utterances and --recordings; --scale says how much is spoken")

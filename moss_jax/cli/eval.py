@@ -119,7 +119,7 @@ def run(args) -> int:
     from moss_jax.evaluate.model import Model
 
     if args.task == "tokenizer":
-        from moss_jax.tools.recognition import recognition
+        from moss_jax.evaluate.recognition import recognition
 
         print(recognition(args.folder, args.files, progress))
         return 0
@@ -131,7 +131,7 @@ def run(args) -> int:
         judge = open_judge(args.judge, args.judge_command)
     model = Model(system_folder(args), fsdp=args.fsdp, tensor=args.tensor, batch_size=args.batch_size)
     if args.task == "nano":
-        from moss_jax.evaluate.nano import report
+        from moss_jax.recipes.nano import report
 
         some = {name: getattr(args, name) for name in ("sets", "ways") if getattr(args, name) is not None}
         print(report.run(model, args.out, **some, limit=args.items, say=progress), end="")

@@ -6,6 +6,7 @@ One row for each output that a file declares final. Exit code 0: all within tole
 was compared; 2: a file cannot be read.
 """
 
+from moss_jax.cli.clone import import_dev
 from moss_jax.cli.system_arguments import say
 from moss_jax.errors import MossError
 
@@ -17,8 +18,7 @@ def add_arguments(parser):
 def run(args) -> int:
     import jax
 
-    from moss_jax.tools.parity import check_golden, read_golden
-
+    parity = import_dev("parity")
     jax.config.update("jax_default_matmul_precision", "highest")
     unreadable = False
     checks = []
@@ -26,12 +26,12 @@ def run(args) -> int:
     print(row.format("file", "output", "compared", "worst", "of tol.", ""))
     for file in args.files:
         try:
-            golden = read_golden(file)
+            golden = parity.read_golden(file)
         except MossError as error:
             say(f"moss-jax parity: {error}")
             unreadable = True
             continue
-        for check in check_golden(golden):
+        for check in parity.check_golden(golden):
             checks.append(check)
             numbers = (check.compared, f"{check.worst:.2e}", f"{check.excess:.3f}")
             verdict = "pass" if check.passed else " ".join(["MISS", check.note]).strip()

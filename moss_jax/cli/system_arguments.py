@@ -54,8 +54,8 @@ def system_folder(args) -> Path:
 
     What is compiled is kept beside the conversions, so that the next run starts sooner.
     """
+    from moss_jax.checkpoint.system_folder import NANO
     from moss_jax.convert.system import resolve
-    from moss_jax.dialogue.folder import NANO
 
     keep_compiled()
     if args.model is None:

@@ -4,7 +4,7 @@
   moss-jax train --config configs/stage1.py --init Qwen3-8B --folder runs/stage1 --set steps=2000
   moss-jax train --config configs/stage1.py --print                       what it would do, as JSON
   moss-jax train --config configs/stage1.py --distributed                 on every host of several
-  moss-jax train --config configs/nano/speech_tokenizer.py                the codec's encoder, on recordings with text
+  moss-jax train --config moss_jax/recipes/nano/configs/speech_tokenizer.py    the speech tokenizer
 
 --set changes any field of the config: steps=100, optimizer.learning_rate=1e-4, mesh.tensor=2, guard.action=stop.
 SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, exit code 75. Exit codes: 0 done, 2 bad

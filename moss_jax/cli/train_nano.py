@@ -28,13 +28,13 @@ def add_arguments(parser):
         "--share", type=float, default=1.0, help="of the corpus and the steps, to see it learn in less time; default 1"
     )
     parser.add_argument("--no-report", action="store_true", help="leave the evaluation out")
-    parser.add_argument("--configs", type=Path, metavar="FOLDER", help="other configs than those of configs/nano")
+    parser.add_argument("--configs", type=Path, metavar="FOLDER", help="folder of configs, instead of the bundled ones")
 
 
 def run(args) -> int:
     import importlib.util
 
-    from moss_jax.train.nano import CONFIGS, Recipe
+    from moss_jax.recipes.nano.train import CONFIGS, Recipe
 
     keep_freed_memory()  # before the backend has threads
     keep_compiled()
@@ -46,6 +46,6 @@ def run(args) -> int:
 
 def _report(system: Path, folder: Path, quick: bool) -> None:
     from moss_jax.evaluate.model import Model
-    from moss_jax.evaluate.nano import report
+    from moss_jax.recipes.nano import report
 
     print(report.run(Model(system, batch_size=32), folder, **(QUICK_ITEMS if quick else {}), say=say), end="")

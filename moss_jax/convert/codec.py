@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import open_tensors
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.codec_config import (
     ReleasedYaml,
     flow_config,
@@ -36,7 +37,6 @@ from moss_jax.convert.torch_file import read_torch, write_torch
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moss_jax.checkpoint.config_io import read_config, within
 from moss_jax.convert.tables.vocoder import Spelling
 from moss_jax.documents import read_yaml
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, within
 from moss_jax.speech_decoder.flow.config import EncoderConfig, EstimatorConfig, FlowConfig
 from moss_jax.speech_decoder.vocoder import VocoderConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
+from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.files import need_folder
 from moss_jax.convert.language_model import read_transformer_config, tokenizer_size
@@ -23,12 +24,11 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch
-from moss_jax.dialogue.folder import SYSTEM, SystemFolder
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import RELEASED
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, QWEN3_8B
 from moss_jax.speech_tokenizer.config import MOSS_SPEECH_CODEC
-from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B
 
 HONEST = "No one here has opened the released files. Where the names of our tables come from:"
 

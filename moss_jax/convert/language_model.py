@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.files import (
     carry_files,
     copy_file,
@@ -22,13 +23,12 @@ from moss_jax.convert.files import (
 )
 from moss_jax.convert.stream import Say, exported, import_tensors, write_source
 from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, token_ids
 from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
-from moss_jax.nn.config import read_config, write_config
-from moss_jax.transformer.config import DTYPES, TransformerConfig
-from moss_jax.transformer.model import model_shapes
+from moss_jax.speech_lm.config import DTYPES, TransformerConfig
+from moss_jax.speech_lm.model import model_shapes
+from moss_jax.text.tokenizer import SPECIAL_STRINGS, token_ids
 
 KEYS = CONFIG_KEYS | ID_KEYS  # our field -> key of the released config.json
 KNOWN_KEYS = {

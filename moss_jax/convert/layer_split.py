@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from moss_jax.errors import MossError
-from moss_jax.transformer.config import TransformerConfig
+from moss_jax.speech_lm.config import TransformerConfig
 
 AUDIO_TABLES = ("audio/embed/embedding", "audio/head/kernel")
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from moss_jax.checkpoint import TensorReader, TensorWriter, open_tensors, save_tensors
+from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within, write_config
 from moss_jax.checkpoint.safetensors import TensorInfo
 from moss_jax.convert.files import carry_files, copy_file, files_to_carry, need_folder, update_json, write_json
 from moss_jax.convert.language_model import (
@@ -29,9 +30,8 @@ from moss_jax.convert.table import Entry
 from moss_jax.convert.tables.qwen3 import table
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within, write_config
-from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import DTYPES, TransformerConfig
+from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.config import DTYPES, TransformerConfig
 
 SAME_KEYS = (
     "hidden_size",

@@ -10,6 +10,8 @@ import numpy as np
 
 from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
+from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
 from moss_jax.convert.files import write_json
 from moss_jax.convert.stream import Progress, Say
 from moss_jax.convert.system import export_released
@@ -20,21 +22,19 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
-from moss_jax.dialogue.folder import FORMAT, SYSTEM
 from moss_jax.errors import MossError
-from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder import speaker as speaker_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, TransformerConfig
+from moss_jax.speech_lm.config import TINY as TRANSFORMER_TINY
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
-from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import MOSS_SPEECH_8B, TransformerConfig
-from moss_jax.transformer.config import TINY as TRANSFORMER_TINY
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import atomic_folder
+from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
 from moss_jax.convert.codec import NOTES, export_codec, import_codec
 from moss_jax.convert.files import carry_files, copy_file, need_folder, write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model, language_config
 from moss_jax.convert.qwen3 import CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
-from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.files import folder_lock, is_file, is_folder
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moss_jax.dialogue.byte_level import SPECIAL_TOKENS, byte_level
-from moss_jax.transformer.config import TransformerConfig
+from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.text.byte_level import SPECIAL_TOKENS, byte_level
 
 __all__ = ["SPECIAL_TOKENS", "write_text_tokenizer"]
 MERGES = ("e r", "Ġ a", "s t", "i n", "Ġ t", "h e", "a n", "o n", "u s", "s y", "Ġt he", "us er", "sy st")

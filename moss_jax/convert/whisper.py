@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
+from moss_jax.checkpoint.config_io import read_config
 from moss_jax.convert.tables import whisper as whisper_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 LAYER = re.compile(r"model\.encoder\.layers\.(\d+)\.(.*)")

@@ -39,7 +39,7 @@ def encode_manifests(
         MossError: a manifest or a recording cannot be read, two manifests have one name, OUT/codes.jsonl is of another
             speech tokenizer, or another process is writing to OUT.
     """
-    from moss_jax.dialogue.folder import SystemFolder
+    from moss_jax.checkpoint.system_folder import SystemFolder
 
     paths = [Path(path) for path in manifests]
     out = Path(out)

@@ -14,10 +14,10 @@ import numpy as np
 
 from moss_jax.data.manifest import Document, Word
 from moss_jax.dialogue.grid import speech_rows, template_rows, text_rows, turn_rows, with_default_system
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
+from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 PIECE_SECONDS = (3.0, 6.0)  # shortest and longest piece of an interleaved document
 CUT_SHARE = (0.25, 0.75)  # of a continued document: where the prompt may end

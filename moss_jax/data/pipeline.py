@@ -19,7 +19,7 @@ from moss_jax.data.batches import StepBatches
 from moss_jax.data.pack import Plan, make_plan
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
 
 PLANS = 2  # of the latest epochs are kept: at the turn of an epoch both are read
 

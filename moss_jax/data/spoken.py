@@ -24,14 +24,14 @@ import numpy as np
 
 from moss_jax.audio import MAX_BYTES, from_pcm16, resample, to_pcm16
 from moss_jax.checkpoint import atomic_folder, write_text
+from moss_jax.checkpoint.config_io import read_config
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data.manifest import Document, Manifest, Member, bad_lines
 from moss_jax.data.tokenize import READERS, read_speech
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
-from moss_jax.nn.config import read_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig

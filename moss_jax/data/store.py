@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import atomic_folder, write_text
+from moss_jax.checkpoint.config_io import read_config
 from moss_jax.data.formats import Example
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
 
 FORMAT = "moss-jax-examples-1"
 SOURCE = "source.json"

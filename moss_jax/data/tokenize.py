@@ -23,16 +23,16 @@ import numpy as np
 
 from moss_jax.audio import MAX_BYTES, Recording, check_speech, read_audio, resample
 from moss_jax.checkpoint import atomic_file, write_text
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
+from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.transformer import TransformerConfig
 
 SETTINGS = "settings.json"
 # documents that are encoded together, and of what size, for each device

@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moss_jax.dialogue.generate import (
+from moss_jax.dialogue.grid import pad_left, prompt_pieces, template_rows, with_default_system
+from moss_jax.dialogue.saved import FORMAT, FORMAT_1, TURNS, fingerprint_1, read_conversation, write_conversation
+from moss_jax.dialogue.turns import ROLES, Turn
+from moss_jax.errors import MossError
+from moss_jax.generate.loop import (
     GenerationSettings,
     GenerationState,
     decode_chunk,
@@ -25,17 +29,13 @@ from moss_jax.dialogue.generate import (
     prefill,
     with_capacity,
 )
-from moss_jax.dialogue.grid import pad_left, prompt_pieces, template_rows, with_default_system
-from moss_jax.dialogue.sampling import request_keys
-from moss_jax.dialogue.saved import FORMAT, FORMAT_1, TURNS, fingerprint_1, read_conversation, write_conversation
-from moss_jax.dialogue.state_machine import AUDIO, next_mode
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
-from moss_jax.dialogue.turns import ROLES, Turn
-from moss_jax.errors import MossError
+from moss_jax.generate.sampling import request_keys
+from moss_jax.generate.state_machine import AUDIO, next_mode
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
+from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 CONTEXT = 10240  # rows; the longest examples that the released model was tuned on
 SMALLEST = 256  # columns; capacities are powers of two from here

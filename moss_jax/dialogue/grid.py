@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 REPLIES = ("speech", "text")
 # The system turn of a conversation that begins without one, in training and generation: that of the released driver.

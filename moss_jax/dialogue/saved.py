@@ -15,12 +15,12 @@ import numpy as np
 from flax.serialization import from_state_dict, to_state_dict
 
 from moss_jax.checkpoint import open_tensors, save_tensors
-from moss_jax.dialogue.generate import GenerationState, new_state, with_capacity
-from moss_jax.dialogue.state_machine import AUDIO, ENDOFTEXT
 from moss_jax.dialogue.turns import ROLES
 from moss_jax.errors import MossError
+from moss_jax.generate.loop import GenerationState, new_state, with_capacity
+from moss_jax.generate.state_machine import AUDIO, ENDOFTEXT
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
 
 FORMAT = "moss-jax-conversation-2"
 FORMAT_1 = "moss-jax-conversation-1"

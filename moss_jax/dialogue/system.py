@@ -17,20 +17,20 @@ import numpy as np
 
 from moss_jax.arguments import check_seed, check_whole
 from moss_jax.audio import MAX_BYTES, Recording, as_recording, check_speech, read_audio, resample, save_audio
+from moss_jax.checkpoint.system_folder import NANO, SYSTEM, SystemFolder
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
-from moss_jax.dialogue.folder import NANO, SYSTEM, SystemFolder
-from moss_jax.dialogue.generate import GenerationSettings
 from moss_jax.dialogue.grid import REPLIES, read_reply
-from moss_jax.dialogue.sampling import ChannelSettings
 from moss_jax.dialogue.settings import DEFAULTS, DRAWING, chosen
-from moss_jax.dialogue.text_tokenizer import TextStream
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError, shown
 from moss_jax.files import is_file
+from moss_jax.generate.loop import GenerationSettings
+from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+from moss_jax.text.tokenizer import TextStream
 
 ROWS = 25  # of a reply between two reports of progress, or two pieces of streamed text
 SILENCE = np.zeros(0, np.float32)

@@ -10,10 +10,10 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
+from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.convert.system import NAME_LENGTH, check_system, converted_once
-from moss_jax.dialogue.folder import FORMAT, SYSTEM
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import Part
@@ -21,7 +21,7 @@ from moss_jax.evaluate.scoring import Scorer
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
-from moss_jax.transformer import TransformerConfig
+from moss_jax.speech_lm import TransformerConfig
 
 CLIPS = 32  # recordings in memory at a time
 

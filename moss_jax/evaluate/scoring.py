@@ -16,7 +16,7 @@ import numpy as np
 
 from moss_jax.errors import MossError
 from moss_jax.sharding import fitting
-from moss_jax.transformer import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
 
 SMALLEST = 64  # rows; lengths are 1 and 1.5 times the powers of two from here
 STRETCH = 32  # rows of which logits are made at a time; divides every length

@@ -30,8 +30,8 @@ from moss_jax.evaluate.alignment import best_match, best_path, cosines
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
 from moss_jax.nn.rope import rope_angles
-from moss_jax.transformer import LayerSplitModel, TransformerConfig
-from moss_jax.transformer.model import Layer
+from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm.model import Layer
 
 BLOCKS = ("shared", "text", "audio")
 SCORES = ("match", "path")  # best speech position; best monotone path

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from math import isclose
 
+from moss_jax.checkpoint.config_io import check_sizes
 from moss_jax.errors import MossError
-from moss_jax.nn.config import check_sizes
 from moss_jax.speech_decoder import speaker, vocoder
 from moss_jax.speech_decoder.flow import config as flow
 from moss_jax.speech_decoder.flow.config import FlowConfig

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
+from moss_jax.checkpoint.config_io import check_sizes
 from moss_jax.errors import MossError
-from moss_jax.nn.config import check_sizes
 from moss_jax.nn.conv import Conv1d
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moss_jax.checkpoint.config_io import ADDED, check_sizes
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED, check_sizes
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes

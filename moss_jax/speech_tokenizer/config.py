@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from moss_jax.audio.features import MelConfig
+from moss_jax.checkpoint.config_io import check_sizes
 from moss_jax.errors import MossError
-from moss_jax.nn.config import check_sizes
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moss_jax.audio.features import log_mel_16k
 from moss_jax.audio.wave import segments
 from moss_jax.checkpoint import load_tree
+from moss_jax.checkpoint.config_io import read_config
 from moss_jax.documents import read_json
-from moss_jax.nn.config import read_config
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig

@@ -16,12 +16,12 @@ from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
+from moss_jax.speech_lm.config import DTYPES
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
 from moss_jax.train.record import check_record
 from moss_jax.train.run import read_run
 from moss_jax.train.state import TrainState
 from moss_jax.train.task import Task
-from moss_jax.transformer.config import DTYPES
 
 Say = Callable[[str], None]
 

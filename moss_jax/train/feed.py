@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.pipeline import Batches
 from moss_jax.sharding import fitting
+from moss_jax.speech_lm import TransformerConfig
 from moss_jax.train.run import Run
-from moss_jax.train.step import batch_shardings
-from moss_jax.transformer import TransformerConfig
+from moss_jax.train.speech_lm.step import batch_shardings
 
 
 class RowFeed:

@@ -27,7 +27,6 @@ from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
 from moss_jax.train.export import placed
-from moss_jax.train.flops import peak_flops
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import (
     EVALUATIONS_FILE,
@@ -43,6 +42,7 @@ from moss_jax.train.metrics import (
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record
 from moss_jax.train.run import EXPORTS, RUN_FILE, BaseRun, run_text, run_values, values_in
+from moss_jax.train.speech_lm.flops import peak_flops
 from moss_jax.train.state import TrainState
 
 # 75 is EX_TEMPFAIL: try again later

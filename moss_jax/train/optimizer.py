@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from moss_jax.checkpoint.config_io import ADDED
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED
 
 METHODS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")

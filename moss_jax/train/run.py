@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jax.sharding import Mesh
 
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.data import Mixture
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
-from moss_jax.nn.config import read_config, write_config
+from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm.config import ATTENTION, DTYPES, REMAT
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.stages import Stage
-from moss_jax.transformer import TransformerConfig
-from moss_jax.transformer.config import ATTENTION, DTYPES, REMAT
+from moss_jax.train.speech_lm.stages import Stage
 
 if TYPE_CHECKING:
     from moss_jax.train.task import Task
@@ -182,7 +182,7 @@ class Run(BaseRun):
         return {"text_loss": self.stage.text_weight, "audio_loss": self.stage.audio_weight}
 
     def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
-        from moss_jax.train.language_model import LanguageModel
+        from moss_jax.train.speech_lm.task import LanguageModel
 
         return LanguageModel(self, mesh, say)
 

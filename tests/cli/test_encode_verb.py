@@ -8,8 +8,8 @@ import pytest
 
 from moss_jax.audio import save_audio
 from moss_jax.checkpoint import save_tree
+from moss_jax.checkpoint.config_io import write_config
 from moss_jax.cli import main
-from moss_jax.nn.config import write_config
 from moss_jax.speech_tokenizer.config import TINY
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import init_params

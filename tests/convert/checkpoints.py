@@ -12,8 +12,8 @@ from moss_jax.convert.language_model import released_config
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
-from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import TINY, TransformerConfig
+from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.config import TINY, TransformerConfig
 
 
 def random_tensors(shapes, dtype=ml_dtypes.bfloat16, seed=0):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
 from moss_jax.convert.random_system import SIZES, write_random
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
-from moss_jax.nn.config import write_config
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
 
 OTHER = 96  # codes; the tiny system has 256
@@ -103,7 +103,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
     from moss_jax.train.run import load_run
-    from moss_jax.train.start import starting_parameters
+    from moss_jax.train.speech_lm.start import starting_parameters
     from tests.train.tiny import write_config as write_run
 
     (tmp_path / "speech.jsonl").write_text(json.dumps({"codes": [0, 1, OTHER - 1] * 5}) + "\n")
@@ -230,6 +230,6 @@ def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.dialogue.folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO
 
     SystemFolder(Path(NANO)).check_codes()

@@ -18,8 +18,8 @@ from moss_jax.convert.language_model import export_language_model, import_langua
 from moss_jax.convert.qwen3 import export_qwen3, import_qwen3
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
-from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import TINY
+from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.config import TINY
 from tests.convert.checkpoints import read_tensors, same_tensors, write_language_model, write_qwen3
 
 
@@ -124,7 +124,7 @@ def test_unmapped_missing_and_misshapen_come_together(tmp_path):
 def test_full_size_names_and_shapes():
     """All 446 names of the released model and 399 of Qwen3-8B, with their shapes, from our parameters and back."""
     from moss_jax.convert.tables import qwen3, transformer
-    from moss_jax.transformer.config import MOSS_SPEECH_8B, QWEN3_8B
+    from moss_jax.speech_lm.config import MOSS_SPEECH_8B, QWEN3_8B
 
     released = transformer.table(MOSS_SPEECH_8B).shapes(model_shapes(MOSS_SPEECH_8B))
     assert len(released) == 446 and sum(np.prod(shape) for shape in released.values()) == 9_095_694_336

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moss_jax.transformer.config import TINY
+from moss_jax.speech_lm.config import TINY
 from tests.convert.checkpoints import write_language_model
 
 # Wide and deep enough that the interpreter's own few hundred MB do not hide the model: 0.4 GB in bfloat16.
@@ -26,7 +26,7 @@ CODE = """
 import re, sys
 from pathlib import Path
 from moss_jax.convert.language_model import import_language_model, language_config
-from moss_jax.transformer import model_shapes
+from moss_jax.speech_lm import model_shapes
 def memory(field):
     return 1024 * int(re.search(field + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 model_shapes(language_config(Path(sys.argv[1])))

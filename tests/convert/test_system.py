@@ -15,15 +15,15 @@ from moss_jax.convert.describe import describe
 from moss_jax.convert.language_model import read_transformer_config
 from moss_jax.convert.random_system import SIZES, Sizes, init_random, random_parameter
 from moss_jax.convert.text_tokenizer import SPECIAL_TOKENS, write_text_tokenizer
-from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, TINY
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
-from moss_jax.transformer import model_shapes
-from moss_jax.transformer.config import MOSS_SPEECH_8B, TINY
+from moss_jax.text.tokenizer import TextTokenizer
 from tests.convert.checkpoints import read_tensors, same_tensors, write_language_model, write_qwen3
 
 

@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 from moss_jax.checkpoint import load_tree  # noqa: E402
 from moss_jax.convert.qwen3 import export_qwen3, import_qwen3  # noqa: E402
 from moss_jax.convert.text_tokenizer import write_text_tokenizer  # noqa: E402
-from moss_jax.transformer import model_shapes  # noqa: E402
-from moss_jax.transformer.config import TINY  # noqa: E402
-from moss_jax.transformer.model import LayerSplitModel  # noqa: E402
+from moss_jax.speech_lm import model_shapes  # noqa: E402
+from moss_jax.speech_lm.config import TINY  # noqa: E402
+from moss_jax.speech_lm.model import LayerSplitModel  # noqa: E402
 from tests.convert.checkpoints import read_tensors, same_tensors  # noqa: E402
 
 LENGTH = 256  # positions; a wrong rotary embedding is not seen in a few

@@ -5,7 +5,7 @@ import pytest
 
 from moss_jax.data import Example, write_examples
 from moss_jax.data.formats import speech, text
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
 
 
 def random_example(random: np.random.Generator, rows: int, name: str = "") -> Example:

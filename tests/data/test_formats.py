@@ -13,10 +13,10 @@ from moss_jax.data import formats
 from moss_jax.data.formats import Example, Maker, cut_interleaved
 from moss_jax.data.manifest import Document, Word
 from moss_jax.dialogue.grid import prompt_grid
-from moss_jax.dialogue.text_tokenizer import TextTokenizer
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
+from moss_jax.text.tokenizer import TextTokenizer
 
 EOT = TINY.endoftext_id
 SOSP = TINY.sosp_id

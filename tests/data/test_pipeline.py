@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dev.bench import Options
+from dev.bench import data as bench
 from moss_jax.data import Mixture, open_batches, write_examples
 from moss_jax.data.batches import READ_AHEAD, READ_THREADS
 from moss_jax.data.pipeline import PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
-from moss_jax.tools.bench import Options
-from moss_jax.tools.bench import data as bench
-from moss_jax.transformer import TINY, LayerSplitModel, model_shapes
+from moss_jax.speech_lm import TINY, LayerSplitModel, model_shapes
 from tests.data.conftest import random_example
 
 CONTEXT = 48
@@ -323,7 +323,7 @@ def test_worker_processes_do_not_start_an_accelerator(mixture, tmp_path):
     script.write_text(
         "import sys\n"
         "from moss_jax.data import Mixture, open_batches\n"
-        "from moss_jax.transformer import TINY\n"
+        "from moss_jax.speech_lm import TINY\n"
         "if __name__ == '__main__':\n"
         f"    it = open_batches(Mixture({mixture.sources!r}, 5), TINY, context=48, batch_size=8, workers=1)\n"
         "    print(next(it)['grid'].sum()); it.close()\n"

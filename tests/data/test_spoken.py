@@ -9,11 +9,11 @@ import pytest
 import soundfile
 
 from moss_jax.audio import load_audio, resample
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.data import Mixture, spoken
 from moss_jax.data.spoken import Spoken, SpokenRequest, make_spoken, pitch
 from moss_jax.data.spoken_batches import SILENCE, Rows, SpokenBatches
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import SpeechDecoderConfig

@@ -10,7 +10,7 @@ import pytest
 from moss_jax.data import Example, Mixture, open_batches, write_examples
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
 from tests.data.conftest import random_example
 
 

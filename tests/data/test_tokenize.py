@@ -18,14 +18,14 @@ import soundfile
 import tensorflow_datasets as tfds
 
 from moss_jax.audio import load_audio, resample
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.store import Examples, shard_name
 from moss_jax.data.tokenize import Request, tokenize
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
+from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
-from moss_jax.transformer import TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = 10

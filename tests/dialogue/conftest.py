@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.dialogue.text_tokenizer import SPECIAL_STRINGS, TextTokenizer
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.transformer import TINY, LayerSplitModel
+from moss_jax.speech_lm import TINY, LayerSplitModel
+from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 
 def tokenizer_json(config) -> str:

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.checkpoint.config_io import read_config, write_config
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.dialogue.questions import read_questions
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.speech_decoder import config as speech_decoder
 from moss_jax.speech_decoder.codes import read_codes
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
+from moss_jax.speech_lm import TransformerConfig, model_shapes
+from moss_jax.speech_lm import config as transformer
 from moss_jax.speech_tokenizer import config as speech_tokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
-from moss_jax.transformer import TransformerConfig, model_shapes
-from moss_jax.transformer import config as transformer
 from tests.checkpoint.test_changed_headers import changed
 
 LINES = [

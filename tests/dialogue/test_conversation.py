@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 from moss_jax.data.formats import Maker
 from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel, capacity_for
-from moss_jax.dialogue.generate import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM, prompt_grid
-from moss_jax.dialogue.sampling import ChannelSettings
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
 
 CHANNEL = ChannelSettings(temperature=0.7, top_k=8)
 SETTINGS = GenerationSettings(text=CHANNEL, audio=CHANNEL, max_new_tokens=12)

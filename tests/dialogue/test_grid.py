@@ -4,7 +4,7 @@ import pytest
 from moss_jax.dialogue import grid
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.errors import MossError
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
 
 TEXT_OF = {
     TINY.im_start_id: "<|im_start|>",

@@ -32,13 +32,13 @@ def main():
     import numpy as np
 
     from moss_jax.dialogue.conversation import LanguageModel
-    from moss_jax.dialogue.generate import GenerationSettings
-    from moss_jax.dialogue.sampling import ChannelSettings
-    from moss_jax.dialogue.text_tokenizer import TextTokenizer
     from moss_jax.dialogue.turns import Turn
+    from moss_jax.generate.loop import GenerationSettings
+    from moss_jax.generate.sampling import ChannelSettings
     from moss_jax.nn.tree import flatten, param_axes, unflatten
     from moss_jax.sharding import make_mesh, shardings_for
-    from moss_jax.transformer import TINY, LayerSplitModel
+    from moss_jax.speech_lm import TINY, LayerSplitModel
+    from moss_jax.text.tokenizer import TextTokenizer
     from tests.dialogue.conftest import random_params, tokenizer_json
 
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -7,8 +7,8 @@ import pytest
 import soundfile
 
 import moss_jax
+from moss_jax.checkpoint.system_folder import NANO
 from moss_jax.cli import main
-from moss_jax.dialogue.folder import NANO
 from moss_jax.errors import MossError
 
 ANSWER = "Seven plus four is eleven."

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def results(folder: Path, tiny: Path) -> dict:
     """What the bundled system and a tiny one say, as JSON values. `folder` is empty."""
     import moss_jax
-    from moss_jax.dialogue.folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO
 
     nano = moss_jax.load()
     asked = [moss_jax.Turn("user", audio=NANO / "question.wav")]

@@ -9,7 +9,7 @@ import pytest
 
 from moss_jax.dialogue.grid import speech_rows, text_rows
 from moss_jax.evaluate.scoring import Passage, Scorer, log_likelihoods, next_log_probabilities, padded_length
-from moss_jax.transformer import LayerSplitModel
+from moss_jax.speech_lm import LayerSplitModel
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.questions import read_questions
 from moss_jax.files import write_text
 from moss_jax.speech_decoder.codes import read_codes
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
 from tests.fuzz import audio, text
 from tests.fuzz.documents import CHANGES, changed, json_text
 from tests.fuzz.edits import edited, edits

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from moss_jax.arguments import check_seed
-from moss_jax.dialogue.sampling import draw, narrow, penalise, request_keys
 from moss_jax.dialogue.system import generation_settings
+from moss_jax.generate.sampling import draw, narrow, penalise, request_keys
 
 VOCABULARY = 16
 FLOATS = st.one_of(

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from moss_jax.dialogue.byte_level import SPECIAL_TOKENS, byte_level, learn_merges
 from moss_jax.dialogue.grid import prompt_grid, turn_rows
-from moss_jax.dialogue.text_tokenizer import TextStream, TextTokenizer
 from moss_jax.dialogue.turns import ROLES, Turn, check_turns
-from moss_jax.transformer import TINY
+from moss_jax.speech_lm import TINY
+from moss_jax.text.byte_level import SPECIAL_TOKENS, byte_level, learn_merges
+from moss_jax.text.tokenizer import TextStream, TextTokenizer
 
 PIECES = st.one_of(
     st.text(st.characters(codec=None, exclude_categories=()), max_size=12),

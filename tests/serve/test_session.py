@@ -7,8 +7,8 @@ import soundfile
 
 import moss_jax
 from moss_jax.audio.wave import load_audio
+from moss_jax.checkpoint.system_folder import NANO
 from moss_jax.convert.random_system import init_random
-from moss_jax.dialogue.folder import NANO
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.serve import cards

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dev.parity import check_golden, read_golden
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import RELEASED, TINY, SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.voice import Voice
-from moss_jax.tools.parity import check_golden, read_golden
 from tests.speech_decoder.test_vocoder import random_params
 
 CODES = np.random.default_rng(5).integers(0, TINY.flow.codebook_size, 40)

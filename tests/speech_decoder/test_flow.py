@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dev.parity import check_golden, read_golden
 from moss_jax.convert.tables.flow import table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, param_shapes
@@ -15,7 +16,6 @@ from moss_jax.speech_decoder.flow.config import RELEASED_CHUNK_5, TINY
 from moss_jax.speech_decoder.flow.estimator import gelu, mish
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
-from moss_jax.tools.parity import check_golden, read_golden
 
 
 @pytest.fixture(scope="module")

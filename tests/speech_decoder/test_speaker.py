@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dev.parity import check_golden, read_golden
 from moss_jax.audio import load_audio, resample
 from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.tables.speaker import table
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import flatten, param_shapes, unflatten
 from moss_jax.speech_decoder.speaker import (
     CAMPPLUS,
@@ -22,7 +23,6 @@ from moss_jax.speech_decoder.speaker import (
     init_params,
     speaker_embedding,
 )
-from moss_jax.tools.parity import check_golden, read_golden
 
 
 @pytest.fixture(scope="module")

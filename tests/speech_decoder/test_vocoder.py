@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dev.parity import check_golden, read_golden
 from moss_jax.convert.tables.vocoder import spelling, table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.speech_decoder.stft import istft, stft
 from moss_jax.speech_decoder.vocoder import RELEASED, TINY, HiFT, NormConv, conv_transpose1d, fold_weight_norm, snake
-from moss_jax.tools.parity import check_golden, read_golden
 
 FRAMES = 12
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dev.parity import check_golden, read_golden
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_tokenizer import encode as encode_module
 from moss_jax.speech_tokenizer.config import MOSS_SPEECH_CODEC, TINY, SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer, encode_padded
 from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes, init_params
-from moss_jax.tools.parity import check_golden, read_golden
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.transformer import TINY, TransformerConfig, model_shapes
+from moss_jax.speech_lm import TINY, TransformerConfig, model_shapes
 
 SMALL = replace(TINY, num_shared_layers=2, num_modality_layers=1)
 

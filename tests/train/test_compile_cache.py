@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.train import tiny, tones
-from tests.train.test_speech_decoder_runs import data as spoken  # noqa: F401, a fixture
+from tests.train.speech_decoder.test_speech_decoder_runs import data as spoken  # noqa: F401, a fixture
 
 # `moss-jax train`, which prints how many compiled programs were found and how many were not.
 COUNTING = """
@@ -73,7 +73,7 @@ def test_speech_tokenizer(tmp_path, monkeypatch):
 def test_speech_decoder(kind, spoken, tmp_path, monkeypatch):  # noqa: F811
     config = tmp_path / "run.py"
     config.write_text(
-        f"from tests.train.test_speech_decoder_runs import {kind}_run\n"
+        f"from tests.train.speech_decoder.test_speech_decoder_runs import {kind}_run\n"
         f"RUN = {kind}_run({str(spoken)!r}, {str(tmp_path / 'run')!r})\n"
     )
     check(config, tmp_path, monkeypatch)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from moss_jax.checkpoint import open_tensors
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data import Example, Mixture, write_examples
-from moss_jax.dialogue.folder import SystemFolder
+from moss_jax.speech_lm import TransformerConfig
 from moss_jax.train import loop
-from moss_jax.train.lora import Lora
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import Run
-from moss_jax.train.stages import SFT, STAGE_1, with_lora
-from moss_jax.transformer import TransformerConfig
+from moss_jax.train.speech_lm.lora import Lora
+from moss_jax.train.speech_lm.stages import SFT, STAGE_1, with_lora
 
 
 @pytest.fixture(scope="module")

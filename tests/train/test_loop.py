@@ -12,10 +12,11 @@ import pytest
 
 from moss_jax.checkpoint import open_tensors
 from moss_jax.errors import MossError
-from moss_jax.train import export, language_model, loop
+from moss_jax.train import export, loop
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.run import Guard, load_run, override
-from moss_jax.train.stages import STAGE_1
+from moss_jax.train.speech_lm import task as language_model
+from moss_jax.train.speech_lm.stages import STAGE_1
 from tests.train import tiny
 
 

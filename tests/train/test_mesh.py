@@ -38,9 +38,9 @@ def main():
 
     from moss_jax.sharding import make_mesh
     from moss_jax.train.optimizer import OptimizerConfig
-    from moss_jax.train.stages import STAGE_2, split_params
+    from moss_jax.train.speech_lm.stages import STAGE_2, split_params
+    from moss_jax.train.speech_lm.step import batch_shardings, make_step, state_shardings
     from moss_jax.train.state import init_state
-    from moss_jax.train.step import batch_shardings, make_step, state_shardings
     from tests.train.small import SMALL, random_batch, random_params
 
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -8,9 +8,9 @@ import pytest
 from moss_jax.cli import main
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
+from moss_jax.speech_lm import model_shapes
 from moss_jax.train.run import MeshSizes, Run, load_run, override, read_run, run_text
 from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
-from moss_jax.transformer import model_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
@@ -53,7 +53,7 @@ def test_set_changes_fields_with_their_types():
 
 
 def vocoder(*assignments):
-    return load_run(ROOT / "configs/nano/vocoder.py", assignments)
+    return load_run(ROOT / "moss_jax/recipes/nano/configs/vocoder.py", assignments)
 
 
 def test_a_group_of_fields_is_set_with_its_defaults():
@@ -154,7 +154,7 @@ def test_errors_of_the_verbs(tmp_path, capsys):
 
 
 def test_the_stages_select_something(tmp_path):
-    from moss_jax.transformer.config import TINY
+    from moss_jax.speech_lm.config import TINY
 
     for path in CONFIGS:
         run = load_run(path)

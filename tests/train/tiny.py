@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jax.data import Example, write_examples
-from moss_jax.transformer.config import TINY
+from moss_jax.speech_lm.config import TINY
 from tests import flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ CONFIG = """
 from moss_jax.data import Mixture
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import *
-from moss_jax.train.stages import STAGE_1, STAGE_2
+from moss_jax.train.speech_lm.stages import STAGE_1, STAGE_2
 from tests.train.tiny import MODEL
 
 RUN = Run(

@@ -5,7 +5,7 @@ In our tree a plain Qwen3 is the text side of the layer-split model: `num_shared
 
 from moss_jax.convert.table import LINEAR, Row, Table, prefixed
 from moss_jax.convert.tables.transformer import layer_rows
-from moss_jax.transformer.config import TransformerConfig
+from moss_jax.speech_lm.config import TransformerConfig
 
 
 def table(config: TransformerConfig) -> Table:

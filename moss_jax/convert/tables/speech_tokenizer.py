@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within
 from moss_jax.convert.table import LINEAR, Row, Table, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
-from moss_jax.nn.config import MAX_LAYERS, MAX_SIZE, read_config, within
-from moss_jax.transformer.config import TransformerConfig
+from moss_jax.speech_lm.config import TransformerConfig
 
 SAME_KEY = (
     "hidden_size",

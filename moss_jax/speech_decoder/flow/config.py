@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moss_jax.checkpoint.config_io import ADDED, check_sizes
 from moss_jax.errors import MossError
-from moss_jax.nn.config import ADDED, check_sizes
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import save_tree
+from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
 from moss_jax.convert.files import write_json
-from moss_jax.dialogue.folder import FORMAT, SYSTEM, SystemFolder
-from moss_jax.nn.config import write_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.export import collected, replaced
 from moss_jax.train.speech_decoder.run import SpeechDecoderRun
-from moss_jax.train.start import init_folder
+from moss_jax.train.speech_lm.start import init_folder
 
 
 def export_parts(

@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_jax.checkpoint import load_tree
+from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
 from moss_jax.data.spoken import Spoken
 from moss_jax.data.spoken_batches import SpokenBatches
-from moss_jax.dialogue.folder import SystemFolder
 from moss_jax.errors import MossError
-from moss_jax.nn.config import write_config
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
@@ -32,7 +32,7 @@ from moss_jax.train.speech_decoder.flops import flow_flops, vocoder_flops
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from moss_jax.train.speech_decoder.run import FlowRun, SpeechDecoderRun, VocoderRun
 from moss_jax.train.speech_decoder.vocoder import cast, losses, mel_distance, render
-from moss_jax.train.start import init_folder
+from moss_jax.train.speech_lm.start import init_folder
 from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 

@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_jax.checkpoint import load_tree, save_tree
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.files import write_json
 from moss_jax.data.clips import LABELS_UNIT, ClipBatches, Clips
 from moss_jax.data.words import errors, words
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.nn.config import read_config, write_config
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes, init_params

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moss_jax.data.words import words
-from moss_jax.dialogue.text_tokenizer import build_tokenizer
 from moss_jax.documents import located, read_text
 from moss_jax.errors import MossError
+from moss_jax.text.tokenizer import build_tokenizer
 
 # of words and characters; for the attention head, 0 begins and ends a transcript
 BLANK = 0

@@ -1,0 +1,177 @@
+"""Parity of the dialogue room: the state machine, prompt grids, sampling distributions and whole generations."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from dev.parity.golden import Golden, Mismatch
+from dev.parity.transformer import read_config, split_params
+from moss_jax.convert.tables.transformer import ID_KEYS
+from moss_jax.dialogue import grid
+from moss_jax.dialogue.turns import Turn
+from moss_jax.documents import parse_json
+from moss_jax.errors import MossError
+from moss_jax.generate import sampling, state_machine
+from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.speech_lm import TINY
+from moss_jax.text.tokenizer import TextTokenizer
+
+
+def fsm(golden: Golden) -> dict:
+    """Component lm.fsm: the truth table of the reference's state machine."""
+    _no_weights(golden)
+    config = read_config(golden)
+    rows = golden.need("rows")
+    text = rows[:, 0]
+    audio = rows[:, 1]
+    initial = state_machine.initial_mode(text, audio, config, compat=True)
+    modes = [state_machine.next_mode(np.full_like(text, mode), text, audio, config, compat=True) for mode in (0, 1)]
+    return {
+        "initial_mode": initial,
+        "mode_of_first_step": state_machine.next_mode(initial, text, audio, config, compat=True),
+        "next_mode": np.stack(modes, 1),
+        "embedding_source": state_machine.embeds_audio(text, config).astype(np.int32),
+        "stop": state_machine.stop_reason(text, config) != state_machine.RUNNING,
+    }
+
+
+def grids(golden: Golden) -> dict:
+    """Component lm.grid: conversations to prompt grids, with the tokenizer.json beside the file."""
+    _no_weights(golden)
+    try:
+        ids = {ours: golden.config[theirs] for ours, theirs in ID_KEYS.items() if theirs in golden.config}
+        ids.setdefault("endoftext_id", golden.config["pad_token_id"])
+        sizes = {key: golden.config[key] for key in ("text_vocab_size", "audio_vocab_size")}
+        config = replace(TINY, **ids, **sizes)
+        text_tokenizer = TextTokenizer.from_file(golden.path.parent / golden.config["tokenizer_file"])
+        text_tokenizer.check(config)
+        results = {}
+        compat_grids = []
+        for case in _listed(golden, "conversations"):
+            turns = [_turn(turn) for turn in case["conversation"]]
+            reply = {"audio": "speech", "text": "text"}[case["output_modality"]]
+            compat_grids.append(grid.prompt_grid(turns, reply, text_tokenizer, config, compat=True))
+            results[f"{case['name']}/grid_compat"] = compat_grids[-1]
+            # The golden has the processor's own system turn in front, where this package has the driver's.
+            if turns[0].role != "system":
+                turns.insert(0, Turn("system", text=grid.COMPAT_SYSTEM[reply]))
+            results[f"{case['name']}/grid_system_first"] = grid.prompt_grid(turns, reply, text_tokenizer, config)
+    except (MossError, KeyError) as error:
+        raise Mismatch(str(error)) from error
+    batch, valid = grid.pad_left(compat_grids, config)
+    positions = grid.positions_of(valid)
+    return results | {"batch/grid": batch, "batch/attention_mask": valid, "batch/position_ids": positions}
+
+
+def sampler(golden: Golden) -> dict:
+    """Component lm.sampler: raw logits and a history to the distribution that is drawn from."""
+    _no_weights(golden)
+    config = read_config(golden)
+    results = {}
+    for case in _listed(golden, "steps"):
+        name = case["name"]
+        step = golden.need(f"{name}/generating_length")
+        history = golden.need(f"{name}/history")
+        forbidden = {"text": False, "audio": sampling.forbid_audio(step, case["min_new_tokens"], config)}
+        for channel, branch in enumerate(forbidden):
+            logits = golden.need(f"{name}/{branch}_logits")
+            settings = ChannelSettings(
+                temperature=case["temperature"],
+                top_p=case["top_p"],
+                top_k=case["top_k"],
+                repetition_penalty=case["repetition_penalty"],
+            )
+            ids = history[None, :, channel]
+            seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
+            scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
+            results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # as the file stores -inf
+            results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.narrow(scores, settings)[0])
+    return results
+
+
+def generate(golden: Golden) -> dict:
+    """Component lm.generate: greedy replies by the compiled loop in compat semantics, alone and as a padded batch."""
+    if golden.contract.get("semantics") != "compat":
+        raise Mismatch(f"contract 'semantics' is {golden.contract.get('semantics')!r}, expected 'compat'")
+    config = read_config(golden)
+    results = {}
+    params = split_params(golden, config)
+    cases = _listed(golden, "cases")
+    longest = max(value.shape[-2] for name, value in golden.inputs.items() if name.endswith("grid"))
+    capacity = -(-(longest + max(case["max_new_tokens"] for case in cases)) // 64) * 64
+    for case in cases:
+        name = case["name"]
+        if case.get("do_sample", False):
+            raise Mismatch(f"case {name} is sampled; its draws are not in the file")
+        if f"{name}/prompt_grid" in golden.inputs:
+            rows = golden.need(f"{name}/prompt_grid")[None]
+            valid = np.ones(rows.shape[:2], bool)
+        else:
+            rows = golden.need(f"{name}/grid")
+            valid = golden.inputs.get(f"{name}/attention_mask", np.ones(rows.shape[:2])) != 0
+        settings = _greedy(case)
+        count = rows.shape[1]
+        padding = (0, 0), (0, capacity - count)
+        state = prefill(
+            params,
+            new_state(config, len(rows), capacity),
+            np.pad(rows, (*padding, (0, 0))),
+            np.pad(valid, padding),
+            count,
+            sampling.request_keys(0, len(rows)),
+            config=config,
+            compat=True,
+        )
+        logits = {"text": [], "audio": []}
+        for _ in range(len(golden.outputs.get(f"{name}/text_logits", ()))):
+            state = decode_chunk(params, state, settings, 1, config=config)
+            for branch, steps in logits.items():
+                steps.append(np.asarray(state.logits[branch]))
+        state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config)
+        lengths = np.asarray(state.lengths)
+        made = np.asarray(state.grid[:, count : int(state.filled)])
+        if len(rows) > 1:
+            expected = golden.outputs.get(f"{name}/grid", made)
+            missing = np.full((len(rows), max(0, expected.shape[1] - made.shape[1]), 2), _padding(config))
+            results |= {f"{name}/grid": np.concatenate([made, missing], 1), f"{name}/lengths": lengths}
+            continue
+        results |= {
+            f"{name}/grid": made[0, : lengths[0]],
+            f"{name}/mode": np.asarray(state.modes[0, count : count + lengths[0]]),
+            f"{name}/stop_reason": state.stop[0],
+        }
+        results |= {f"{name}/{branch}_logits": np.stack(steps)[:, 0] for branch, steps in logits.items() if steps}
+    return results
+
+
+def _greedy(case: dict) -> GenerationSettings:
+    channel = ChannelSettings(repetition_penalty=case["repetition_penalty"], greedy=True)
+    lengths = {key: case[key] for key in ("max_new_tokens", "min_new_tokens")}
+    return GenerationSettings(text=channel, audio=channel, compat=True, **lengths)
+
+
+def _padding(config):
+    """What a row emits once its reply has ended; a file may go on to `max_new_tokens` where all have."""
+    return np.array([config.endoftext_id, config.audio_pad_id], np.int32)
+
+
+def _turn(turn: dict) -> Turn:
+    content = turn["content"]
+    return Turn(turn["role"], text=content) if isinstance(content, str) else Turn(turn["role"], codes=content["codes"])
+
+
+def _listed(golden: Golden, key: str) -> list[dict]:
+    try:
+        return parse_json(golden.meta[key])
+    except (KeyError, MossError) as error:
+        raise Mismatch(f"metadata {key!r} is missing or not JSON") from error
+
+
+def _no_weights(golden: Golden):
+    if golden.weights:
+        raise Mismatch(f"{golden.component} has no weights, but the file holds {', '.join(sorted(golden.weights))}")
+
+
+COMPONENTS = {"lm.fsm": fsm, "lm.grid": grids, "lm.sampler": sampler, "lm.generate": generate}

@@ -1,0 +1,22 @@
+"""Access to the developer tools in `dev/`, which a clone of the repository has and an installed wheel has not."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from moss_jax.errors import MossError
+
+
+def import_dev(name: str) -> ModuleType:
+    """Imports `dev.NAME` from the clone that holds this package, or else the working directory.
+
+    Raises:
+        MossError: neither is a clone of the repository.
+    """
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / "dev" / name / "__init__.py").is_file():
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))
+            return importlib.import_module(f"dev.{name}")
+    raise MossError(f"moss-jax {name}: a developer tool; run it in a clone of the repository")

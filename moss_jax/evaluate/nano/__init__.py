@@ -1,1 +1,0 @@
-"""How good is nano? An independent recogniser with a closed grammar, frozen items, and a report with its controls."""

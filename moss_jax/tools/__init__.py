@@ -1,1 +1,0 @@
-"""What developers run: parity, bench, compile."""

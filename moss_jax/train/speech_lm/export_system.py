@@ -1,0 +1,102 @@
+"""Language models as system folders: `moss-jax chat --model` and `moss-jax convert --export` take them.
+
+The frozen parameters are written as they are held, bit for bit; adapters are merged into their kernels.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.checkpoint import TensorWriter
+from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.convert.files import copy_file, write_json
+from moss_jax.nn.tree import flatten
+from moss_jax.speech_lm import TransformerConfig
+from moss_jax.train.export import collected, replaced
+from moss_jax.train.run import Run
+from moss_jax.train.speech_lm.lora import PREFIX, is_adapter
+from moss_jax.train.speech_lm.stages import Stage, join_params
+from moss_jax.train.speech_lm.start import init_folder
+
+Say = Callable[[str], None]
+Flat = dict[str, jax.Array]
+
+
+def export_system(
+    run: Run, config: TransformerConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
+) -> None:
+    """Writes the model as a system, whole or not at all, in place of one that is there. Every process calls it.
+
+    Args:
+        config: of the model.
+        trainable, frozen: the flat parameters of the stage.
+        folder: of the system.
+        dtype: of the parameters that trained; None: the run's `export_dtype`, else as the frozen ones are held.
+    """
+    dtype = dtype or run.export_dtype or run.frozen_dtype or config.param_dtype
+    shapes = jax.eval_shape(lambda t, f: flatten(join_params(t, f, run.stage, dtype)), trainable, frozen)
+    values = parameters(run.stage, trainable, frozen, dtype)
+    if jax.process_index():
+        for _ in values:  # takes part in collecting them
+            pass
+        return
+    with replaced(folder) as part:
+        room = part / "transformer"
+        room.mkdir()
+        with TensorWriter(room, shapes) as writer:
+            for path, value in values:
+                writer.write(path, value)
+        write_json(room / "config.json", write_config(dataclasses.replace(config, remat="none", param_dtype=dtype)))
+        _add_rest(run, part, say)
+    say(f"exported: {folder}")
+
+
+def parameters(stage: Stage, trainable: Flat, frozen: Flat, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, value) of the whole model's parameters, one in host memory at a time."""
+    adapters: dict[str, Flat] = {}
+    for path, value in trainable.items():
+        if is_adapter(path):
+            adapters.setdefault(path.removeprefix(PREFIX).rpartition("/")[0] + "/kernel", {})[path] = value
+    for path in sorted({*frozen} | {path for path in trainable if not is_adapter(path)}):
+        mine = {path: trainable[path]} if path in trainable else {}
+        rest = {path: frozen[path]} if path in frozen else {}
+        if mine or path in adapters:
+            value = flatten(join_params(mine | adapters.get(path, {}), rest, stage, dtype))[path]
+        else:
+            value = rest[path]
+        yield path, collected(value)
+
+
+def _add_rest(run: Run, folder: Path, say: Say) -> None:
+    """Everything of a system but the language model, from the run's `system` or from what it started with."""
+    source = Path(run.system or init_folder(run.init))
+    if (source / SYSTEM).is_file():
+        for path in sorted(source.iterdir()):
+            if path.name == "transformer" or path.name.startswith("."):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, copy_function=_link)
+            else:
+                copy_file(path, folder / path.name)
+        return
+    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    (folder / "voices").mkdir()
+    if (source / "tokenizer.json").is_file():
+        copy_file(source / "tokenizer.json", folder / "text_tokenizer" / "tokenizer.json")
+    else:
+        say(f"note: {source} has no text tokenizer for the export; --set system=SYSTEM names one that has")
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nobody writes into, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

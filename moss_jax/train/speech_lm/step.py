@@ -1,0 +1,279 @@
+"""The training step: both losses, the gradient of the trainable parameters, one optimizer update.
+
+    trainable, frozen = split_params(params, stage)
+    step = make_step(config, stage, optimizer, mesh=mesh)
+    state = init_state(trainable, optimizer)  # of moss_jax.train.state
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, frozen, batch)
+
+The state is donated; frozen parameters are an argument that nothing writes to. Trainable parameters are float32, the
+forward pass runs in `config.dtype`, norms' statistics, softmax, losses, gradients' sums and the update in float32.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moss_jax.errors import MossError
+from moss_jax.nn.tree import unflatten
+from moss_jax.sharding import constrain, fitting, shardings_for
+from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm.model import Block, RMSNorm
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.speech_lm.lora import is_adapter, scaled
+from moss_jax.train.speech_lm.losses import CHANNELS, channel_sums, mean, next_rows, token_nll
+from moss_jax.train.speech_lm.stages import Stage, stage_axes, stage_shapes
+from moss_jax.train.state import TrainState, new_state, shardings_of, updated
+
+Flat = dict[str, jax.Array]
+UNROLLED_LAYERS = 16
+BATCH_AXES = {
+    "grid": ("batch", "length", None),
+    "positions": ("batch", "length"),
+    "segment_ids": ("batch", "length"),
+    "loss_weights": ("batch", "length", None),
+    "source": ("batch", "length"),
+}
+
+
+def hidden(
+    config: TransformerConfig,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    stage: Stage | None = None,
+    unroll: bool = False,
+) -> dict[str, jax.Array]:
+    """The branches' normed outputs {"text", "audio"}: [B, T, D] in the compute dtype; a head turns them into logits.
+
+    A stack that lies in both dictionaries runs as two: the frozen layers below, those that train above.
+    """
+    dtype = jnp.dtype(config.dtype)
+    adapters = {path: value for path, value in trainable.items() if is_adapter(path)}
+    lower = {path: value for path, value in frozen.items() if path in trainable}
+    upper = frozen | {path: value for path, value in trainable.items() if path not in adapters}
+    params = unflatten(upper)
+    stacks = [(unflatten(lower), {})] if lower else []
+    stacks.append((params, unflatten(scaled(stage.lora, adapters, dtype)) if adapters else {}))
+    x = LayerSplitModel(config).apply({"params": params}, batch["grid"], method="embed")
+
+    def block(name, x):
+        for params, lora in stacks:
+            if "layers" in params.get(name, {}):
+                variables = {"params": {"layers": params[name]["layers"]}}
+                variables |= {"lora": {"layers": lora[name]["layers"]}} if name in lora else {}
+                depth = jax.tree.leaves(variables)[0].shape[0]
+                x = Block(config, depth, unroll=unroll).apply(variables, x, batch["positions"], batch["segment_ids"])
+        return x
+
+    if config.num_shared_layers:
+        x = block("shared", x)
+    norm = RMSNorm(config)
+    return {name: norm.apply({"params": params[name]["norm"]}, block(name, x)) for name in branches(config)}
+
+
+def branches(config: TransformerConfig) -> tuple[str, ...]:
+    """The channels that this model predicts; a plain Qwen3 has text only."""
+    return CHANNELS if config.audio_vocab_size else CHANNELS[:1]
+
+
+def batch_nll(
+    config: TransformerConfig,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    stage: Stage | None = None,
+    unroll: bool = False,
+) -> dict[str, jax.Array]:
+    """{"text", "audio"}: float32 [B, T], the loss of predicting row t + 1 in that channel."""
+    labels = next_rows(batch)["labels"]
+    outputs = hidden(config, trainable, frozen, batch, stage, unroll)
+    heads = frozen | trainable
+    return {
+        name: token_nll(y, heads[f"{name}/head/kernel"], labels[..., CHANNELS.index(name)])
+        for name, y in outputs.items()
+    }
+
+
+def batch_sums(
+    config: TransformerConfig,
+    stage: Stage,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    counts: Mapping[str, jax.Array],
+    sources: int,
+    unroll: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """This (micro-)batch's share of the loss of a global batch with `counts`, and the sums it consists of."""
+    rows = next_rows(batch)
+    loss = jnp.float32(0)
+    sums = {}
+    for name, nll in batch_nll(config, trainable, frozen, batch, stage, unroll).items():
+        weights = rows["weights"][..., CHANNELS.index(name)]
+        total, by_source, source_counts = channel_sums(nll, weights, rows["source"], sources)
+        loss += _weight(stage, name) * mean(total, counts[name])
+        sums |= {f"{name}_sum": total, f"source_{name}_sum": by_source, f"source_{name}_count": source_counts}
+    return loss, sums
+
+
+def gradients(
+    config: TransformerConfig,
+    stage: Stage,
+    trainable: Flat,
+    frozen: Flat,
+    batch: Mapping[str, jax.Array],
+    *,
+    accumulate: int = 1,
+    sources: int = 1,
+    unroll: bool = False,
+) -> tuple[dict[str, jax.Array], Flat]:
+    """(metrics of the loss, float32 gradients of the trainable parameters); the arguments are those of `make_step`."""
+    counts = _counts(config, batch)
+
+    def loss_of(compute, micro):
+        return batch_sums(config, stage, compute, frozen, micro, counts, sources, unroll)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, sums), grads = _accumulated(gradient, _cast(trainable, jnp.dtype(config.dtype)), batch, accumulate)
+    return _metrics(stage, counts, sums) | {"loss": loss}, grads
+
+
+def unrolled(config: TransformerConfig) -> bool:
+    """Whether `make_step` should unroll the layers here: on a CPU, and while they are so few that it compiles fast."""
+    layers = config.num_shared_layers + config.num_modality_layers * len(branches(config))
+    return jax.default_backend() == "cpu" and layers <= UNROLLED_LAYERS
+
+
+def make_step(
+    config: TransformerConfig,
+    stage: Stage,
+    optimizer: OptimizerConfig,
+    *,
+    accumulate: int = 1,
+    sources: int = 1,
+    mesh: Mesh | None = None,
+    unroll: bool = False,
+) -> Callable:
+    """The compiled step: `step(state, frozen, batch, limit=inf) -> (state, metrics)`.
+
+    `batch` is a dict of arrays [B, T, ...] (see `BATCH_AXES`). `limit`, float32, is the largest loss and the largest
+    gradient norm that are accepted: one number, or [2] for the two. When either is not finite or above, parameters and
+    optimizer state stay as they are and `skipped` is 1; `step` counts on.
+
+    Metrics are float32 scalars: loss, text_loss, audio_loss (means), text_count, audio_count (sums of weights),
+    grad_norm (before clipping), learning_rate, skipped; and [sources] each: source_text_sum, source_text_count,
+    source_audio_sum, source_audio_count.
+
+    Args:
+        accumulate: micro-batches that a batch is worked off in; it must divide the rows.
+        sources: how many values `batch["source"]` has.
+        mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
+        unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth;
+            see `unrolled`.
+    """
+
+    def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], limit=jnp.inf):
+        with jax.named_scope("gradient"):
+            metrics, grads = gradients(
+                config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
+            )
+        with jax.named_scope("update"):
+            state, told = updated(state, grads, metrics["loss"], limit, optimizer)
+        return state, metrics | told
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    out = state_shardings(config, stage, optimizer, mesh), NamedSharding(mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1) -> Callable:
+    """The compiled `evaluate(trainable, frozen, batch) -> metrics`: the step's metrics of the loss alone.
+
+    The [sources] sums and counts of several batches may be added up; the means may not.
+    """
+
+    @jax.jit
+    def evaluate(trainable: Flat, frozen: Flat, batch: Mapping[str, jax.Array]):
+        counts = _counts(config, batch)
+        compute = _cast(trainable, jnp.dtype(config.dtype))
+        _, sums = batch_sums(config, stage, compute, frozen, batch, counts, sources)
+        return _metrics(stage, counts, sums)
+
+    return evaluate
+
+
+def state_shardings(config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
+    shapes = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), stage_shapes(config, stage)[0])
+    return shardings_of(shapes, trainable_shardings(config, stage, mesh), mesh)
+
+
+def trainable_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Flat {path: sharding} of the trainable parameters, adapters included."""
+    return shardings_for(stage_axes(config, stage)[0], stage_shapes(config, stage)[0], mesh)
+
+
+def frozen_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Flat {path: sharding} of the frozen parameters."""
+    return shardings_for(stage_axes(config, stage)[1], stage_shapes(config, stage)[1], mesh)
+
+
+def batch_shardings(mesh: Mesh, shape: tuple[int, int] | None = None) -> dict[str, NamedSharding]:
+    """{name: sharding} of a batch of `shape` (rows, length): rows over data and fsdp, the length over sequence.
+
+    Without `shape` every dimension is taken to divide.
+    """
+    sizes = shape or (mesh.size, mesh.size)
+    return {name: fitting(axes, (*sizes, 2)[: len(axes)], mesh) for name, axes in BATCH_AXES.items()}
+
+
+def _cast(params: Flat, dtype) -> Flat:
+    """Trainable parameters for the forward pass: on a mesh it is these, not the float32 ones, that travel."""
+    return {path: value if is_adapter(path) else value.astype(dtype) for path, value in params.items()}
+
+
+def _counts(config: TransformerConfig, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    weights = next_rows(batch)["weights"].sum((0, 1))
+    return {name: weights[CHANNELS.index(name)] for name in branches(config)}
+
+
+def _accumulated(gradient: Callable, params: Flat, batch: Mapping[str, jax.Array], parts: int):
+    """((loss, sums), float32 gradients), summed over `parts` micro-batches."""
+    if parts == 1:
+        result, grads = gradient(params, dict(batch))
+        return result, _cast(grads, jnp.float32)
+    rows = batch["grid"].shape[0]
+    if rows % parts:
+        raise MossError(f"accumulate is {parts}, expected a divisor of the batch's {rows} rows")
+    # Every `parts`-th row, so that each device has some rows of each micro-batch.
+    micro = {}
+    for name, x in batch.items():
+        x = jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+        micro[name] = constrain(x, None, *BATCH_AXES[name])
+
+    def add(total, part):
+        result, grads = gradient(params, part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (result, grads)), None
+
+    one = {name: x[0] for name, x in micro.items()}
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(gradient, params, one))
+    return jax.lax.scan(add, zero, micro)[0]
+
+
+def _weight(stage: Stage, name: str) -> float:
+    return {"text": stage.text_weight, "audio": stage.audio_weight}[name]
+
+
+def _metrics(stage: Stage, counts: Mapping[str, jax.Array], sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    metrics = {name: value for name, value in sums.items() if name.startswith("source")}
+    loss = jnp.float32(0)
+    for name, count in counts.items():
+        value = mean(sums[f"{name}_sum"], count)
+        loss += _weight(stage, name) * value
+        metrics |= {f"{name}_loss": value, f"{name}_count": count}
+    return metrics | {"loss": loss}
