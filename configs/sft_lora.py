@@ -9,8 +9,7 @@ and rates are ours.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.lora import Lora
 from moss_jax.train.speech_lm.stages import SFT, with_lora
 

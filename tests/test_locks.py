@@ -14,7 +14,7 @@ from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.recipe import RecipeStep, run_recipe
-from moss_jax.train.run import load_run, run_text
+from moss_jax.train.run_file import load_run, run_text
 from tests.test_files import HOLD
 from tests.train import tiny
 from tests.train.places import Place

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from moss_jax.errors import MossError
 from moss_jax.evaluate.results import error_row, markdown
-from moss_jax.train.export import restored
+from moss_jax.train.export import load_checkpoint
 from moss_jax.train.preemption import Preemption
-from moss_jax.train.run import read_run
+from moss_jax.train.run_file import read_run
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 
 
@@ -25,7 +25,7 @@ def recognition(folder: str | Path, files: Sequence[str | Path], say: Callable[[
     if not isinstance(run, SpeechTokenizerRun):
         raise MossError(f"{folder}: is a run of kind {run.kind}, expected one of a speech tokenizer")
     rows = []
-    task, state = restored(folder, say=say)
+    task, state = load_checkpoint(folder, say=say)
     for file in files:
         evaluation = task.evaluation_on((str(file),))
         evaluation(state, Preemption())

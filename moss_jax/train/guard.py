@@ -39,7 +39,7 @@ class Watch:
         self._row += 1
         if self._guard.action == "stop":
             return "guard.action is 'stop'"
-        if self._row >= self._guard.most:
+        if self._row >= self._guard.max_consecutive_skips:
             return f"{self._row} updates in a row were skipped"
         return None
 

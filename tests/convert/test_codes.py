@@ -102,7 +102,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     """A data set made with the system is one for a run that starts from the Qwen3 and names the system."""
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
-    from moss_jax.train.run import load_run
+    from moss_jax.train.run_file import load_run
     from moss_jax.train.speech_lm.start import starting_parameters
     from tests.train.tiny import write_config as write_run
 

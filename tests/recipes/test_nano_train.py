@@ -16,7 +16,7 @@ from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import NANO
-from moss_jax.train.run import Run
+from moss_jax.train import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGE = ("text", "stage1", "stage2", "sft")

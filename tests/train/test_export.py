@@ -11,9 +11,8 @@ from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data import Example, Mixture, write_examples
 from moss_jax.speech_lm import TransformerConfig
-from moss_jax.train import loop
+from moss_jax.train import Run, loop
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.lora import Lora
 from moss_jax.train.speech_lm.stages import SFT, STAGE_1, with_lora
 

@@ -14,7 +14,8 @@ from moss_jax.checkpoint import open_tensors
 from moss_jax.errors import MossError
 from moss_jax.train import export, loop
 from moss_jax.train.checkpoints import Checkpoints
-from moss_jax.train.run import Guard, load_run, override
+from moss_jax.train.run import Guard
+from moss_jax.train.run_file import load_run, override
 from moss_jax.train.speech_lm import task as language_model
 from moss_jax.train.speech_lm.stages import STAGE_1
 from tests.train import tiny
@@ -82,7 +83,7 @@ def test_what_a_run_leaves(whole):
     assert any(entry["checkpoint_seconds"] > 0 for entry in steps)
     told = "\n".join(lines)
     assert "step 4/12  loss" in told and "held-out loss" in told and "tokens/s" in told
-    assert not any("going on" in line for line in lines)
+    assert not any("resuming" in line for line in lines)
 
 
 def test_a_run_compiles_its_step_once(run, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_profile_of_some_steps(run):
 def test_what_is_not_as_it_was_is_told(run):
     train(replace(run, steps=4))
     lines = train(override(run, ["steps=8", "optimizer.learning_rate=1e-3", "data.seed=5"]))[1]
-    (note,) = [line for line in lines if "not as when" in line]
+    (note,) = [line for line in lines if "changed since" in line]
     assert "optimizer.learning_rate 0.003 -> 0.001" in note and "data.seed 3 -> 5" in note and "steps 4 -> 8" in note
     assert any("belongs to other data" in line and "from step 5 on" in line for line in lines)
 
@@ -144,7 +145,7 @@ def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
     saved = entries(run)[-1]["step"]
     assert saved < 12
     code, lines = train(run)
-    assert code == loop.DONE and any(f"going on after step {saved} of 12" in line for line in lines)
+    assert code == loop.DONE and any(f"resuming after step {saved} of 12" in line for line in lines)
     same(entries(run), entries(whole[0]))
     same(entries(run, "evaluations.jsonl"), entries(whole[0], "evaluations.jsonl"))
 
@@ -181,7 +182,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole):
     code, lines = train(run)
     (named,) = [line for line in lines if " is damaged: " in line]
     assert code == loop.DONE and files[-1].name in named and "has other contents" in named
-    assert any("going on after step 8" in line for line in lines)
+    assert any("resuming after step 8" in line for line in lines)
     same(entries(run), entries(whole[0]))
 
 
@@ -193,7 +194,7 @@ def test_a_gradient_that_is_no_number_is_skipped_and_told(run, monkeypatch):
     assert [line.split(",")[0] for line in lines if "skipped" in line] == ["step 3: skipped", "step 7: skipped"]
 
 
-@pytest.mark.parametrize("guard, last", [(Guard(action="stop"), 6), (Guard(most=3), 8)])
+@pytest.mark.parametrize("guard, last", [(Guard(action="stop"), 6), (Guard(max_consecutive_skips=3), 8)])
 def test_the_guard_stops_a_run(run, monkeypatch, guard, last):
     monkeypatch.setattr(loop.Watch, "limit", lambda self, step: 0.0 if step >= 6 else np.inf)
     code, lines = train(replace(run, guard=guard))
@@ -224,7 +225,7 @@ def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
         assert {p: reader.read(p).tobytes() for p in kept} == kept
         assert {p for p in reader.tensors if p.startswith("audio/")} == set(reader.tensors) - set(kept)
         assert all(reader.tensors[p].dtype == np.float32 for p in set(reader.tensors) - set(kept))
-    with pytest.raises(MossError, match=r"no checkpoint of step 5, there are: 4, 8, 12"):
+    with pytest.raises(MossError, match=r"no checkpoint of step 5, existing ones: 4, 8, 12"):
         export.export_checkpoint(run.folder, tmp_path / "other", step=5)
 
 
@@ -268,7 +269,7 @@ def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
         caught.value
     )
     code, lines = train(run)
-    assert code == loop.DONE and any("going on after step 4" in line for line in lines)
+    assert code == loop.DONE and any("resuming after step 4" in line for line in lines)
 
 
 def test_an_unwritable_folder(run, tmp_path):

@@ -13,7 +13,8 @@ from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import Board, IntervalMetrics, MetricsFile, by_source, measured, read_entries
-from moss_jax.train.run import Guard, run_text
+from moss_jax.train.run import Guard
+from moss_jax.train.run_file import run_text
 from tests.train.test_run import stage1
 
 
@@ -124,7 +125,7 @@ def test_the_limit_is_a_function_of_the_updates_up_to_the_second_before():
 
 def test_the_guard_gives_up():
     assert Watch(Guard(action="stop")).add(1, math.inf, True)
-    watch = Watch(Guard(most=2))
+    watch = Watch(Guard(max_consecutive_skips=2))
     assert watch.add(1, 1.0, True) is None and watch.add(2, 1.0, False) is None
     assert watch.add(3, 1.0, True) is None and "2 updates in a row" in watch.add(4, 1.0, True)
 

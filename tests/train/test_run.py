@@ -9,7 +9,9 @@ from moss_jax.cli import main
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import model_shapes
-from moss_jax.train.run import MeshSizes, Run, load_run, override, read_run, run_text
+from moss_jax.train import Run
+from moss_jax.train.run import MeshSizes
+from moss_jax.train.run_file import load_run, override, read_run, run_text
 from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +69,17 @@ def test_a_group_of_fields_is_set_with_its_defaults():
         vocoder("objective.discriminators={'size': 3}")
 
 
+def test_fields_are_accepted_by_their_former_names(tmp_path):
+    run = vocoder("guard.most=3", "average=0.5")
+    assert run.guard.max_consecutive_skips == 3 and run.ema_decay == 0.5
+    assert vocoder("guard={'most': 4}").guard.max_consecutive_skips == 4
+    values = json.loads(run_text(run))
+    values["average"] = values.pop("ema_decay")
+    values["guard"]["most"] = values["guard"].pop("max_consecutive_skips")
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert read_run(tmp_path) == run
+
+
 def test_data_is_set_on_the_command_line():
     run = stage1("data.sources=[('talks', 'DATA/talks', 9), ('books', 'DATA/books', 1)]")
     assert run.data.sources == (("talks", "DATA/talks", 9.0), ("books", "DATA/books", 1.0))
@@ -107,7 +120,7 @@ def test_wrong_values_are_told_in_one_line(assignment, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("RUN = 3", "sets RUN to int, expected a moss_jax.train.run.Run"),
+        ("RUN = 3", "sets RUN to int, expected a moss_jax.train.Run"),
         ("", "sets RUN to nothing"),
         ("x = 1\nRUN = Run()", "line 2: NameError: name 'Run' is not defined"),
         ("RUN = (", "line 1: SyntaxError"),

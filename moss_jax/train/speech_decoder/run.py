@@ -1,27 +1,21 @@
 """Runs that train the speech decoder: `RUN = FlowRun(...)` or `RUN = VocoderRun(...)` in a config."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
-
-from jax.sharding import Mesh
+from typing import ClassVar
 
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
-from moss_jax.progress import Say
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.run import BaseRun
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective
-
-if TYPE_CHECKING:
-    from moss_jax.train.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechDecoderRun(BaseRun):
     """What both have. The parts that do not train are taken from `system`, or from `init`, into an export."""
 
-    unit: ClassVar[str] = "frames"
+    throughput_unit: ClassVar[str] = "frames"
 
     data: Mixture  # folders that `moss-jax tokenize --format decoder` made
     init: str = "random"  # a system folder, the folder of an earlier run of this kind (its last export), or "random"
@@ -29,7 +23,7 @@ class SpeechDecoderRun(BaseRun):
     held_out: Mixture | None = None  # what the evaluation reads
     dtype: str = "float32"  # of activations
     export_dtype: str | None = None  # of the weights in an export; None: float32
-    average: float = 0.0  # decay of the running average of the weights, which is measured and exported; 0: none
+    ema_decay: float = 0.0  # of the moving average of the weights, which is evaluated and exported; 0: no average
     system: str | None = None  # whose other parts an export gets; None: those of `init`, if it is a system
 
     def __post_init__(self):
@@ -38,8 +32,8 @@ class SpeechDecoderRun(BaseRun):
             raise MossError('run: init is empty, expected a folder or "random"')
         if self.init == "random" and self.model is None and self.system is None:
             raise MossError("run: neither init, model nor system say how large the speech decoder is")
-        if not 0 <= self.average < 1:
-            raise MossError(f"run: average is {self.average}, expected 0 or more and below 1")
+        if not 0 <= self.ema_decay < 1:
+            raise MossError(f"run: ema_decay is {self.ema_decay}, expected 0 or more and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +41,7 @@ class FlowRun(SpeechDecoderRun):
     """Codes -> mel."""
 
     kind: ClassVar[str] = "flow"
-    shown: ClassVar[tuple[str, ...]] = ("offline_loss", "stream_loss", "prior_loss")
+    reported_metrics: ClassVar[tuple[str, ...]] = ("offline_loss", "stream_loss", "prior_loss")
 
     codes: int = 64  # of a row; longer recordings are cut, shorter ones padded
     objective: FlowObjective = field(default_factory=FlowObjective)
@@ -56,18 +50,13 @@ class FlowRun(SpeechDecoderRun):
         super().__post_init__()
         self._check_whole(1, "codes")
 
-    def task(self, mesh: Mesh, say: Say) -> "Task":
-        from moss_jax.train.speech_decoder.task import FlowTask
-
-        return FlowTask(self, mesh, say)
-
 
 @dataclass(frozen=True, kw_only=True)
 class VocoderRun(SpeechDecoderRun):
     """Mel -> speech."""
 
     kind: ClassVar[str] = "vocoder"
-    shown: ClassVar[tuple[str, ...]] = (
+    reported_metrics: ClassVar[tuple[str, ...]] = (
         "mel_loss",
         "stft_loss",
         "f0_loss",
@@ -84,8 +73,3 @@ class VocoderRun(SpeechDecoderRun):
     def __post_init__(self):
         super().__post_init__()
         self._check_whole(1, "frames")
-
-    def task(self, mesh: Mesh, say: Say) -> "Task":
-        from moss_jax.train.speech_decoder.task import VocoderTask
-
-        return VocoderTask(self, mesh, say)

@@ -10,9 +10,9 @@ from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
 from moss_jax.progress import Say
 from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.run import Run
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.initial import initial_split
+from moss_jax.train.speech_lm.run import Run
 
 Flat = dict[str, jax.Array]
 

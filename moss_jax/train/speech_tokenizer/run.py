@@ -1,17 +1,11 @@
 """A run that trains a speech tokenizer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-from jax.sharding import Mesh
+from typing import ClassVar
 
 from moss_jax.errors import MossError
-from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.run import BaseRun
-
-if TYPE_CHECKING:
-    from moss_jax.train.task import Task
 
 HEADS = ("ctc", "attention")
 UNITS = ("words", "characters", "whisper")
@@ -53,8 +47,15 @@ class SpeechTokenizerRun(BaseRun):
     """One run of a speech tokenizer's training. Its manifests have audio and text."""
 
     kind: ClassVar[str] = "speech_tokenizer"
-    shown: ClassVar[tuple[str, ...]] = ("asr_loss", "mel_loss", "commitment_loss", "perplexity", "code_use", "wer")
-    unit: ClassVar[str] = "seconds"
+    reported_metrics: ClassVar[tuple[str, ...]] = (
+        "asr_loss",
+        "mel_loss",
+        "commitment_loss",
+        "perplexity",
+        "code_use",
+        "wer",
+    )
+    throughput_unit: ClassVar[str] = "seconds"
 
     model: SpeechTokenizerConfig
     data: tuple[str, ...]  # manifests
@@ -74,8 +75,3 @@ class SpeechTokenizerRun(BaseRun):
                 f"run: buckets go to {max(self.buckets):g} s, expected at most a segment of the model, "
                 f"{self.model.samples_per_segment / self.model.sample_rate:g} s"
             )
-
-    def task(self, mesh: Mesh, say: Say) -> "Task":
-        from moss_jax.train.speech_tokenizer.task import SpeechTokenizerTask
-
-        return SpeechTokenizerTask(self, mesh, say)

@@ -19,7 +19,7 @@ from moss_jax.speech_decoder.voice import Voice
 from moss_jax.train import loop
 from moss_jax.train.export import export_checkpoint
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import load_run, override, read_run
+from moss_jax.train.run_file import load_run, override, read_run
 from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.run import FlowRun, VocoderRun
@@ -98,7 +98,7 @@ def flow_run(data, folder, **fields) -> FlowRun:
             "optimizer": OPTIMIZER,
             "batch_size": 4,
             "steps": 6,
-            "average": 0.9,
+            "ema_decay": 0.9,
             "save_every": 3,
             "evaluate_batches": 1,
             "evaluate_every": 3,

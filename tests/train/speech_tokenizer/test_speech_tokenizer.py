@@ -14,12 +14,13 @@ from moss_jax.cli import main
 from moss_jax.data.clips import ClipBatches, ClipOrder, Clips
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.progress import silent
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import Encoder
 from moss_jax.speech_tokenizer.stream import LogMelStream
-from moss_jax.train import loop
-from moss_jax.train.run import load_run, override, read_run
+from moss_jax.train import loop, tasks
+from moss_jax.train.run_file import load_run, override, read_run
 from moss_jax.train.speech_tokenizer.run import Objective
 from moss_jax.train.speech_tokenizer.step import log_mel, moved, new_codebook, perplexity
 from moss_jax.train.speech_tokenizer.units import UNKNOWN, Units
@@ -112,8 +113,8 @@ def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_
 def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
     run, _ = whole
     mesh = make_mesh(devices=jax.devices()[:1])
-    task = run.task(mesh, lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(run, mesh, silent)
+    state = jax.jit(task.new_state)(parameters)
     task.export(state, Path(run.folder) / "untrained")
     codebook = state.extra["codebook"]
     encoder = unflatten(state.params)["encoder"] | {"codebook": codebook}
@@ -178,8 +179,8 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
 @pytest.mark.slow
 def test_the_gradient_passes_the_quantiser_and_padding_has_none(whole):
     run, _ = whole
-    task = run.task(make_mesh(devices=jax.devices()[:1]), lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(run, make_mesh(devices=jax.devices()[:1]), silent)
+    state = jax.jit(task.new_state)(parameters)
     clips = task._clips
     batch = dict(next(ClipBatches(clips, task._units, 4, 0)))
 
@@ -291,8 +292,8 @@ def test_rows_over_two_devices_give_the_same_losses(whole, data, tmp_path):
 def test_a_run_can_begin_with_a_speech_tokenizer(whole, tmp_path):
     run, _ = whole
     room = Path(run.folder) / "exports/4"
-    task = replace(run, init=str(room)).task(make_mesh(devices=jax.devices()[:1]), lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(replace(run, init=str(room)), make_mesh(devices=jax.devices()[:1]), silent)
+    state = jax.jit(task.new_state)(parameters)
     expected = flatten(SpeechTokenizer.load(room / "speech_tokenizer").params)
     np.testing.assert_array_equal(state.extra["codebook"], expected["codebook"])
     np.testing.assert_array_equal(state.params["encoder/conv1/kernel"], expected["conv1/kernel"])

@@ -7,8 +7,7 @@ About 4 minutes on two cores. The held-out loss of text stays what it was to the
 
 from moss_jax.data import Mixture
 from moss_jax.speech_lm.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_1
 
 STEPS = 300

@@ -9,8 +9,7 @@ cores.
 
 from moss_jax.data import Mixture
 from moss_jax.speech_lm.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import Stage
 
 STEPS = 900

@@ -7,9 +7,7 @@ After the flow, whose export gets this one's weights. About 11 minutes on two co
 
 from moss_jax.data import Mixture
 from moss_jax.speech_decoder.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_decoder.run import VocoderRun
-from moss_jax.train.speech_decoder.vocoder import VocoderObjective
+from moss_jax.train import OptimizerConfig, VocoderObjective, VocoderRun
 
 STEPS = 4000
 RUN = VocoderRun(
@@ -26,7 +24,7 @@ RUN = VocoderRun(
     frames=24,
     batch_size=8,
     steps=STEPS,
-    average=0.998,
+    ema_decay=0.998,
     export_dtype="float16",
     save_every=500,
     evaluate_every=500,
