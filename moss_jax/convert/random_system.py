@@ -30,7 +30,7 @@ from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.config import MOSS_SPEECH_8B, TransformerConfig
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, SpeechLMConfig
 from moss_jax.speech_lm.config import TINY as TRANSFORMER_TINY
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -41,7 +41,7 @@ from moss_jax.speech_tokenizer.encoder import encoder_shapes
 class Sizes:
     """The configs of a whole system."""
 
-    transformer: TransformerConfig
+    transformer: SpeechLMConfig
     tokenizer: SpeechTokenizerConfig
     decoder: SpeechDecoderConfig
 

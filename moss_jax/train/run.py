@@ -25,7 +25,7 @@ from moss_jax.data import Mixture
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.config import ATTENTION, DTYPES, REMAT
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.stages import Stage
@@ -156,7 +156,7 @@ class Run(BaseRun):
     stage: Stage
     data: Mixture
     context: int  # rows of a sequence
-    model: TransformerConfig | None = None  # None: the sizes of `init`
+    model: SpeechLMConfig | None = None  # None: the sizes of `init`
     split: int | None = None  # layers of each branch when `init` is a Qwen3; None: a ninth of its depth
     held_out: Mixture | None = None  # what the evaluation reads
     accumulate: int = 1  # parts that a batch is computed in, one after the other

@@ -16,7 +16,7 @@ from moss_jax.convert.files import write_json
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.export import collected, replaced
 from moss_jax.train.speech_decoder.run import SpeechDecoderRun
-from moss_jax.train.speech_lm.start import init_folder
+from moss_jax.train.speech_lm.initial import init_folder
 
 
 def export_parts(

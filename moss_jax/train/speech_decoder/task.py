@@ -32,7 +32,7 @@ from moss_jax.train.speech_decoder.flops import flow_flops, vocoder_flops
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from moss_jax.train.speech_decoder.run import FlowRun, SpeechDecoderRun, VocoderRun
 from moss_jax.train.speech_decoder.vocoder import cast, losses, mel_distance, render
-from moss_jax.train.speech_lm.start import init_folder
+from moss_jax.train.speech_lm.initial import init_folder
 from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 

@@ -18,19 +18,19 @@ from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.nn.tree import flatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.export import collected, replaced
 from moss_jax.train.run import Run
+from moss_jax.train.speech_lm.initial import init_folder
 from moss_jax.train.speech_lm.lora import PREFIX, is_adapter
 from moss_jax.train.speech_lm.stages import Stage, join_params
-from moss_jax.train.speech_lm.start import init_folder
 
 Say = Callable[[str], None]
 Flat = dict[str, jax.Array]
 
 
 def export_system(
-    run: Run, config: TransformerConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
+    run: Run, config: SpeechLMConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
 ) -> None:
     """Writes the model as a system, whole or not at all, in place of one that is there. Every process calls it.
 
