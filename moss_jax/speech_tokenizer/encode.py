@@ -22,7 +22,7 @@ from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
 from moss_jax.speech_tokenizer.stream import START_PEAK, WaveStream, checked
 
 MAX_SEGMENTS = 128  # in one call, as in the reference
-LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
+SEGMENT_LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
 
 
 @partial(jax.jit, static_argnums=0)
@@ -126,7 +126,7 @@ class SpeechTokenizer:
     def _plan(self, counts: Sequence[int]) -> list[tuple[list[int], int, int]]:
         """[(members, compiled length in codes, compiled rows)] for segments of these lengths in codes."""
         per_segment = self.config.codes_per_segment
-        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in LENGTHS})
+        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in SEGMENT_LENGTHS})
         groups: dict[int, list[int]] = {}
         for member, count in enumerate(counts):
             groups.setdefault(next(size for size in sizes if size >= count), []).append(member)
