@@ -29,7 +29,8 @@ from moss_jax.errors import MossError
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.run import EXPORTS, RUN_FILE, Run
+from moss_jax.train.run import Run
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.stages import Stage, split_params
 from moss_jax.train.speech_lm.step import frozen_shardings, trainable_shardings
 
@@ -116,7 +117,7 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
         speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
         codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
-        init_folder(run.init),
+        resolve_init(run.init),
         run.stage,
         run.model,
         mesh=mesh,
@@ -126,24 +127,11 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
         say=say,
         **codes,
     )
-    system = Path(run.system or init_folder(run.init))
+    system = Path(run.system or resolve_init(run.init))
     if (system / SYSTEM).is_file():
         SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
-
-
-def init_folder(init: str) -> str:
-    """Where a run starts from: of an earlier run its newest export, else what was given."""
-    return str(newest_export(init)) if (Path(init) / RUN_FILE).is_file() else init
-
-
-def newest_export(folder: str | Path) -> Path:
-    """The export of the most steps of a run. Raises MossError when it has none."""
-    exports = [path for path in (Path(folder) / EXPORTS).glob("*") if path.name.isdigit()]
-    if not exports:
-        raise MossError(f"{folder}: this run has no export yet; moss-jax export {folder} -o SYSTEM makes one")
-    return max(exports, key=lambda path: int(path.name))
 
 
 _NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3, whatever its own dtype
