@@ -31,7 +31,7 @@ from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 SETTINGS = "settings.json"
@@ -122,7 +122,7 @@ class _Work:
         folder = SystemFolder(request.model)
         folder.check_codes()
         self.folder = folder
-        self.config = folder.config("transformer", TransformerConfig)
+        self.config = folder.config("transformer", SpeechLMConfig)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
         self.text_tokenizer = folder.text_tokenizer(self.config)

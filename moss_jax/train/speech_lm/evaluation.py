@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_jax.data import Mixture
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_lm.feed import packed_feed
@@ -20,7 +20,7 @@ from moss_jax.train.speech_lm.step import make_eval_step
 class Evaluation:
     """The first `run.evaluate_batches` batches of held-out data, of the batch size of the run."""
 
-    def __init__(self, run: Run, held_out: Mixture, config: TransformerConfig, mesh: Mesh):
+    def __init__(self, run: Run, held_out: Mixture, config: SpeechLMConfig, mesh: Mesh):
         self._run = run
         self._sources = [name for name, *_ in held_out.sources]
         self._feed = packed_feed(held_out, config, run, mesh)

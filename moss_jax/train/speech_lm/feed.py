@@ -4,13 +4,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.batches import StepBatches
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.feed import Feed, row_spans
 from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.step import batch_shardings
 
 
-def packed_feed(mixture: Mixture, config: TransformerConfig, run: Run, mesh: Mesh, workers: int = 0) -> Feed:
+def packed_feed(mixture: Mixture, config: SpeechLMConfig, run: Run, mesh: Mesh, workers: int = 0) -> Feed:
     """Batches of the run's size from a mixture: its training data, or its held-out data.
 
     Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moss_jax.data import Mixture
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.config import ATTENTION, DTYPES, REMAT
 from moss_jax.train.run import BaseRun, require
 from moss_jax.train.speech_lm.stages import Stage
@@ -21,7 +21,7 @@ class Run(BaseRun):
     stage: Stage
     data: Mixture
     context: int  # rows per sequence
-    model: TransformerConfig | None = None  # None: the sizes of `init`
+    model: SpeechLMConfig | None = None  # None: the sizes of `init`
     split: int | None = None  # layers of each branch when `init` is a Qwen3; None: a ninth of its depth
     held_out: Mixture | None = None  # data of the evaluation
     accumulate: int = 1  # gradient accumulation: parts of a batch that are computed one after the other

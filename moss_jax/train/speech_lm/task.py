@@ -9,15 +9,15 @@ from jax.sharding import Mesh
 
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.progress import Say
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.speech_lm.evaluation import Evaluation
 from moss_jax.train.speech_lm.export_system import export_system
 from moss_jax.train.speech_lm.feed import packed_feed
 from moss_jax.train.speech_lm.flops import step_flops
+from moss_jax.train.speech_lm.initial import starting_parameters
 from moss_jax.train.speech_lm.run import Run
-from moss_jax.train.speech_lm.start import starting_parameters
 from moss_jax.train.speech_lm.step import make_step, state_shardings, unrolled
 from moss_jax.train.state import TrainState, new_state
 from moss_jax.train.task import Batch, Evaluate, Flat, Step, check_rows, scalars
@@ -42,7 +42,7 @@ class LanguageModelTask:
         say: receives progress lines.
     """
 
-    def __init__(self, run: Run, config: TransformerConfig, frozen: Flat, mesh: Mesh, say: Say):
+    def __init__(self, run: Run, config: SpeechLMConfig, frozen: Flat, mesh: Mesh, say: Say):
         self.config = config
         self.frozen = frozen
         self.description = f"stage {run.stage.name}"
