@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation(
         "a bad step is taken",
         "moss_jax/train/state.py",
-        "        lambda new, old: jnp.where(good, new, old),\n",
+        "        lambda new, old: jnp.where(ok, new, old),\n",
         "        lambda new, old: new,\n",
         ("tests/train/speech_lm/test_step.py::test_a_step_that_is_not_accepted_changes_nothing",),
     ),

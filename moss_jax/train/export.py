@@ -58,7 +58,7 @@ def load_checkpoint(folder: str | Path, step: int | None = None, say: Say = prin
     run = read_run(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep, say)
     try:
-        if step is None and (step := checkpoints.newest_whole()) is None:
+        if step is None and (step := checkpoints.newest_complete()) is None:
             raise MossError(f"{folder}: this run has no complete checkpoint yet")
         if step not in checkpoints.steps():
             steps = ", ".join(map(str, checkpoints.steps())) or "none"

@@ -132,7 +132,7 @@ class Loop:
         self._feed = self._task.feed()
         resources.callback(self._feed.close)
 
-        resumed_step = self._checkpoints.newest_whole()
+        resumed_step = self._checkpoints.newest_complete()
         self._report_changes()
         shardings = self._task.state_shardings()
         if resumed_step is None:

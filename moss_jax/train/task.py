@@ -70,7 +70,7 @@ class Task(Protocol):
         """The compiled (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
         `limit` float32 [2]: the largest loss and the largest gradient norm of an update that is applied; see
-        `moss_jax.train.state.updated`. Metrics are float32; `loss`, `grad_norm`, `learning_rate` and `skipped` are
+        `moss_jax.train.state.apply_update`. Metrics are float32; `loss`, `grad_norm`, `learning_rate` and `skipped` are
         required, further scalars are logged as they are.
         """
 

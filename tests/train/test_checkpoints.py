@@ -45,7 +45,7 @@ def saved(tmp_path_factory):
 
 def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
     checkpoints = save(tmp_path / "c", 1, 2, 3, keep=2)
-    assert checkpoints.steps() == [2, 3] and checkpoints.newest_whole() == 3
+    assert checkpoints.steps() == [2, 3] and checkpoints.newest_complete() == 3
     assert checkpoints.record(3) == {"step": 3}
     restored = checkpoints.restore(3, params=like())["params"]
     jax.tree.map(np.testing.assert_array_equal, restored, tree(3))
@@ -122,25 +122,25 @@ def test_the_one_before_is_used_and_the_damaged_one_kept_aside(saved, tmp_path, 
     else:
         (folder / "2/checksums.json").unlink()
     checkpoints = Checkpoints(folder, say=lines.append)
-    assert checkpoints.newest_whole() == 1
+    assert checkpoints.newest_complete() == 1
     named = "checksums.json" if damage == "no checksums" else largest.name
     assert len(lines) == 1 and named in lines[0] and str(folder / "damaged/2") in lines[0]
     assert files(folder / "damaged/2") and checkpoints.steps() == [1]
     checkpoints.save(2, {}, params=tree(2))
     checkpoints.wait()
-    assert checkpoints.newest_whole() == 2
+    assert checkpoints.newest_complete() == 2
 
 
 def test_what_a_killed_save_left_is_cleared(saved, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(saved, folder)
     (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")
-    assert Checkpoints(folder).newest_whole() == 1
+    assert Checkpoints(folder).newest_complete() == 1
     assert not list(folder.glob("*tmp*"))
 
 
 def test_nothing_whole(tmp_path):
-    assert Checkpoints(tmp_path / "c").newest_whole() is None
+    assert Checkpoints(tmp_path / "c").newest_complete() is None
 
 
 def test_a_file_too_large_for_the_disk(tmp_path):
@@ -155,9 +155,9 @@ def test_a_file_too_large_for_the_disk(tmp_path):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "c/2: cannot be saved (File too large); the newest whole checkpoint is 1" in str(caught.value)
+    assert "c/2: cannot be saved (File too large); the newest complete checkpoint is 1" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert Checkpoints(tmp_path / "c").newest_whole() == 1
+    assert Checkpoints(tmp_path / "c").newest_complete() == 1
 
 
 def test_another_tree_is_one_line(saved):

@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(whole, settings, says):
     with pytest.raises(MossError) as caught:
         train(override(run, settings))
     assert says in str(caught.value).partition("\n")[0]
-    assert entries(run) == before and Checkpoints(f"{run.folder}/checkpoints").newest_whole() == 12
+    assert entries(run) == before and Checkpoints(f"{run.folder}/checkpoints").newest_complete() == 12
 
 
 def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MossError) as caught:
         patch.setattr(ocp.CheckpointManager, "save", full)
         train(run)
-    assert "checkpoints/8: cannot be saved (No space left on device); the newest whole checkpoint is 4" in str(
+    assert "checkpoints/8: cannot be saved (No space left on device); the newest complete checkpoint is 4" in str(
         caught.value
     )
     code, lines = train(run)

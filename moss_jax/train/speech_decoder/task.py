@@ -38,7 +38,7 @@ from moss_jax.train.speech_decoder.flops import flow_flops, vocoder_flops
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from moss_jax.train.speech_decoder.run import FlowRun, SpeechDecoderRun, VocoderRun
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective, cast, losses, mel_distance, render
-from moss_jax.train.state import TrainState, new_state, shardings_of, updated
+from moss_jax.train.state import TrainState, apply_update, new_state, shardings_of
 from moss_jax.train.task import Batch, Evaluate, Flat, Step, check_rows, scalars
 
 RANDOM = "random"
@@ -91,7 +91,7 @@ class SpeechDecoderTask(ABC, Generic[R]):
         """The config of the part that trains."""
 
     @abstractmethod
-    def _shapes(self) -> Flat:
+    def _shapes(self) -> dict[str, Any]:
         """Shapes of the parameters that train."""
 
     @abstractmethod
@@ -166,7 +166,7 @@ class SpeechDecoderTask(ABC, Generic[R]):
                 # The decay starts low, so that the average soon forgets the initial weights.
                 decay = jnp.minimum(run.ema_decay, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
                 ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.extra, state.params)
-            state, metrics = updated(state, grads, loss, limit, run.optimizer, ema)
+            state, metrics = apply_update(state, grads, loss, limit, run.optimizer, ema)
             return state, metrics | terms | {"loss": loss}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings(), self._replicated))
@@ -220,7 +220,7 @@ class FlowTask(SpeechDecoderTask[FlowRun]):
     def _trained_config(config: SpeechDecoderConfig) -> FlowConfig:
         return config.flow
 
-    def _shapes(self) -> Flat:
+    def _shapes(self) -> dict[str, Any]:
         return flow_shapes(self.config.flow)
 
     def _row_length(self) -> dict[str, int]:
@@ -322,8 +322,8 @@ class VocoderTask(SpeechDecoderTask[VocoderRun]):
     def _objective(self) -> VocoderObjective:
         return self._run.objective
 
-    def _shapes(self) -> Flat:
-        shapes = {VOCODER + path: leaf for path, leaf in vocoder_shapes(self.config.vocoder).items()}
+    def _shapes(self) -> dict[str, Any]:
+        shapes: dict[str, Any] = {VOCODER + path: leaf for path, leaf in vocoder_shapes(self.config.vocoder).items()}
         if self._run.objective.discriminators is not None:
             shapes |= jax.eval_shape(self._new_discriminators, jax.random.key(0))
         return shapes

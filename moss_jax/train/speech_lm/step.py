@@ -26,7 +26,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.lora import is_adapter, scaled
 from moss_jax.train.speech_lm.losses import CHANNELS, channel_sums, mean, next_rows, token_nll
 from moss_jax.train.speech_lm.stages import Stage, stage_axes, stage_shapes
-from moss_jax.train.state import TrainState, new_state, shardings_of, updated
+from moss_jax.train.state import TrainState, apply_update, new_state, shardings_of
 
 Flat = dict[str, jax.Array]
 MAX_UNROLLED_LAYERS = 16
@@ -182,7 +182,7 @@ def make_step(
                 config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
             )
         with jax.named_scope("update"):
-            state, told = updated(state, grads, metrics["loss"], limit, optimizer)
+            state, told = apply_update(state, grads, metrics["loss"], limit, optimizer)
         return state, metrics | told
 
     if mesh is None:

@@ -21,7 +21,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_tokenizer.head import Head
 from moss_jax.train.speech_tokenizer.run import Objective
 from moss_jax.train.speech_tokenizer.units import BLANK
-from moss_jax.train.state import TrainState, updated
+from moss_jax.train.state import TrainState, apply_update
 
 Flat = dict[str, jax.Array]
 CODEBOOK = "encoder/codebook"  # the one parameter without a gradient; it lies in the state's `extra`
@@ -212,7 +212,7 @@ def make_step(recogniser: Recogniser, optimizer: OptimizerConfig, seed: int, sha
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             book = moved(state.extra, sums["vectors"], sums["codes"], sums["valid"], objective, key)
         with jax.named_scope("update"):
-            state, told = updated(state, grads, value, limit, optimizer, book)
+            state, told = apply_update(state, grads, value, limit, optimizer, book)
         count = state.extra["count"]
         size = state.extra["count"].shape[0]
         chosen = jax.ops.segment_sum(sums["valid"].astype(jnp.float32).ravel(), sums["codes"].ravel(), size)

@@ -74,7 +74,7 @@ def _recogniser(run: SpeechTokenizerRun, clips: Clips) -> tuple[Recogniser, Unit
     return Recogniser(run.model, run.objective, units.count, begin, end), units
 
 
-def _load_parameters(run: SpeechTokenizerRun, new: Flat, say: Say) -> tuple[Flat, bool]:
+def _load_parameters(run: SpeechTokenizerRun, new: Flat, say: Say) -> tuple[dict[str, Any], bool]:
     """(parameters of `run.init`, new ones where it has none; whether the codebook among them is a trained one)."""
     init = Path(run.init)
     if run.init == RANDOM:
