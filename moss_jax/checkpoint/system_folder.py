@@ -34,9 +34,9 @@ from moss_jax.speech_lm import TransformerConfig, model_axes, model_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.text.tokenizer import TextTokenizer
 
-FORMAT = "moss-jax-1"
-SYSTEM = "system.json"
-NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"  # the system that comes with the package
+SYSTEM_FORMAT = "moss-jax-1"
+SYSTEM_FILE = "system.json"
+NANO_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "nano"  # the system that comes with the package
 VOICE_NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -55,24 +55,26 @@ class SystemFolder:
         self.path = Path(path)
         if not is_folder(self.path):
             raise MossError(f"{path}: no such folder, expected a system (moss-jax convert or init-random makes one)")
-        if not is_file(self.path / SYSTEM):
-            raise MossError(f"{path}: no {SYSTEM} in it, expected a system (moss-jax convert or init-random makes one)")
-        self.settings = read_json(self.path / SYSTEM)
-        if self.settings.get("format") != FORMAT:
+        if not is_file(self.path / SYSTEM_FILE):
+            raise MossError(
+                f"{path}: no {SYSTEM_FILE} in it, expected a system (moss-jax convert or init-random makes one)"
+            )
+        self.settings = read_json(self.path / SYSTEM_FILE)
+        if self.settings.get("format") != SYSTEM_FORMAT:
             found = self.settings.get("format")
-            raise MossError(f"{self.path / SYSTEM}: format is {shown(found)}, expected {FORMAT!r}")
-        read_config(Settings, self.settings, self.path / SYSTEM, foreign=True)
+            raise MossError(f"{self.path / SYSTEM_FILE}: format is {shown(found)}, expected {SYSTEM_FORMAT!r}")
+        read_config(Settings, self.settings, self.path / SYSTEM_FILE, foreign=True)
 
-    def room(self, name: str) -> Path:
+    def component_folder(self, name: str) -> Path:
         """The folder of `transformer`, `speech_tokenizer` or `speech_decoder`."""
         path = self.path / name
         if not is_file(path / "config.json"):
             raise MossError(f"{self.path}: has no {name}/config.json; convert the system with all its parts")
         return path
 
-    def config(self, room: str, cls: type) -> Any:
+    def config(self, component_folder: str, cls: type) -> Any:
         """The config of a room."""
-        path = self.room(room) / "config.json"
+        path = self.component_folder(component_folder) / "config.json"
         return read_config(cls, read_json(path), str(path))
 
     def check_codes(self, language_model: TransformerConfig | None = None, where: str | None = None) -> None:
@@ -139,7 +141,7 @@ class SystemFolder:
         if name not in self.voices():
             raise MossError(f"{self.path}: no voice {name!r}, there are: {', '.join(self.voices()) or 'none'}")
         self.settings = {**self.settings, "default_voice": name}
-        write_text(self.path / SYSTEM, json.dumps(self.settings, indent=2) + "\n")
+        write_text(self.path / SYSTEM_FILE, json.dumps(self.settings, indent=2) + "\n")
 
 
 class DecoderParts(Mapping):

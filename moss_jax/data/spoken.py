@@ -105,7 +105,8 @@ class _Work:
         self.say = say
         self.folder = SystemFolder(request.model)
         has = {
-            room: (self.folder.path / room / "config.json").is_file() for room in ("speech_tokenizer", "speech_decoder")
+            component_folder: (self.folder.path / component_folder / "config.json").is_file()
+            for component_folder in ("speech_tokenizer", "speech_decoder")
         }
         self.ear = self.folder.config("speech_tokenizer", SpeechTokenizerConfig) if has["speech_tokenizer"] else None
         self.sizes = (
@@ -138,9 +139,9 @@ class _Work:
         self.problems: list[tuple[int, str]] = []
 
     def _digests(self) -> list[str]:
-        room = self.folder.room("speech_tokenizer")
+        component_folder = self.folder.component_folder("speech_tokenizer")
         found = []
-        for path in sorted(room.iterdir()):
+        for path in sorted(component_folder.iterdir()):
             with path.open("rb") as file:
                 found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
         return found
@@ -149,7 +150,7 @@ class _Work:
     def speech_tokenizer(self):
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"))
 
     @cached_property
     def speaker_params(self):

@@ -27,7 +27,7 @@ from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
+from moss_jax.dialogue.grid import DEFAULT_SYSTEM_PROMPT
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
@@ -148,10 +148,12 @@ class _Work:
         asked = asdict(self.request)
         settings = {name: asked[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
         if self.request.format == "chat" and not self.request.system:
-            settings["default_system"] = DEFAULT_SYSTEM
+            settings["default_system"] = DEFAULT_SYSTEM_PROMPT
         if self.encodes:
-            room = self.folder.room("speech_tokenizer")
-            settings["speech_tokenizer"] = [_digest(path) for path in sorted(room.iterdir()) if path.is_file()]
+            component_folder = self.folder.component_folder("speech_tokenizer")
+            settings["speech_tokenizer"] = [
+                _digest(path) for path in sorted(component_folder.iterdir()) if path.is_file()
+            ]
         if self.request.aligner is not None:
             settings["aligner"] = str(self.request.aligner)
         return settings
@@ -162,7 +164,7 @@ class _Work:
 
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"), devices=jax.local_devices())
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"), devices=jax.local_devices())
 
     @cached_property
     def aligner(self):

@@ -17,7 +17,7 @@ from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 REPLIES = ("speech", "text")
 # The system turn of a conversation that begins without one, in training and generation: that of the released driver.
-DEFAULT_SYSTEM = {
+DEFAULT_SYSTEM_PROMPT = {
     "speech": "You are a helpful voice assistant. Answer the user's questions with spoken responses.",
     "text": "You are a helpful assistant. Answer the user's questions with text.",
 }
@@ -87,7 +87,7 @@ def with_default_system(turns: Sequence[Turn], reply: str, compat: bool = False)
         return turns
     if compat:
         return [*turns, Turn("system", text=COMPAT_SYSTEM[reply])]
-    return [Turn("system", text=DEFAULT_SYSTEM[reply]), *turns]
+    return [Turn("system", text=DEFAULT_SYSTEM_PROMPT[reply]), *turns]
 
 
 def prompt_pieces(

@@ -17,10 +17,10 @@ import numpy as np
 
 from moss_jax.arguments import check_seed, check_whole
 from moss_jax.audio import MAX_BYTES, Recording, as_recording, check_speech, read_audio, resample, save_audio
-from moss_jax.checkpoint.system_folder import NANO, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import NANO_FOLDER, SYSTEM_FILE, SystemFolder
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
 from moss_jax.dialogue.grid import REPLIES, read_reply
-from moss_jax.dialogue.settings import DEFAULTS, DRAWING, chosen
+from moss_jax.dialogue.settings import DEFAULTS, RANDOM_SETTINGS, chosen
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError, shown
@@ -136,7 +136,7 @@ class System:
         """This system's default of each setting in `moss_jax.dialogue.settings.SAMPLING`: the released driver's, or
         what system.json has under "sampling". Raises MossError when that is not valid."""
         own = self.folder.settings.get("sampling", {})
-        where = self.folder.path / SYSTEM
+        where = self.folder.path / SYSTEM_FILE
         if not isinstance(own, dict):
             raise MossError(f"{where}: sampling is {shown(own)}, expected an object with some of {', '.join(DEFAULTS)}")
         try:
@@ -161,7 +161,7 @@ class System:
 
     @cached_property
     def speech_tokenizer(self) -> SpeechTokenizer:
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"))
 
     @cached_property
     def speech_decoder(self) -> SpeechDecoder:
@@ -206,7 +206,7 @@ class System:
             raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
 
     @property
-    def enrols(self) -> bool:
+    def can_enrol(self) -> bool:
         """Whether the system can take a voice from a recording: it has a speaker network."""
         config, parts = self._decoder_parts
         return config.speaker is not None and "speaker" in parts
@@ -225,7 +225,7 @@ class System:
                     return zero, []
                 return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
             if not isinstance(voice, str):
-                where = self.folder.path / SYSTEM
+                where = self.folder.path / SYSTEM_FILE
                 raise MossError(f"{where}: default_voice is {shown(voice)}, expected the name of a voice, or null")
         if str(voice) in self.folder.voices():
             return load_voice(self.folder.voice_path(str(voice)), config), []
@@ -459,7 +459,7 @@ class System:
 
 
 def load(
-    folder: str | Path = NANO,
+    folder: str | Path = NANO_FOLDER,
     *,
     context: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -498,7 +498,7 @@ def _without_effect(settings: GenerationSettings, reply: str, seed: int, samplin
     """A notice for what was given and changes nothing, because the reply is greedy."""
     if not settings.text.greedy:
         return []
-    notices = [f"{name} has no effect: the reply is greedy" for name in DRAWING if name in sampling]
+    notices = [f"{name} has no effect: the reply is greedy" for name in RANDOM_SETTINGS if name in sampling]
     if seed and reply == "speech":
         notices.append("the seed changes only the noise in the voice: the reply is greedy")
     elif seed:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.convert.system import NAME_LENGTH, check_system, converted_once
@@ -97,10 +97,10 @@ def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[s
         cache: where a converted Qwen3 is kept.
     """
     folder = Path(folder)
-    if (folder / SYSTEM).is_file():
+    if (folder / SYSTEM_FILE).is_file():
         return check_system(folder)
     if not (folder / "config.json").is_file():
-        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a Qwen3 (config.json)")
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM_FILE}) nor a Qwen3 (config.json)")
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     mark = hashlib.sha256(repr((str(folder.resolve()), codes, status)).encode()).hexdigest()[:12]
     target = cache / f"{folder.resolve().name[:NAME_LENGTH]}-{mark}"
@@ -108,6 +108,6 @@ def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[s
     def convert() -> None:
         with atomic_folder(target) as part:
             import_qwen3(folder, part, codes=codes, say=say)
-            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+            write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
 
     return converted_once(target, convert, say)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moss_jax.checkpoint.config_io import ADDED, check_sizes
+from moss_jax.checkpoint.config_io import ADDED_LATER, check_sizes
 from moss_jax.errors import MossError
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
@@ -49,7 +49,7 @@ class VocoderConfig:
     magnitude_limit: float = 100.0  # of the predicted STFT
     audio_limit: float = 0.99  # largest absolute sample
     # The predicted phase is any angle; False: the sine of what is predicted, in radians.
-    free_phase: bool = field(default=False, metadata=ADDED)
+    free_phase: bool = field(default=False, metadata=ADDED_LATER)
     weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
 
     def __post_init__(self):

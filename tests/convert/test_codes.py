@@ -230,6 +230,6 @@ def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.checkpoint.system_folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
-    SystemFolder(Path(NANO)).check_codes()
+    SystemFolder(Path(NANO_FOLDER)).check_codes()

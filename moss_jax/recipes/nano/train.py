@@ -24,7 +24,7 @@ import jax
 
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.convert.qwen3 import export_qwen3
 from moss_jax.documents import read_lines
@@ -236,7 +236,7 @@ def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config
         speech_tokenizer: a folder with `speech_tokenizer/` in it.
     """
     with atomic_folder(folder) as part:
-        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+        write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
         write_json(part / "transformer" / "config.json", write_config(config))
         copy_file(text_tokenizer, part / "text_tokenizer" / "tokenizer.json")
         _copy_room("speech_tokenizer", speech_tokenizer, part)
@@ -252,7 +252,7 @@ def make_system(folder: Path, *, language_model: Path, speech_decoder: Path) -> 
     """Writes a system, whole or not at all: the speech decoder of one folder, everything else of another. It has no
     recorded voice: the decoder knows one."""
     with atomic_folder(folder) as part:
-        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None, "sampling": SAMPLING})
+        write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None, "sampling": SAMPLING})
         for room in ("transformer", "speech_tokenizer", "text_tokenizer"):
             _copy_room(room, language_model, part)
         _copy_room("speech_decoder", speech_decoder, part)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moss_jax.checkpoint import save_tree
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.export import collected, replaced
@@ -48,10 +48,10 @@ def export_parts(
     source = run.system or (run.init if run.init != "random" else None)
     source = source and Path(init_folder(source))
     with replaced(folder) as part:
-        if source and (source / SYSTEM).is_file():
+        if source and (source / SYSTEM_FILE).is_file():
             shutil.copytree(source, part, copy_function=_link, dirs_exist_ok=True)
         else:
-            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+            write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
         room = part / "speech_decoder"
         if (room / "config.json").is_file():
             config = merged(SystemFolder(part).config("speech_decoder", SpeechDecoderConfig))

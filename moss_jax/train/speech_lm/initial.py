@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 
 from moss_jax.checkpoint import check_shapes, open_tensors
 from moss_jax.checkpoint.config_io import read_config
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.convert.language_model import compute_dtypes, language_config, special_ids
 from moss_jax.convert.layer_split import new_audio_tables, qwen3_config, split_parameter
 from moss_jax.convert.qwen3 import CODES, split_config
@@ -106,8 +106,8 @@ _NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3,
 
 def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[TransformerConfig, Parameters]:
     """Config and parameters, in our layout, of whatever kind of folder this is."""
-    if (folder / SYSTEM).is_file():
-        folder = SystemFolder(folder).room("transformer")
+    if (folder / SYSTEM_FILE).is_file():
+        folder = SystemFolder(folder).component_folder("transformer")
     path = folder / "config.json"
     if not path.is_file():
         raise MossError(f"{folder}: no config.json, expected a system, a Qwen3 or a released MOSS-Speech")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -41,7 +41,7 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         **codes,
     )
     system = Path(run.system or init_folder(run.init))
-    if (system / SYSTEM).is_file():
+    if (system / SYSTEM_FILE).is_file():
         SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return dataclasses.replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
