@@ -10,6 +10,7 @@ import numpy as np
 
 from moss_jax.checkpoint import open_tensors
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.files import need_folder
 from moss_jax.convert.language_model import read_transformer_config, tokenizer_size
@@ -119,7 +120,7 @@ def _system(folder: Path) -> Iterator[str]:
     carried = [path for path in (folder / "carried").rglob("*") if path.is_file()]
     if carried:
         yield f"carried for an export, unused: {len(carried)} files, {_size(sum(p.stat().st_size for p in carried))}"
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:

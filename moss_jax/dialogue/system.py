@@ -17,20 +17,24 @@ import numpy as np
 
 from moss_jax.arguments import check_seed, check_whole
 from moss_jax.audio import MAX_BYTES, Recording, as_recording, check_speech, read_audio, resample, save_audio
+from moss_jax.checkpoint.component import MODEL_FILE
 from moss_jax.checkpoint.system_folder import NANO_FOLDER, SYSTEM_FILE, SystemFolder
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
-from moss_jax.dialogue.grid import REPLIES, read_reply
-from moss_jax.dialogue.settings import DEFAULTS, RANDOM_SETTINGS, chosen
+from moss_jax.dialogue.grid import read_reply
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError, shown
 from moss_jax.files import is_file
 from moss_jax.generate.loop import GenerationSettings
 from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate.settings import DEFAULTS, RANDOM_SETTINGS, chosen
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
-from moss_jax.text.tokenizer import TextStream
+from moss_jax.text.chat_template import REPLIES
+from moss_jax.text.tokenizer import TextStream, TextTokenizer
 
 ROWS = 25  # of a reply between two reports of progress, or two pieces of streamed text
 SILENCE = np.zeros(0, np.float32)
@@ -97,7 +101,7 @@ class ReplyStream:
 
 
 def generation_settings(**sampling: Any) -> GenerationSettings:
-    """Settings of both channels from keywords, the names in `moss_jax.dialogue.settings.SAMPLING`.
+    """Settings of both channels from keywords, the names in `moss_jax.generate.settings.SAMPLING`.
 
     What is not given has the released driver's value. Raises MossError for an unknown name or a value out of range.
     """
@@ -133,7 +137,7 @@ class System:
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
-        """This system's default of each setting in `moss_jax.dialogue.settings.SAMPLING`: the released driver's, or
+        """This system's default of each setting in `moss_jax.generate.settings.SAMPLING`: the released driver's, or
         what system.json has under "sampling". Raises MossError when that is not valid."""
         own = self.folder.settings.get("sampling", {})
         where = self.folder.path / SYSTEM_FILE
@@ -156,8 +160,9 @@ class System:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        config, params = self.folder.transformer(self._mesh)
-        return LanguageModel(config, params, self.folder.text_tokenizer(config), self._context, self._mesh)
+        config, params = self.folder.load(SPEECH_LM, self._mesh)
+        text_tokenizer = TextTokenizer.from_file(self.folder.text_tokenizer_path, config)
+        return LanguageModel(config, params[MODEL_FILE], text_tokenizer, self._context, self._mesh)
 
     @cached_property
     def speech_tokenizer(self) -> SpeechTokenizer:
@@ -169,7 +174,7 @@ class System:
 
     @cached_property
     def _decoder_parts(self):
-        return self.folder.speech_decoder()
+        return self.folder.load(SPEECH_DECODER)
 
     def encode(self, recordings: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
         """Recordings (wave float32 [samples], rate in Hz) -> speech codes int32 [N] each."""

@@ -21,7 +21,8 @@ from moss_jax.evaluate.scoring import Scorer
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_decoder.component import SPEECH_DECODER
+from moss_jax.speech_lm.component import SPEECH_LM
 
 CLIPS = 32  # recordings in memory at a time
 
@@ -48,7 +49,7 @@ class Model:
     @cached_property
     def code_count(self) -> int:
         """How many codes there are; no weights are loaded for it."""
-        return self.system.folder.config("transformer", TransformerConfig).eosp_id
+        return self.system.folder.config(SPEECH_LM).eosp_id
 
     @property
     def config(self):
@@ -69,7 +70,7 @@ class Model:
 
     def codec_hash(self) -> str:
         """Of the speech tokenizer and the decoder, for results that depend on them."""
-        _, parts = self.system.folder.speech_decoder()
+        _, parts = self.system.folder.load(SPEECH_DECODER)
         speech = {name: parts[name] for name in ("flow", "vocoder")}
         params = {"speech_tokenizer": self.system.speech_tokenizer.params, **speech}
         return f"{fingerprint(flatten(params)):08x}"

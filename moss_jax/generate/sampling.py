@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moss_jax.dialogue.settings import DEFAULTS
+from moss_jax.generate.settings import DEFAULTS
 
 
 @struct.dataclass

@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM_PROMPT
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.session import OWN_VOICE, Limits, Session
 from moss_jax.serve.sessions import Sessions
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 try:
     import gradio as gr

@@ -15,10 +15,10 @@ import numpy as np
 from moss_jax.arguments import check_seed
 from moss_jax.audio import Recording, check_speech, load_audio, read_audio, save_audio
 from moss_jax.audio.features import MEL_24K
-from moss_jax.dialogue.settings import RANDOM_SETTINGS
 from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.generate.settings import RANDOM_SETTINGS
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.picture import draw, mel
 from moss_jax.speech_decoder.voice import Voice

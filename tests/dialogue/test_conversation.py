@@ -13,13 +13,14 @@ from safetensors.numpy import save_file
 from moss_jax.data.formats import Maker
 from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel, capacity_for
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM_PROMPT, prompt_grid
+from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_lm import TINY
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 CHANNEL = ChannelSettings(temperature=0.7, top_k=8)
 SETTINGS = GenerationSettings(text=CHANNEL, audio=CHANNEL, max_new_tokens=12)

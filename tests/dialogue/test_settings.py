@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import moss_jax
 from moss_jax.cli import main
-from moss_jax.dialogue.settings import SAMPLING
 from moss_jax.dialogue.system import System, generation_settings
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.generate.settings import SAMPLING
 
 ASKED = [Turn("user", text="Hello.")]
 NUMBERS = ("temperature", "top_p", "repetition_penalty")

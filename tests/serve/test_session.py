@@ -9,12 +9,12 @@ import moss_jax
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint.system_folder import NANO_FOLDER
 from moss_jax.convert.random_system import init_random
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM_PROMPT
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed, samples
 from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session, warm_up
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 pytestmark = pytest.mark.slow
 

@@ -33,13 +33,13 @@ from moss_jax.audio.wave import resample, save_audio
 from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
 from moss_jax.data.espeak import speak
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM_PROMPT
 from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.nano import domain
 from moss_jax.recipes.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
 from moss_jax.text.byte_level import byte_level, learn_merges
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
 CHUNK = 100  # utterances that are made, and made again when interrupted, together

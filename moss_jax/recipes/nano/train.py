@@ -31,9 +31,11 @@ from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
 from moss_jax.recipes.background import beside
 from moss_jax.recipes.recipe import RecipeStep, Say, run_recipe
-from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.component import SPEECH_DECODER
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_lm.config import NANO, TransformerConfig
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.loop import train
 from moss_jax.train.run import BaseRun, load_run, override
 from moss_jax.train.speech_lm.start import newest_export
@@ -241,8 +243,8 @@ def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config
         copy_file(text_tokenizer, part / "text_tokenizer" / "tokenizer.json")
         _copy_room("speech_tokenizer", speech_tokenizer, part)
         base = SystemFolder(part)
-        base.text_tokenizer(config)
-        codes = base.config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
+        TextTokenizer.from_file(base.text_tokenizer_path, config)
+        codes = base.config(SPEECH_TOKENIZER).quantize_vocab_size
         if codes != config.eosp_id:
             raise MossError(f"{speech_tokenizer}: has {codes} codes, expected {config.eosp_id}, the model's eosp_id")
         (part / "voices").mkdir()
@@ -258,9 +260,9 @@ def make_system(folder: Path, *, language_model: Path, speech_decoder: Path) -> 
         _copy_room("speech_decoder", speech_decoder, part)
         (part / "voices").mkdir()
         system = SystemFolder(part)
-        config = system.config("transformer", TransformerConfig)
-        system.text_tokenizer(config)
-        decoder = system.config("speech_decoder", SpeechDecoderConfig)
+        config = system.config(SPEECH_LM)
+        TextTokenizer.from_file(system.text_tokenizer_path, config)
+        decoder = system.config(SPEECH_DECODER)
         codes = decoder.flow.codebook_size
         if codes != config.eosp_id:
             raise MossError(f"{speech_decoder}: its flow knows {codes} codes, the language model {config.eosp_id}")

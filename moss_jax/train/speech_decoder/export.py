@@ -13,6 +13,7 @@ from moss_jax.checkpoint import save_tree
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.export import collected, replaced
 from moss_jax.train.speech_decoder.run import SpeechDecoderRun
@@ -54,7 +55,7 @@ def export_parts(
             write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
         room = part / "speech_decoder"
         if (room / "config.json").is_file():
-            config = merged(SystemFolder(part).config("speech_decoder", SpeechDecoderConfig))
+            config = merged(SystemFolder(part).config(SPEECH_DECODER))
             (room / "config.json").unlink()
         room.mkdir(exist_ok=True)
         for old in room.glob(f"{pattern}.safetensors*"):

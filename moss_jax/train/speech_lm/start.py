@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 from moss_jax.train.run import EXPORTS, RUN_FILE, Run
 from moss_jax.train.speech_lm.initial import initial_split
 
@@ -27,7 +28,7 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
     codes = {}
     if run.system and (Path(run.system) / "speech_tokenizer").is_dir():
         # A Qwen3 gets an audio table for the codes of this speech tokenizer.
-        speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
+        speech_tokenizer = SystemFolder(run.system).config(SPEECH_TOKENIZER)
         codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
         init_folder(run.init),
@@ -42,7 +43,7 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
     )
     system = Path(run.system or init_folder(run.init))
     if (system / SYSTEM_FILE).is_file():
-        SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
+        check_codes(SystemFolder(system), config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return dataclasses.replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
 
