@@ -12,7 +12,7 @@ from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.old_names import old_path
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import write_json
 from moss_jax.convert.stream import Progress, Say
 from moss_jax.convert.system import export_released
@@ -151,7 +151,7 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
     (folder / "text_tokenizer").mkdir()
     write_text_tokenizer(folder / "text_tokenizer" / "tokenizer.json", lm)
     (folder / "voices").mkdir()
-    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    write_json(folder / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
 
 
 def _write_part(folder: Path, stem: str, table: Table, shapes: Mapping[str, Any], seed: str, say: Say) -> None:
