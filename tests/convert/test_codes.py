@@ -12,7 +12,7 @@ from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.random_system import SIZES, write_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
 
@@ -32,7 +32,7 @@ def other(tmp_path_factory):
     """A system with a codec of its own, and voices."""
     folder = tmp_path_factory.mktemp("other") / "system"
     folder.mkdir()
-    tiny = SIZES["tiny"]
+    tiny = SYSTEM_SIZES["tiny"]
     sizes = replace(
         tiny,
         transformer=replace(tiny.transformer, audio_vocab_size=128, eosp_id=OTHER, audio_pad_id=OTHER - 1),
@@ -208,7 +208,7 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
 def test_every_pair_of_components_is_compared(random, tmp_path, room):
     folder = shutil.copytree(random, tmp_path / "system")
     SystemFolder(folder).check_codes()
-    config = write_config(SIZES["tiny"].decoder)
+    config = write_config(SYSTEM_SIZES["tiny"].decoder)
     if room != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
         (folder / "speech_decoder" / "config.json").write_text(json.dumps(config))
@@ -224,7 +224,7 @@ def test_every_pair_of_components_is_compared(random, tmp_path, room):
 def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     folder = shutil.copytree(random, tmp_path / "system")
     path = folder / "transformer" / "config.json"
-    config = replace(SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
+    config = replace(SYSTEM_SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
     path.write_text(json.dumps(write_config(config)))
     SystemFolder(folder).check_codes()
 

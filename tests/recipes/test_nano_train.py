@@ -9,7 +9,7 @@ import pytest
 
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
-from moss_jax.convert.random_system import SIZES, init_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, init_random
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
@@ -51,7 +51,7 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
-    assert SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
+    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
     config = tmp_path / "tiny" / "speech_decoder" / "config.json"
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1
