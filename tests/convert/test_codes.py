@@ -13,7 +13,7 @@ from moss_jax.cli import main
 from moss_jax.components import check_codes
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.random_system import SIZES, write_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
 
@@ -33,7 +33,7 @@ def other(tmp_path_factory):
     """A system with a codec of its own, and voices."""
     folder = tmp_path_factory.mktemp("other") / "system"
     folder.mkdir()
-    tiny = SIZES["tiny"]
+    tiny = SYSTEM_SIZES["tiny"]
     sizes = replace(
         tiny,
         transformer=replace(tiny.transformer, audio_vocab_size=128, eosp_id=OTHER, audio_pad_id=OTHER - 1),
@@ -208,8 +208,8 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
 @pytest.mark.parametrize("room", ["transformer", "speech_tokenizer", "speech_decoder"])
 def test_every_pair_of_components_is_compared(random, tmp_path, room):
     folder = shutil.copytree(random, tmp_path / "system")
-    check_codes(SystemFolder(folder))
-    config = write_config(SIZES["tiny"].decoder)
+    SystemFolder(folder).check_codes()
+    config = write_config(SYSTEM_SIZES["tiny"].decoder)
     if room != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
         (folder / "speech_decoder" / "config.json").write_text(json.dumps(config))
@@ -225,7 +225,7 @@ def test_every_pair_of_components_is_compared(random, tmp_path, room):
 def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     folder = shutil.copytree(random, tmp_path / "system")
     path = folder / "transformer" / "config.json"
-    config = replace(SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
+    config = replace(SYSTEM_SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
     path.write_text(json.dumps(write_config(config)))
     check_codes(SystemFolder(folder))
 

@@ -20,11 +20,11 @@ from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.components import check_codes
 from moss_jax.convert.language_model import compute_dtypes, language_config, special_ids
 from moss_jax.convert.layer_split import new_audio_tables, qwen3_config, split_parameter
-from moss_jax.convert.qwen3 import CODES, split_config
-from moss_jax.convert.stream import Say, found_shapes
-from moss_jax.convert.system import locate
+from moss_jax.convert.qwen3 import RELEASED_CODES, split_config
+from moss_jax.convert.resolve import find_folder
+from moss_jax.convert.stream import Say, tensor_shapes
 from moss_jax.convert.tables import qwen3 as qwen3_table
-from moss_jax.convert.tables import transformer as released_table
+from moss_jax.convert.tables import speech_lm as released_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.sharding import shardings_for
@@ -47,7 +47,7 @@ def initial_params(
     mesh: Mesh | None = None,
     dtype: Any = None,
     modality_layers: int | None = None,
-    codes: int = CODES,
+    codes: int = RELEASED_CODES,
     seed: int = 0,
     say: Say = lambda line: None,
 ) -> tuple[SpeechLMConfig, dict[str, jax.Array]]:
@@ -72,7 +72,7 @@ def initial_params(
         found = config
         parameters = _random(config, np.dtype(dtype or "float32"), seed)
     else:
-        found, parameters = _open(locate(source, say), modality_layers, codes, seed)
+        found, parameters = _open(find_folder(source), modality_layers, codes, seed)
         if config is not None:
             _check_same(config, found, source)
             found = config
@@ -156,7 +156,7 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
         config = replace(config, **compute_dtypes(reader))
         rows = released_table.table(config)
         shapes = model_shapes(config)
-        rows.check(found_shapes(reader), shapes, str(reader.path))
+        rows.check(tensor_shapes(reader), shapes, str(reader.path))
         return config, ((entry.path, entry.to_ours(reader.read)) for entry in rows.entries(shapes))
     found = data.get("model_type")
     raise MossError(f"{path}: model_type is {found!r}, expected a system, a Qwen3 or a released MOSS-Speech")
@@ -178,7 +178,7 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     if tied:
         del shapes["text/head/kernel"]
     rows = qwen3_table.table(source)
-    rows.check(found_shapes(reader), shapes, str(reader.path))
+    rows.check(tensor_shapes(reader), shapes, str(reader.path))
 
     def parameters() -> Parameters:
         for entry in rows.entries(shapes):
