@@ -17,6 +17,14 @@ from moss_jax.cli import main
 DATA = Path(__file__).parent / "data" / "version_0_1"
 EXPECTED = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
 
+LONG = (pytest.mark.slow, pytest.mark.long)
+RUNS = [
+    "language_model",
+    "adapters",
+    pytest.param("speech_tokenizer", marks=LONG),
+    pytest.param("flow", marks=LONG),
+]
+
 # The run that a folder's run.json describes. A config file of a user may say the same.
 CONFIG = """
 from moss_jax.train.run import read_run
@@ -83,6 +91,7 @@ def chat(capsys, system, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_system_replies_with_the_same_codes(system, unpacked):
     question = [moss_jax.Turn("user", audio=unpacked / "recordings" / "0.flac")]
     check_reply(system.reply(question), "spoken_question")
@@ -104,7 +113,7 @@ def test_the_conversation_resumes(system, unpacked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["language_model", "adapters", "speech_tokenizer", "flow"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumes_from_its_checkpoint(workspace, capsys, name):
     before = metrics(name)
     capsys.readouterr()
@@ -120,15 +129,27 @@ def test_a_run_resumes_from_its_checkpoint(workspace, capsys, name):
     assert (workspace / "runs" / name / "exports" / "3").is_dir()
 
 
-def test_the_checkpoint_exports_to_the_same_system(workspace, capsys):
+def check_same_weights(folder, expected):
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert weights
+    for file in weights:
+        assert (folder / file).read_bytes() == (expected / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_exports_to_the_same_weights(workspace, name):
+    assert main(["export", f"runs/{name}", "-o", "again"]) == 0
+    check_same_weights(Path("again"), Path("runs", name, "exports", "2"))
+
+
+def test_a_checkpoint_exports_in_another_dtype(workspace):
     assert main(["export", "runs/language_model", "--dtype", "float32", "-o", "again"]) == 0
-    files = sorted(path.relative_to("exported") for path in Path("exported").rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to("again") for path in Path("again").rglob("*") if path.is_file())
-    for file in files:
-        if file.suffix == ".safetensors":
-            assert ("again" / file).read_bytes() == ("exported" / file).read_bytes(), file
+    check_same_weights(Path("again"), Path("exported"))
 
 
+@pytest.mark.slow
 def test_the_export_replies_with_the_same_codes(unpacked):
     exported = moss_jax.load(unpacked / "exported")
     check_reply(exported.reply([moss_jax.Turn("user", audio=unpacked / "recordings" / "0.flac")]), "exported")
