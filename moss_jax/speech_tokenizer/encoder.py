@@ -10,14 +10,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
+from moss_jax.nn.attention import Past, causal_attention, masked_attention
 from moss_jax.nn.conv import CausalConv1d
 from moss_jax.nn.layers import LayerNorm, Linear, named
+from moss_jax.nn.quantize import nearest_codes, unit
 from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 HEIGHT = 0.2  # of new positions
-QUERY_BLOCK = 256  # queries that attend together in one pass; halves the work of causal attention over a segment
 
 
 @flax.struct.dataclass
@@ -26,14 +28,14 @@ class EncoderState:
 
     Attributes:
         conv1: float32 [B, 2, M]. conv2: float32 [B, 2, D].
-        key, value: float32 [L, B, N, S, H], S = max_source_positions; a head lies together, which is faster.
+        k, v: float32 [L, B, N, S, H], S = max_source_positions; a head lies together, which is faster.
         position: int32 [B], encoder frames done in the current segment.
     """
 
     conv1: jax.Array
     conv2: jax.Array
-    key: jax.Array
-    value: jax.Array
+    k: jax.Array
+    v: jax.Array
     position: jax.Array
 
 
@@ -43,8 +45,8 @@ def init_state(config: SpeechTokenizerConfig, batch: int) -> EncoderState:
     return EncoderState(
         conv1=jnp.zeros((batch, 2, config.num_mel_bins)),
         conv2=jnp.zeros((batch, 2, config.d_model)),
-        key=jnp.zeros((config.num_layers, batch, *heads)),
-        value=jnp.zeros((config.num_layers, batch, *heads)),
+        k=jnp.zeros((config.num_layers, batch, *heads)),
+        v=jnp.zeros((config.num_layers, batch, *heads)),
         position=jnp.zeros((batch,), jnp.int32),
     )
 
@@ -67,68 +69,43 @@ def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, past) -> (x, new keys and values)."""
+    """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, layer) -> (x, new keys and values)."""
 
     config: SpeechTokenizerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, seen: jax.Array | None):
-        """x [B, T, D]; past (keys, values) [B, N, S, H], of which `seen` [B, S] may be attended to."""
+    def __call__(
+        self, x: jax.Array, layer: jax.Array | None, past: Past | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The next rows of a segment, all of them when `past` is None.
+
+        Args:
+            x: [B, T, D].
+            layer: int32, the index of this layer in the cache.
+            past: the cache of all layers.
+
+        Returns:
+            [B, T, D], and in a stream the keys and values of the rows, each [B, N, T, H].
+        """
         config = self.config
         heads = (config.encoder_attention_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")
         y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
-        query = Linear(heads, axes, name="q")(y)
-        key = Linear(heads, axes, use_bias=False, name="k")(y)
-        value = Linear(heads, axes, name="v")(y)
+        q = Linear(heads, axes, name="q")(y)
+        k = Linear(heads, axes, use_bias=False, name="k")(y)
+        v = Linear(heads, axes, name="v")(y)
+        new = None
         if past is None:
-            attended = causal_attention(query, key, value)
+            y = causal_attention(q, k, v)
         else:
-            query, key, value = (z.swapaxes(1, 2) for z in (query, key, value))  # [B, N, T, H]
-            attended = cached_attention(query, key, value, past, seen).swapaxes(1, 2)
-        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="o")(attended)
+            causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+            y = masked_attention(q, k, v, causal[None], (past.replace(index=(layer,)),))
+            new = rearrange(k, "B T N H -> B N T H"), rearrange(v, "B T N H -> B N T H")
+        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="o")(y)
         y = LayerNorm(config.layer_norm_epsilon, name="mlp_norm")(x)
         y = jax.nn.gelu(Linear(config.encoder_ffn_dim, ("embed", "mlp"), name="up")(y), approximate=False)
         x = x + Linear(config.d_model, ("mlp", "embed"), name="down")(y)
-        return x, None if past is None else (key, value)
-
-
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Softmax attention in which a row sees the rows up to itself: three [B, T, N, H] -> [B, T, N, H]."""
-    heads = [x.swapaxes(1, 2) for x in (query, key, value)]  # [B, N, T, H]
-    # On a CPU the scores of one head stay in its cache (2.5 times as fast); elsewhere all heads go at once.
-    y = jax.lax.platform_dependent(*heads, cpu=_heads_one_by_one, default=jax.vmap(jax.vmap(_attend_head)))
-    return y.swapaxes(1, 2)
-
-
-def _heads_one_by_one(*heads: jax.Array) -> jax.Array:
-    rows = [x.reshape(-1, *x.shape[2:]) for x in heads]
-    return jax.lax.map(lambda row: _attend_head(*row), rows).reshape(heads[0].shape)
-
-
-def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The causal attention of one head, [T, H] each, block after block of queries."""
-    frames = query.shape[0]
-    blocks = []
-    query = query * query.shape[-1] ** -0.5
-    for start in range(0, frames, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, frames)
-        score = query[start:end] @ key[:end].T
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        blocks.append(jax.nn.softmax(jnp.where(visible, score, -jnp.inf)) @ value[:end])
-    return jnp.concatenate(blocks)
-
-
-def cached_attention(query, key, value, past: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
-    """The same for new rows [B, N, T, H] after the rows of `past` [B, N, S, H] that are `seen`, bool [B, S]."""
-    query = query * query.shape[-1] ** -0.5
-    older = jnp.einsum("bnth,bnsh->bnts", query, past[0])
-    score = jnp.einsum("bnth,bnsh->bnts", query, key)
-    visible = jnp.tril(jnp.ones(score.shape[-2:], bool))
-    score = [jnp.where(seen[:, None, None], older, -jnp.inf), jnp.where(visible, score, -jnp.inf)]
-    weights = jax.nn.softmax(jnp.concatenate(score, -1))
-    older, newer = jnp.split(weights, [past[0].shape[2]], -1)
-    return jnp.einsum("bnts,bnsh->bnth", older, past[1]) + jnp.einsum("bnts,bnsh->bnth", newer, value)
+        return x, new
 
 
 class Encoder(nn.Module):
@@ -197,23 +174,19 @@ class Encoder(nn.Module):
     def _compared(self, pooled: jax.Array) -> jax.Array:
         if self.config.code_dim != self.config.d_model:
             pooled = self.project(pooled)
-        return _unit(pooled) if self.config.normalize_codes else pooled
+        return unit(pooled) if self.config.normalize_codes else pooled
 
     def _nearest(self, vectors: jax.Array) -> jax.Array:
-        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
-        half_norms = jnp.square(codebook).sum(-1) / 2
+        return nearest_codes(vectors, self._codebook())
 
-        def nearest(rows):  # [T, C]; |row|^2 is the same for all codes and so left out
-            product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
-            return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
-
-        return jax.lax.map(nearest, vectors)  # one clip at a time: all distances of a batch would take gigabytes
+    def _codebook(self) -> jax.Array:
+        """The codebook in the form in which vectors are compared with it, [V, code_dim]."""
+        return unit(self.codebook) if self.config.normalize_codes else self.codebook
 
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Vectors of the codes [B, T] of one segment with their positions added, [B, T, code_dim] (the reference's
         last_hidden_state)."""
-        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
-        return codebook[codes] + self.code_positions[: codes.shape[1]]
+        return self._codebook()[codes] + self.code_positions[: codes.shape[1]]
 
     def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
         """The next frames of a stream.
@@ -235,12 +208,12 @@ class Encoder(nn.Module):
         x, conv2 = self.conv2(jax.nn.gelu(x, approximate=False), tails[1])
         x = jax.nn.gelu(x, approximate=False)
         x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
-        seen = jnp.arange(config.max_source_positions) < position[:, None]
-        x, (key, value) = self.layers(x, (state.key, state.value), seen)
+        past = Past(state.k, state.v, position)
+        x, (k, v) = self.layers(x, jnp.arange(config.num_layers), past)
         last = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
         codes = self.quantize(self._pool(jnp.where(last, x, 0.0)))
         state = EncoderState(
-            conv1, conv2, _write(state.key, key, position), _write(state.value, value, position), position + x.shape[1]
+            conv1, conv2, _write(state.k, k, position), _write(state.v, v, position), position + x.shape[1]
         )
         return codes, state
 
@@ -252,10 +225,6 @@ def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=2)
 
     return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache, new, position)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def encoder_shapes(config: SpeechTokenizerConfig) -> dict[str, jax.ShapeDtypeStruct]:

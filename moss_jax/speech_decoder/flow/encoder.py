@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moss_jax.nn.attention import Past, chunk_mask, masked_attention
 from moss_jax.nn.conv import CausalConv1d, Conv1d
 from moss_jax.nn.layers import LayerNorm, Linear, named
-from moss_jax.speech_decoder.flow.attention import Past, allowed, attend, relative, sinusoids
 from moss_jax.speech_decoder.flow.config import FlowConfig
+from moss_jax.speech_decoder.flow.positions import relative_query, sinusoids
 
 CONFORMER_EPSILON = 1e-12  # of the layer norms inside the layers; 1e-5 elsewhere
 CONV = ("conv_in", "conv_out")
@@ -31,8 +32,8 @@ class RelativeAttention(nn.Module):
     num_heads: int
 
     @nn.compact
-    def __call__(self, x, mask, turn, past: Sequence[Past] = ()):
-        """x [B, T, D], mask bool [B, T, T], turn [T, D] -> (y [B, T, D], (k, v) [B, N, T, H])."""
+    def __call__(self, x, mask, positions, past: Sequence[Past] = ()):
+        """x [B, T, D], mask bool [B, T, T], positions [T, D] -> (y [B, T, D], (k, v) [B, N, T, H])."""
         size = x.shape[-1]
         heads = self.num_heads
         split = (heads, size // heads)
@@ -44,7 +45,8 @@ class RelativeAttention(nn.Module):
         )
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 0, (1, 2))
         position = self.param("position", named(init, *axes), (size, *split), jnp.float32)
-        y = attend(q + bias_u, k, v, mask, past, relative(q + bias_v, position, turn), turn)
+        position_q = relative_query(q + bias_v, position, positions)
+        y = masked_attention(q + bias_u, k, v, mask, past, position_q, positions)
         return Linear(size, ("heads", None, "embed"), in_dims=2, name="o")(y), (
             k.transpose(0, 2, 1, 3),
             v.transpose(0, 2, 1, 3),
@@ -55,12 +57,12 @@ class ConformerLayer(nn.Module):
     config: FlowConfig
 
     @nn.compact
-    def __call__(self, x, layer, mask, turn, past: Sequence[Past]):
+    def __call__(self, x, layer, mask, positions, past: Sequence[Past]):
         """x [B, T, D]; `layer` is this layer's index in the cache -> (x, (k, v))."""
         config = self.config.encoder
         past = [part.replace(index=(*part.index, layer)) for part in past]
         y = LayerNorm(CONFORMER_EPSILON, name="attention_norm")(x)
-        y, keys = RelativeAttention(config.num_heads, name="attention")(y, mask, turn, past)
+        y, keys = RelativeAttention(config.num_heads, name="attention")(y, mask, positions, past)
         x = x + y
         y = LayerNorm(CONFORMER_EPSILON, name="mlp_norm")(x)
         y = jax.nn.silu(Linear(config.intermediate_size, ("embed", "mlp"), name="up")(y))
@@ -150,16 +152,16 @@ class Encoder(nn.Module):
             ahead = jax.nn.leaky_relu(self.lookahead(x), 0.01)
             x = x[:, :codes] + self.lookahead_out(ahead, tails["lookahead"])[0]
         with jax.named_scope("code_layers"):
-            turn = sinusoids(start + jnp.arange(codes), config.encoder.hidden_size)
-            mask = allowed(codes, valid, chunk)
-            x, keys = self.layers(x, jnp.arange(config.encoder.num_layers), mask, turn, past)
+            positions = sinusoids(start + jnp.arange(codes), config.encoder.hidden_size)
+            mask = chunk_mask(codes, valid, chunk)
+            x, keys = self.layers(x, jnp.arange(config.encoder.num_layers), mask, positions, past)
         with jax.named_scope("upsample"):
             raised = jnp.repeat(x, frames, 1)
             x = self.up_embedding(self.upsample(raised, tails["upsample"])[0])
         with jax.named_scope("frame_layers"):
-            turn = sinusoids(start * frames + jnp.arange(codes * frames), config.encoder.hidden_size)
-            mask = allowed(codes * frames, jnp.repeat(valid, frames, 1), None if chunk is None else chunk * frames)
-            x, up_keys = self.up_layers(x, jnp.arange(config.encoder.num_up_layers), mask, turn, up_past)
+            positions = sinusoids(start * frames + jnp.arange(codes * frames), config.encoder.hidden_size)
+            mask = chunk_mask(codes * frames, jnp.repeat(valid, frames, 1), None if chunk is None else chunk * frames)
+            x, up_keys = self.up_layers(x, jnp.arange(config.encoder.num_up_layers), mask, positions, up_past)
         tails = {
             "lookahead": tail_at(ahead, tails["lookahead"], length),
             "upsample": tail_at(raised, tails["upsample"], length * frames),

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moss_jax.nn.attention import Past, chunk_mask, masked_attention
 from moss_jax.nn.conv import CausalConv1d
 from moss_jax.nn.layers import LayerNorm, Linear
-from moss_jax.speech_decoder.flow.attention import Past, allowed, attend
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.encoder import CONV, tail_at
 
@@ -99,7 +99,7 @@ class TransformerBlock(nn.Module):
         split = (config.num_heads, config.head_dim)
         axes = ("embed", "heads", None)
         q, k, v = (Linear(split, axes, use_bias=False, name=name)(y) for name in ("q", "k", "v"))
-        y = attend(q, k, v, mask, past)
+        y = masked_attention(q, k, v, mask, past)
         x = x + Linear(config.channels, ("heads", None, "embed"), in_dims=2, name="o")(y)
         y = gelu(Linear(config.intermediate_size, ("embed", "mlp"), name="up")(LayerNorm(name="mlp_norm")(x)))
         return x + Linear(config.channels, ("mlp", "embed"), name="down")(y), (
@@ -187,7 +187,7 @@ class Estimator(nn.Module):
         rows, frames = valid.shape
         tails = initial_tails(self.config, rows) if tails is None else tails
         mask = valid[..., None].astype(x.dtype)
-        visible = allowed(frames, valid, chunk)
+        visible = chunk_mask(frames, valid, chunk)
         conv = [CausalConv1d(config.channels, WIDTH, axes=CONV, name=name) for name in ("down_out", "up_out")]
         new = {}
         keys = {}

@@ -29,12 +29,13 @@ import numpy as np
 from flax import struct
 
 from moss_jax.errors import MossError
-from moss_jax.speech_decoder.flow.attention import Past, sinusoids
+from moss_jax.nn.attention import Past
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.encoder import initial_encoder_tails
 from moss_jax.speech_decoder.flow.estimator import initial_tails
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
+from moss_jax.speech_decoder.flow.positions import sinusoids
 from moss_jax.speech_decoder.flow.sampler import check_codes, check_length, euler, repeated
 
 MEMORY = 4 * 2**30  # bytes of cache that a request may fill; beyond them it goes on with a window
@@ -245,11 +246,11 @@ def _compute(params, config, noise, state, codes, count, chunks, shared, prompt_
     frame_past = []
     for cache, filled in parts:
         positions = (cache.chunks[:, None] * config.chunk + jnp.arange(config.chunk)).reshape(-1)
-        turn = sinusoids(positions, size)
-        code_past.append(Past(cache.code_k, cache.code_v, filled * config.chunk, (), turn))
+        slot_positions = sinusoids(positions, size)
+        code_past.append(Past(cache.code_k, cache.code_v, filled * config.chunk, (), slot_positions))
         positions = cache.chunks[:, None] * config.chunk_frames + jnp.arange(config.chunk_frames)
-        turn = sinusoids(positions.reshape(-1), size)
-        frame_past.append(Past(cache.frame_k, cache.frame_v, filled * config.chunk_frames, (), turn))
+        slot_positions = sinusoids(positions.reshape(-1), size)
+        frame_past.append(Past(cache.frame_k, cache.frame_v, filled * config.chunk_frames, (), slot_positions))
         past.append(Past(cache.k, cache.v, filled * config.chunk_frames))
 
     x = model(codes, jnp.reshape(count, (1,)), method="embed")
