@@ -12,18 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.nn.attention import Past, chunk_mask, masked_attention
-from moss_jax.nn.conv import CausalConv1d, Conv1d
+from moss_jax.nn.conv import CausalConv1d, Conv1d, tail_after
 from moss_jax.nn.layers import LayerNorm, Linear, named
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.positions import relative_query, sinusoids
 
 CONFORMER_EPSILON = 1e-12  # of the layer norms inside the layers; 1e-5 elsewhere
 CONV = ("conv_in", "conv_out")
-
-
-def tail_at(x: jax.Array, tail: jax.Array, length: jax.Array) -> jax.Array:
-    """The tail [B, K, C] that a causal convolution needs after the first `length` rows of x, given the tail before."""
-    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([tail, x], 1), length, tail.shape[1], 1)
 
 
 class RelativeAttention(nn.Module):
@@ -150,20 +145,20 @@ class Encoder(nn.Module):
         tails = initial_encoder_tails(config, x.shape[0]) if tails is None else tails
         with jax.named_scope("lookahead"):
             ahead = jax.nn.leaky_relu(self.lookahead(x), 0.01)
-            x = x[:, :codes] + self.lookahead_out(ahead, tails["lookahead"])[0]
+            x = x[:, :codes] + self.lookahead_out(ahead, tails["lookahead"])
         with jax.named_scope("code_layers"):
             positions = sinusoids(start + jnp.arange(codes), config.encoder.hidden_size)
             mask = chunk_mask(codes, valid, chunk)
             x, keys = self.layers(x, jnp.arange(config.encoder.num_layers), mask, positions, past)
         with jax.named_scope("upsample"):
             raised = jnp.repeat(x, frames, 1)
-            x = self.up_embedding(self.upsample(raised, tails["upsample"])[0])
+            x = self.up_embedding(self.upsample(raised, tails["upsample"]))
         with jax.named_scope("frame_layers"):
             positions = sinusoids(start * frames + jnp.arange(codes * frames), config.encoder.hidden_size)
             mask = chunk_mask(codes * frames, jnp.repeat(valid, frames, 1), None if chunk is None else chunk * frames)
             x, up_keys = self.up_layers(x, jnp.arange(config.encoder.num_up_layers), mask, positions, up_past)
         tails = {
-            "lookahead": tail_at(ahead, tails["lookahead"], length),
-            "upsample": tail_at(raised, tails["upsample"], length * frames),
+            "lookahead": tail_after(ahead, tails["lookahead"], length),
+            "upsample": tail_after(raised, tails["upsample"], length * frames),
         }
         return self.norm(x), {"tails": tails, "keys": keys, "up_keys": up_keys}

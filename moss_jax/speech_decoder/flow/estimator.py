@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.nn.attention import Past, chunk_mask, masked_attention
-from moss_jax.nn.conv import CausalConv1d
+from moss_jax.nn.conv import CausalConv1d, tail_after
 from moss_jax.nn.layers import LayerNorm, Linear
 from moss_jax.speech_decoder.flow.config import FlowConfig
-from moss_jax.speech_decoder.flow.encoder import CONV, tail_at
+from moss_jax.speech_decoder.flow.encoder import CONV
 
 WIDTH = 3  # of all causal convolutions
 
@@ -72,8 +72,8 @@ class CausalBlock(nn.Module):
     def __call__(self, x, mask, tail, length):
         """x [R, T, I], mask [R, T, 1], tail [R, 2, I] -> (y [R, T, C], the tail after `length` rows)."""
         x = x * mask
-        y = CausalConv1d(self.channels, WIDTH, axes=CONV, name="conv")(x, tail)[0]
-        return mish(LayerNorm(name="norm")(y)) * mask, tail_at(x, tail, length)
+        y = CausalConv1d(self.channels, WIDTH, axes=CONV, name="conv")(x, tail)
+        return mish(LayerNorm(name="norm")(y)) * mask, tail_after(x, tail, length)
 
 
 class ResidualBlock(nn.Module):
@@ -201,8 +201,8 @@ class Estimator(nn.Module):
             )
             skip = x
             x = x * mask
-            new["down_out"] = tail_at(x, tails["down_out"], length)
-            x = conv[0](x, tails["down_out"])[0]
+            new["down_out"] = tail_after(x, tails["down_out"], length)
+            x = conv[0](x, tails["down_out"])
         with jax.named_scope("mid"):
             stages = nn.scan(
                 Stage,
@@ -220,8 +220,8 @@ class Estimator(nn.Module):
                 x, (config.num_stages - 1, time["up"], tails["up"]), *common
             )
             x = x * mask
-            new["up_out"] = tail_at(x, tails["up_out"], length)
-            x = conv[1](x, tails["up_out"])[0]
+            new["up_out"] = tail_after(x, tails["up_out"], length)
+            x = conv[1](x, tails["up_out"])
         with jax.named_scope("final"):
             x, new["final"] = CausalBlock(config.channels, name="final")(x, mask, tails["final"], length)
             x = Linear(self.config.mel_bins, (*CONV,), name="final_out")(x * mask) * mask
