@@ -19,8 +19,8 @@ from moss_jax.nn.quantize import nearest_codes, unit
 from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
-# The amplitude of new positions. Whisper's is 1; a fifth of it is about the size of what new convolutions give, and with
-# it the recognition loss of a small encoder falls sooner (docs/speech_tokenizer_training.md).
+# The amplitude of new positions. Whisper's is 1; a fifth of it is about the size of what new convolutions give, and
+# with it the loss of a small encoder falls sooner (docs/speech_tokenizer_training.md).
 POSITION_SCALE = 0.2
 
 
