@@ -467,7 +467,7 @@ class FlowStream:
         self._waiting = self._waiting[codes:]
         self._prompt_waiting -= prompt
         # On the host: a slice there compiles nothing.
-        return self.flow.config.restored(np.asarray(mel)[:, prompt * frames : codes * frames])
+        return self.flow.config.denormalized(np.asarray(mel)[:, prompt * frames : codes * frames])
 
 
 def grown(state: FlowState, slots: int) -> FlowState:
