@@ -16,7 +16,7 @@ from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow import sampler
-from moss_jax.speech_decoder.flow.stream import MEMORY, CachedFlow, Prompt
+from moss_jax.speech_decoder.flow.stream import CACHE_BYTES, CachedFlow, Prompt
 from moss_jax.speech_decoder.stream import CachedStream
 from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.model import HiFT, fold_weight_norm, sine_noise
@@ -40,7 +40,7 @@ class SpeechDecoder:
         config: SpeechDecoderConfig,
         params: Mapping[str, Any],
         *,
-        cache_memory: int = MEMORY,
+        cache_memory: int = CACHE_BYTES,
         cache_dtype: str = "float32",
     ):
         self.config = config
