@@ -27,7 +27,7 @@ STAGES = {
 
 
 def train_step(request: CompileRequest, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step and the shapes of its arguments: state, frozen parameters, batch, limit of loss and gradient norm.
+    """The jitted step and its arguments as shapes: state, frozen parameters, batch, limit of loss and gradient norm.
 
     Parameters are bfloat16; attention is splash attention where the sizes allow it.
     """
