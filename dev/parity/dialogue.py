@@ -87,7 +87,7 @@ def sampler(golden: Golden) -> dict:
             seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
             results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # as the file stores -inf
-            results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.narrow(scores, settings)[0])
+            results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.filter_logits(scores, settings)[0])
     return results
 
 

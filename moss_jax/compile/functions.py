@@ -16,8 +16,8 @@ from moss_jax.speech_decoder import config as decoder_configs
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.sampler import flow
 from moss_jax.speech_decoder.vocoder import HiFT
-from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, TransformerConfig, model_axes, model_shapes
-from moss_jax.speech_lm.cache import AXES
+from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig, model_axes, model_shapes
+from moss_jax.speech_lm.cache import CACHE_AXES
 from moss_jax.speech_tokenizer import config as tokenizer_configs
 from moss_jax.speech_tokenizer.encode import encode_padded
 from moss_jax.speech_tokenizer.encoder import init_params
@@ -49,7 +49,7 @@ def _replicated(_: tuple, leaf: Any) -> tuple:
     return (None,) * leaf.ndim
 
 
-def _generation(request: CompileRequest, mesh: Mesh) -> tuple[TransformerConfig, Any, Any]:
+def _generation(request: CompileRequest, mesh: Mesh) -> tuple[SpeechLMConfig, Any, Any]:
     """Config, nested parameters and GenerationState; the last two are shapes with shardings."""
     config = {"8b": MOSS_SPEECH_8B, "tiny": TINY}[request.size]
     shapes = model_shapes(config)
@@ -60,7 +60,7 @@ def _generation(request: CompileRequest, mesh: Mesh) -> tuple[TransformerConfig,
     state = jax.eval_shape(lambda: new_state(config, request.batch, request.context))
 
     def axes(path: tuple, leaf: Any) -> tuple:
-        return AXES if leaf.ndim == len(AXES) else _over_batch(path, leaf)
+        return CACHE_AXES if leaf.ndim == len(CACHE_AXES) else _over_batch(path, leaf)
 
     return config, unflatten(params), _with_shardings(state, axes, mesh)
 

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from moss_jax.compile.request import CompileRequest
 from moss_jax.sharding import fitting
-from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, TransformerConfig
+from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.speech_lm import stages
-from moss_jax.train.speech_lm.flops import PEAK, step_flops
+from moss_jax.train.speech_lm.flops import PEAK_FLOPS, step_flops
 from moss_jax.train.speech_lm.lora import Lora
 from moss_jax.train.speech_lm.stages import Stage, stage_shapes
 from moss_jax.train.speech_lm.step import BATCH_AXES, frozen_shardings, make_step, state_shardings
@@ -57,14 +57,14 @@ def step_estimate(request: CompileRequest, chips: int, family: str) -> dict[str,
     tokens = request.batch * request.context
     flops = step_flops(config, stage, tokens, request.context)
     result: dict[str, Any] = {"tokens": tokens, "step_flop": float(f"{flops:.4g}")}
-    if family in PEAK:
-        seconds = flops / (chips * PEAK[family] * request.mfu)
+    if family in PEAK_FLOPS:
+        seconds = flops / (chips * PEAK_FLOPS[family] * request.mfu)
         result["step_seconds_at_mfu"] = round(seconds, 2)
         result["tokens_per_second_at_mfu"] = round(tokens / seconds)
     return result
 
 
-def _model(request: CompileRequest) -> tuple[TransformerConfig, Stage]:
+def _model(request: CompileRequest) -> tuple[SpeechLMConfig, Stage]:
     size = {"8b": MOSS_SPEECH_8B, "tiny": TINY}[request.size]
     # Splash attention works on blocks of 128: head size and context must be multiples.
     attention = "splash" if size.head_dim % 128 == 0 and request.context % 128 == 0 else "xla"

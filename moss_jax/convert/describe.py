@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.files import require_folder
 from moss_jax.convert.language_model import read_transformer_config, tokenizer_size
@@ -76,12 +77,12 @@ def describe(folder: str | Path, names: bool = False) -> Iterator[str]:
     """
     folder = require_folder(folder, "a system folder or a released folder")
     seen: dict[str, set[str]] = {}
-    if (folder / SYSTEM).is_file():
+    if (folder / SYSTEM_FILE).is_file():
         yield from _system(SystemFolder(folder).path)
     elif (folder / "config.json").is_file():
         yield from _released(folder, seen)
     else:
-        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a released one (config.json)")
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM_FILE}) nor a released one (config.json)")
     yield ""
     yield from _provenance(seen, names)
 
@@ -113,12 +114,12 @@ def _system(folder: Path) -> Iterator[str]:
         yield "codec: none; this system cannot hear or speak"
     if (tokenizer := folder / "text_tokenizer" / "tokenizer.json").is_file():
         yield f"text tokenizer: {tokenizer_size(tokenizer)} ids"
-    default = read_json(folder / SYSTEM).get("default_voice")
+    default = read_json(folder / SYSTEM_FILE).get("default_voice")
     yield f"voices: {', '.join(voices) or 'none'}; default: {default or 'the zero voice'}"
     carried = [path for path in (folder / "carried").rglob("*") if path.is_file()]
     if carried:
         yield f"carried for an export, unused: {len(carried)} files, {_size(sum(p.stat().st_size for p in carried))}"
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:

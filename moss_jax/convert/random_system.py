@@ -11,7 +11,8 @@ import numpy as np
 from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.old_names import old_path
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import write_json
 from moss_jax.convert.stream import CopyProgress, Say
 from moss_jax.convert.system import export_released
@@ -30,7 +31,7 @@ from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.config import MOSS_SPEECH_8B, TransformerConfig
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, SpeechLMConfig
 from moss_jax.speech_lm.config import TINY as TRANSFORMER_TINY
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -41,7 +42,7 @@ from moss_jax.speech_tokenizer.encoder import encoder_shapes
 class SystemConfigs:
     """The configs of a whole system."""
 
-    transformer: TransformerConfig
+    transformer: SpeechLMConfig
     tokenizer: SpeechTokenizerConfig
     decoder: SpeechDecoderConfig
 
@@ -150,14 +151,16 @@ def write_random(folder: Path, sizes: SystemConfigs, seed: int, say: Say) -> Non
     (folder / "text_tokenizer").mkdir()
     write_text_tokenizer(folder / "text_tokenizer" / "tokenizer.json", lm)
     (folder / "voices").mkdir()
-    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    write_json(folder / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
 
 
 def _write_part(folder: Path, stem: str, table: NameTable, shapes: Mapping[str, Any], seed: str, say: Say) -> None:
     progress = CopyProgress(say, f"writing {folder.name}/{stem}", shapes)
     with TensorWriter(folder, shapes, stem) as writer:
         for entry in table.entries(shapes):
-            writer.write(entry.path, random_parameter(entry, f"{seed} {entry.path}"))
+            # Seeded by the path that the parameter had in version 0.1.0, so that a seed still gives the same system.
+            path = entry.path if folder.name == "transformer" else old_path(entry.path)
+            writer.write(entry.path, random_parameter(entry, f"{seed} {path}"))
             progress.add(shapes[entry.path])
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.convert.stream import Say
 from moss_jax.convert.system import convert_released
 from moss_jax.errors import MossError
@@ -60,12 +60,12 @@ def resolve_system(
             failed.
     """
     folder = find_folder(model, revision)
-    if is_file(folder / SYSTEM):
+    if is_file(folder / SYSTEM_FILE):
         if codec is not None:
             raise MossError(f"{folder}: is a complete system with its own codec; remove --codec")
         return SystemFolder(folder).path
     if not is_file(folder / "config.json"):
-        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a released model (config.json)")
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM_FILE}) nor a released model (config.json)")
     if codec is None:
         raise MossError(f"{folder}: is a released language model, which needs a codec: add --codec FOLDER or hub name")
     codec_folder = find_folder(codec, codec_revision, CODEC_FILES)

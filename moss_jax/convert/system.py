@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.checkpoint import atomic_folder
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.convert.codec import NOTES, export_codec, import_codec
 from moss_jax.convert.files import carry_files, copy_file, require_folder, write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model, language_config
 from moss_jax.convert.qwen3 import RELEASED_CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
 # what an export to the released layouts makes
 MODEL_FOLDER = "MOSS-Speech"
@@ -33,7 +34,7 @@ def convert_released(model: str | Path, codec: str | Path, out: str | Path, say:
     config = language_config(model)
     with atomic_folder(out) as folder:
         _begin(folder, codec, say)
-        SystemFolder(folder).check_codes(config, f"{model} and {codec}")  # before the long work
+        check_codes(SystemFolder(folder), config, f"{model} and {codec}")  # before the long work
         import_language_model(model, folder, say)
 
 
@@ -61,7 +62,7 @@ def convert_qwen3(
 def export_released(system: str | Path, out: str | Path, say: Say) -> None:
     """The two released folders, `MOSS-Speech` and `MOSS-Speech-Codec`, below `out`; what the system has of them."""
     system = SystemFolder(system).path
-    SystemFolder(system).check_codes()
+    check_codes(SystemFolder(system))
     with atomic_folder(out) as folder:
         if (system / "transformer").is_dir():
             (folder / MODEL_FOLDER).mkdir()
@@ -80,22 +81,22 @@ def export_text_path(system: str | Path, out: str | Path, say: Say) -> None:
 
 def _begin(folder: Path, codec: str | Path | None, say: Say) -> int:
     """Starts a system with its codec, if there is one; returns the number of speech codes."""
-    settings: dict[str, Any] = {"format": FORMAT, "default_voice": None}
+    settings: dict[str, Any] = {"format": SYSTEM_FORMAT, "default_voice": None}
     codes = RELEASED_CODES
-    if codec is not None and (Path(codec) / SYSTEM).is_file():
+    if codec is not None and (Path(codec) / SYSTEM_FILE).is_file():
         system = SystemFolder(codec)
-        for room in ("speech_tokenizer", "speech_decoder"):
-            system.room(room)  # raises where it is missing
+        for component_folder in ("speech_tokenizer", "speech_decoder"):
+            system.component_folder(component_folder)  # raises where it is missing
         for name in CODEC_PARTS:
             if (system.path / name).is_dir():
                 carry_files(system.path / name, folder / name, within=system.path)
         if (system.path / NOTES).is_file():
             copy_file(system.path / NOTES, folder / NOTES, within=system.path)
         settings["default_voice"] = system.settings.get("default_voice")
-        codes = system.config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
+        codes = system.config(SPEECH_TOKENIZER).quantize_vocab_size
     elif codec is not None:
         codes = import_codec(codec, folder, say).tokenizer.quantize_vocab_size
     (folder / "voices").mkdir(exist_ok=True)
-    write_json(folder / SYSTEM, settings)
-    SystemFolder(folder).check_codes(where=str(codec))
+    write_json(folder / SYSTEM_FILE, settings)
+    check_codes(SystemFolder(folder), where=str(codec))
     return codes

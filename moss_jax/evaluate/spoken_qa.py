@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.grid import REPLIES
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import ContentPart, need, need_string, read_items, read_part
@@ -18,6 +17,7 @@ from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.evaluate.words import contains_answer, words
+from moss_jax.text.chat_template import REPLIES
 
 WAVES = "waves"
 

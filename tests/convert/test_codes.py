@@ -10,6 +10,7 @@ import pytest
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
+from moss_jax.components import check_codes
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
 from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
@@ -80,7 +81,7 @@ def test_the_codec_of_a_system_is_taken_over(other, started):
     assert json.loads((started / "system.json").read_text()) == {"format": "moss-jax-1", "default_voice": "anna"}
     config = read_transformer_config(started)
     assert (config.eosp_id, config.audio_vocab_size) == (OTHER, 128)
-    SystemFolder(started).check_codes()
+    check_codes(SystemFolder(started))
 
 
 def test_a_codec_taken_over_is_exported_like_the_original(random, released, qwen, tmp_path):
@@ -103,7 +104,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
     from moss_jax.train.run import load_run
-    from moss_jax.train.speech_lm.start import starting_parameters
+    from moss_jax.train.speech_lm.initial import starting_parameters
     from tests.train.tiny import write_config as write_run
 
     (tmp_path / "speech.jsonl").write_text(json.dumps({"codes": [0, 1, OTHER - 1] * 5}) + "\n")
@@ -207,7 +208,7 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
 @pytest.mark.parametrize("room", ["transformer", "speech_tokenizer", "speech_decoder"])
 def test_every_pair_of_components_is_compared(random, tmp_path, room):
     folder = shutil.copytree(random, tmp_path / "system")
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
     config = write_config(SYSTEM_SIZES["tiny"].decoder)
     if room != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
@@ -218,7 +219,7 @@ def test_every_pair_of_components_is_compared(random, tmp_path, room):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_vocab_size": OTHER}))
         shutil.rmtree(folder / "transformer")
     with pytest.raises(MossError, match="different numbers of speech codes"):
-        SystemFolder(folder).check_codes()
+        check_codes(SystemFolder(folder))
 
 
 def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
@@ -226,10 +227,10 @@ def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     path = folder / "transformer" / "config.json"
     config = replace(SYSTEM_SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
     path.write_text(json.dumps(write_config(config)))
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.checkpoint.system_folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
-    SystemFolder(Path(NANO)).check_codes()
+    check_codes(SystemFolder(Path(NANO_FOLDER)))
