@@ -7,7 +7,7 @@ import pytest
 from moss_jax.checkpoint import load_tree, open_tensors, save_tree
 from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import NANO_FOLDER, SystemFolder
-from moss_jax.convert.stream import exported
+from moss_jax.convert.stream import exported_tensors
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.errors import MossError
@@ -36,9 +36,8 @@ def test_the_bundled_system_has_old_names_and_loads():
     np.testing.assert_array_equal(params["layers/q/kernel"], stored.read("layers/query/kernel").astype(np.float32))
     config, parts = SystemFolder(NANO_FOLDER).load(SPEECH_DECODER)
     assert set(flatten(parts["flow"])) == set(flow_shapes(config.flow))
-    assert set(flatten(parts["vocoder"])) == set(
-        open_tensors(NANO_FOLDER / "speech_decoder" / "vocoder.safetensors").tensors
-    )
+    vocoder = open_tensors(NANO_FOLDER / "speech_decoder" / "vocoder.safetensors")
+    assert set(flatten(parts["vocoder"])) == set(vocoder.tensors)
 
 
 def test_a_system_with_old_names_is_exported():
@@ -50,7 +49,7 @@ def test_a_system_with_old_names_is_exported():
     for stem, table, shapes, path in cases:
         stored = open_tensors(NANO_FOLDER / f"{stem}.safetensors")
         assert path in stored.tensors
-        source = exported(stored, table, shapes)
+        source = exported_tensors(stored, table, shapes)
         assert set(source.tensors) == set(table.shapes(shapes))
         name = next(str(entry.names.flat[-1]) for entry in table.entries(shapes) if old_path(entry.path) == path)
         assert source.read(name).shape == source.tensors[name].shape

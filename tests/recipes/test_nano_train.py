@@ -15,7 +15,6 @@ from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_lm.config import NANO
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.run import Run
@@ -53,7 +52,7 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
-    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").config(SPEECH_LM)
+    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
     config = tmp_path / "tiny" / "speech_decoder" / "config.json"
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1
@@ -74,11 +73,7 @@ def test_arms_make_as_many_updates():
             ["stage2", "stage2", "sft"],
         ]
         assert len({tuple((run.steps, run.data) for run in own) for own in runs.values()}) == 1
-        assert [own[0].split for own in runs.values()] == [
-            NANO.num_modality_layers,
-            NANO.num_modality_layers,
-            0,
-        ]
+        assert [own[0].split for own in runs.values()] == [NANO.num_modality_layers, NANO.num_modality_layers, 0]
         assert {own[0].init for own in runs.values()} == {"nano/qwen3"}
         assert all(b.init == a.folder for own in runs.values() for a, b in pairwise(own))
         everything = [run for own in runs.values() for run in own]
