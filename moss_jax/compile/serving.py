@@ -342,10 +342,10 @@ def _generation(request: Request, mesh):
     import jax
 
     from moss_jax.generate.loop import new_state
+    from moss_jax.nn.qwen3 import CACHE_AXES
     from moss_jax.nn.tree import unflatten
     from moss_jax.sharding import shardings_for
     from moss_jax.speech_lm import model_axes, model_shapes
-    from moss_jax.speech_lm.cache import CACHE_AXES
 
     config = _transformer(request)
     shapes = model_shapes(config)

@@ -29,9 +29,7 @@ from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
-from moss_jax.nn.rope import rope_angles
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
-from moss_jax.speech_lm.model import Layer
 
 BLOCKS = ("shared", "text", "audio")
 SCORES = ("match", "path")  # best speech position; best monotone path
@@ -50,20 +48,10 @@ def layer_outputs(params: Any, grid: jax.Array, *, config: SpeechLMConfig) -> di
     Returns:
         {"shared", "text", "audio"}, those that have layers: [L, B, T, D] in the config's dtype.
     """
-    x = LayerSplitModel(config).apply({"params": params}, grid, method="embed")
     positions = jnp.broadcast_to(jnp.arange(grid.shape[1]), grid.shape[:2])
-    angles = rope_angles(positions, config.head_dim, config.rope_theta)
-
-    def layer(x, own):
-        y, _ = Layer(config).apply({"params": own}, x, angles, None, None, None)
-        return y, y
-
-    outputs = {}
-    if config.num_shared_layers:
-        x, outputs["shared"] = jax.lax.scan(layer, x, params["shared"]["layers"])
-    for branch in ("text", "audio") if config.num_modality_layers else ():
-        _, outputs[branch] = jax.lax.scan(layer, x, params[branch]["layers"])
-    return outputs
+    forward = partial(LayerSplitModel(config).apply, method="hidden", mutable="intermediates")
+    _, collected = forward({"params": params}, grid, positions)
+    return {name: stack["layers"]["output"][0] for name, stack in collected["intermediates"].items()}
 
 
 @jax.jit
