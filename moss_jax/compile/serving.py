@@ -341,7 +341,7 @@ def _generation(request: Request, mesh):
     """Shapes with shardings of (parameters, GenerationState), and the config."""
     import jax
 
-    from moss_jax.generate.loop import new_state
+    from moss_jax.generate import new_state
     from moss_jax.nn.tree import unflatten
     from moss_jax.sharding import shardings_for
     from moss_jax.speech_lm import model_axes, model_shapes
@@ -367,7 +367,7 @@ def _prefill(request: Request, mesh):
     import jax
     import jax.numpy as jnp
 
-    from moss_jax.generate.loop import prefill
+    from moss_jax.generate import prefill
 
     config, params, state = _generation(request, mesh)
     shapes = (request.batch, request.context, 2), (request.batch, request.context)
@@ -385,7 +385,7 @@ def _decode(request: Request, mesh):
     import jax
     import jax.numpy as jnp
 
-    from moss_jax.generate.loop import GenerationSettings, decode_chunk
+    from moss_jax.generate import GenerationSettings, decode_chunk
 
     config, params, state = _generation(request, mesh)
 

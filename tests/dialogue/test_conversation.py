@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 
 from moss_jax.data.formats import Maker
 from moss_jax.data.manifest import Document
-from moss_jax.dialogue.conversation import LanguageModel, capacity_for
+from moss_jax.dialogue.conversation import LanguageModel
 from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate.slots import capacity_for
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_lm import TINY
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
@@ -36,7 +36,7 @@ def model(params, text_tokenizer):
 
 def answer(model, turns, reply, conversation=None, settings=SETTINGS, seed=0):
     conversation, notices = model.begin(turns, reply, settings, conversation=conversation, seed=seed)
-    state = model.go_on(conversation.state, settings, settings.max_new_tokens)
+    state = model.decode(conversation.state, settings, settings.max_new_tokens)
     return conversation.replace(state=state), notices
 
 
@@ -54,7 +54,7 @@ def test_kept_caches_change_nothing(model):
     np.testing.assert_array_equal(grids[: len(first)], first)
     state = new_state(TINY, 1, 256)
     state = model._prefill(state, grids[None], np.ones((1, len(grids)), bool), conversation.state.keys)
-    state = model.go_on(state, SETTINGS, SETTINGS.max_new_tokens)
+    state = model.decode(state, SETTINGS, SETTINGS.max_new_tokens)
     again = np.asarray(state.grid)[0, len(grids) : int(state.filled)]
     np.testing.assert_array_equal(again, conversation.rows)
 
@@ -121,9 +121,9 @@ def test_saved_and_resumed(model, tmp_path):
     resumed, _ = answer(model, [SPEECH], "speech", model.resume(path))
     np.testing.assert_array_equal(resumed.rows, expected.rows)
     np.testing.assert_array_equal(resumed.starts, expected.starts)
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         model.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         conversation.save(path)
     with pytest.raises(MossError, match="cannot be written"):
         resumed.save(tmp_path / "nowhere" / "talk.safetensors")
@@ -303,12 +303,12 @@ def test_training_and_generation_begin_alike(model, reply):
 def test_a_batch_answers_as_each_alone(model):
     questions = [[TEXT], [SPEECH], [Turn("system", text="x"), TEXT, Turn("assistant", text="no"), SPEECH]]
     state, start, notices = model.begin_batch(questions, "speech", SETTINGS, seed=3, rows=4)
-    state = model.go_on(state, SETTINGS, SETTINGS.max_new_tokens)
+    state = model.decode(state, SETTINGS, SETTINGS.max_new_tokens)
     lengths = np.asarray(state.lengths)
     assert lengths[3] == 0 and notices == [[], [], []]
     for i, question in enumerate(questions):
         conversation, _ = model.begin(question, "speech", SETTINGS, seed=3, request=i)
-        conversation = conversation.replace(state=model.go_on(conversation.state, SETTINGS, 100))
+        conversation = conversation.replace(state=model.decode(conversation.state, SETTINGS, 100))
         np.testing.assert_array_equal(np.asarray(state.grid)[i, start : start + lengths[i]], conversation.rows)
 
 

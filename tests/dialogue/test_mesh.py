@@ -33,8 +33,7 @@ def main():
 
     from moss_jax.dialogue.conversation import LanguageModel
     from moss_jax.dialogue.turns import Turn
-    from moss_jax.generate.loop import GenerationSettings
-    from moss_jax.generate.sampling import ChannelSettings
+    from moss_jax.generate import ChannelSettings, GenerationSettings
     from moss_jax.nn.tree import flatten, param_axes, unflatten
     from moss_jax.sharding import make_mesh, shardings_for
     from moss_jax.speech_lm import TINY, LayerSplitModel
@@ -51,7 +50,7 @@ def main():
 
     def said(model):
         state, begin, _ = model.begin_batch(questions, "speech", settings)
-        state = model.go_on(state, settings, 100)
+        state = model.decode(state, settings, 100)
         return np.asarray(state.grid)[:, begin:], np.asarray(state.lengths), state
 
     expected, lengths, _ = said(LanguageModel(TINY, unflatten(params), tokenizer))

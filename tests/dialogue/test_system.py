@@ -92,7 +92,7 @@ def test_three_turns_of_every_kind_and_a_saved_conversation(system, spoken, tmp_
     third = system.reply([spoken], conversation=system.resume(tmp_path / "talk.safetensors"), **SHORT)
     np.testing.assert_array_equal(third.codes, stream.reply.codes)
     assert third.conversation.roles.tolist() == [0, 1, 2, 1, 2, 1, 2]
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         system.reply([WRITTEN], conversation=second.conversation)
 
 

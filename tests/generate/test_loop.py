@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from dev.parity import check_golden, read_golden
 from moss_jax.dialogue.grid import pad_left
-from moss_jax.generate import sampling
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill, sampling
 from moss_jax.speech_lm import TINY, LayerSplitModel
 
 CAPACITY = 80
@@ -49,7 +47,6 @@ def run(params, prompts, settings, keys, ks=(1000,), state=None, capacity=CAPACI
         rows.shape[1],
         keys,
         config=TINY,
-        compat=settings.compat,
         chunk=CHUNK,
     )
     start = int(state.filled)
