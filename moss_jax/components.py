@@ -6,16 +6,14 @@ from moss_jax.checkpoint.component import Component
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.component import SPEECH_DECODER
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
 COMPONENTS: tuple[Component[Any], ...] = (SPEECH_LM, SPEECH_TOKENIZER, SPEECH_DECODER)
 
 
-def check_codes(
-    folder: SystemFolder, language_model: TransformerConfig | None = None, where: str | None = None
-) -> None:
+def check_codes(folder: SystemFolder, language_model: SpeechLMConfig | None = None, where: str | None = None) -> None:
     """Checks that all components of a system have the same number of speech codes.
 
     Only configs are read. A component that the system does not have is not compared, nor is a language model without

@@ -8,7 +8,7 @@ import numpy as np
 from dev.parity.golden import Golden, Mismatch
 from dev.parity.transformer import read_config, split_params
 from dev.reference import dialogue as reference
-from moss_jax.convert.tables.transformer import ID_KEYS
+from moss_jax.convert.tables.speech_lm import ID_KEYS
 from moss_jax.dialogue import grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.documents import parse_json

@@ -1,1 +1,1 @@
-"""The released programs' own behaviour, where it differs from the product's: for parity only."""
+"""What the released PyTorch code does where the product differs on purpose; for parity checks and tests only."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from moss_jax.dialogue.turns import Turn
 from moss_jax.generate import state_machine
 from moss_jax.generate.state_machine import AUDIO, TEXT, Array, Rules
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.tokenizer import TextTokenizer
 
 # What the processor inserts. The released driver always gives a system turn, so its users never meet these.
@@ -44,12 +44,12 @@ def with_processor_system(turns: Sequence[Turn], reply: str) -> list[Turn]:
     return [*turns, Turn("system", text=PROCESSOR_SYSTEM_PROMPT[reply])]
 
 
-def initial_mode(text: Array, audio: Array, config: TransformerConfig) -> Array:
+def initial_mode(text: Array, audio: Array, config: SpeechLMConfig) -> Array:
     is_speech = state_machine.embeds_audio(text, config) & (audio != config.audio_pad_id)
     return jnp.where(is_speech, AUDIO, TEXT)
 
 
-def next_mode(mode: Array, text: Array, audio: Array, config: TransformerConfig) -> Array:
+def next_mode(mode: Array, text: Array, audio: Array, config: SpeechLMConfig) -> Array:
     opens = (mode == TEXT) & (text == config.sosp_id)
     closes = ((mode == AUDIO) | opens) & (audio == config.eosp_id)
     return jnp.where(closes, TEXT, jnp.where(opens, AUDIO, mode))
@@ -60,7 +60,7 @@ def active_channels(mode: Array) -> dict[str, Array]:
     return {"text": everywhere, "audio": everywhere}
 
 
-def forbid_text(text_size: jax.Array | int, config: TransformerConfig) -> jax.Array:
+def forbid_text(text_size: jax.Array | int, config: SpeechLMConfig) -> jax.Array:
     return jnp.zeros(config.text_vocab_size, bool)
 
 

@@ -55,7 +55,7 @@ def system_folder(args) -> Path:
     What is compiled is kept beside the conversions, so that the next run starts sooner.
     """
     from moss_jax.checkpoint.system_folder import NANO_FOLDER
-    from moss_jax.convert.system import resolve
+    from moss_jax.convert.resolve import resolve_system
 
     keep_compiled()
     if args.model is None:
@@ -64,7 +64,7 @@ def system_folder(args) -> Path:
                 raise MossError(f"--{name.replace('_', '-')}: is used together with --model, which is missing")
         return NANO_FOLDER
     check_revisions(args)
-    return resolve(args.model, args.codec, cache_folder(), progress, args.revision, args.codec_revision)
+    return resolve_system(args.model, args.codec, cache_folder(), progress, args.revision, args.codec_revision)
 
 
 def check_revisions(args) -> None:

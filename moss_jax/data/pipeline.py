@@ -19,7 +19,7 @@ from moss_jax.data.batches import StepBatches
 from moss_jax.data.pack import Plan, make_plan
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 PLANS = 2  # of the latest epochs are kept: at the turn of an epoch both are read
 
@@ -59,7 +59,7 @@ class PackedRows:
         seed, index: of the mixture, and the place of the source in it.
     """
 
-    def __init__(self, folder: str | Path, config: TransformerConfig, context: int, seed: int, index: int):
+    def __init__(self, folder: str | Path, config: SpeechLMConfig, context: int, seed: int, index: int):
         self.examples = Examples(folder, config)
         self.config = config
         self.context = context
@@ -149,7 +149,7 @@ class Batches(StepBatches):
     def __init__(
         self,
         mixture: Mixture,
-        config: TransformerConfig,
+        config: SpeechLMConfig,
         *,
         context: int,
         batch_size: int,
@@ -181,7 +181,7 @@ class Batches(StepBatches):
 
 def open_batches(
     mixture: Mixture,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     *,
     context: int,
     batch_size: int,

@@ -28,7 +28,7 @@ from moss_jax.generate.state_machine import AUDIO, next_mode
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.chat_template import TURN_END
 from moss_jax.text.tokenizer import TextTokenizer
 
@@ -131,7 +131,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: SpeechLMConfig,
         params: Any,
         text_tokenizer: TextTokenizer,
         context: int | None = None,

@@ -13,17 +13,17 @@ import numpy as np
 
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT, TURN_END, check_reply, reply_start, turn_start
 from moss_jax.text.tokenizer import TextTokenizer
 
 
-def text_rows(ids: Sequence[int], config: TransformerConfig) -> np.ndarray:
+def text_rows(ids: Sequence[int], config: SpeechLMConfig) -> np.ndarray:
     """Text ids [T] to rows int32 [T, 2]."""
     return np.stack([np.asarray(ids, np.int32), np.full(len(ids), config.audio_pad_id, np.int32)], 1)
 
 
-def speech_rows(codes: Sequence[int] | np.ndarray, config: TransformerConfig) -> np.ndarray:
+def speech_rows(codes: Sequence[int] | np.ndarray, config: SpeechLMConfig) -> np.ndarray:
     """Speech codes [N] to rows int32 [N + 2, 2].
 
     Raises:
@@ -40,12 +40,12 @@ def speech_rows(codes: Sequence[int] | np.ndarray, config: TransformerConfig) ->
     return rows
 
 
-def template_rows(piece: str, text_tokenizer: TextTokenizer, config: TransformerConfig) -> np.ndarray:
+def template_rows(piece: str, text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> np.ndarray:
     """A piece of the chat template to rows int32 [T, 2]."""
     return text_rows(text_tokenizer.encode_template(piece), config)
 
 
-def turn_rows(turn: Turn, text_tokenizer: TextTokenizer, config: TransformerConfig) -> np.ndarray:
+def turn_rows(turn: Turn, text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> np.ndarray:
     """A turn of text or codes to rows int32 [T, 2].
 
     Raises:
@@ -62,7 +62,7 @@ def turn_rows(turn: Turn, text_tokenizer: TextTokenizer, config: TransformerConf
     return np.concatenate([start, content, end])
 
 
-def reply_header(reply: str, text_tokenizer: TextTokenizer, config: TransformerConfig) -> np.ndarray:
+def reply_header(reply: str, text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> np.ndarray:
     """The rows int32 [T, 2] that request a reply, "speech" or "text"; for speech the last one is (sosp, audio_pad).
 
     Raises:
@@ -84,21 +84,19 @@ def with_default_system(turns: Sequence[Turn], reply: str) -> list[Turn]:
 
 
 def prompt_pieces(
-    turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config: TransformerConfig
+    turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config: SpeechLMConfig
 ) -> list[np.ndarray]:
     """The rows int32 [T, 2] of each turn (text or codes), and last the rows that request the reply."""
     pieces = [turn_rows(turn, text_tokenizer, config) for turn in turns]
     return [*pieces, reply_header(reply, text_tokenizer, config)]
 
 
-def prompt_grid(
-    turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config: TransformerConfig
-) -> np.ndarray:
+def prompt_grid(turns: Sequence[Turn], reply: str, text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> np.ndarray:
     """The whole prompt int32 [T, 2] of a new conversation (text and codes), with its system turn and reply header."""
     return np.concatenate(prompt_pieces(with_default_system(turns, reply), reply, text_tokenizer, config))
 
 
-def pad_left(grids: Sequence[np.ndarray], config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(grids: Sequence[np.ndarray], config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """Grids [T_b, 2] to one batch int32 [B, T, 2] and its mask bool [B, T]; padding is (endoftext, audio_pad)."""
     length = max(len(grid) for grid in grids)
     batch = np.empty((len(grids), length, 2), np.int32)
@@ -125,7 +123,7 @@ class ReplyRows(NamedTuple):
     complete: bool
 
 
-def read_reply(rows: np.ndarray, config: TransformerConfig) -> ReplyRows:
+def read_reply(rows: np.ndarray, config: SpeechLMConfig) -> ReplyRows:
     """The text and the first stretch of speech in generated rows int32 [T, 2]."""
     is_speech = rows[:, 0] == config.modality_pad_id
     values = rows[is_speech, 1]

@@ -21,7 +21,7 @@ from moss_jax.errors import MossError
 from moss_jax.generate.slots import GenerationState, new_state, with_capacity
 from moss_jax.generate.state_machine import AUDIO, ENDOFTEXT
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 FORMAT = "moss-jax-conversation-2"
 FORMAT_1 = "moss-jax-conversation-1"
@@ -49,7 +49,7 @@ def write_conversation(path: str | Path, state: GenerationState, turns: Mapping[
 
 
 def read_conversation(
-    path: str | Path, config: TransformerConfig, context: int, models: Mapping[str, str]
+    path: str | Path, config: SpeechLMConfig, context: int, models: Mapping[str, str]
 ) -> tuple[GenerationState, Tensors, bool]:
     """Reads the file that `write_conversation` wrote, and checks that its values are possible.
 
@@ -82,14 +82,14 @@ def read_conversation(
     return from_state_dict(empty_state, nested["state"]), {name: tensors[name] for name in TURNS}, version == FORMAT
 
 
-def fingerprint_1(params: Any, config: TransformerConfig) -> str:
+def fingerprint_1(params: Any, config: SpeechLMConfig) -> str:
     """The fingerprint in FORMAT_1, of the text embedding of im_start."""
     row = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
     return f"{zlib.crc32(row.tobytes()):08x}"
 
 
 def _expected(
-    found: Mapping[str, Spec], config: TransformerConfig, context: int, path: str | Path
+    found: Mapping[str, Spec], config: SpeechLMConfig, context: int, path: str | Path
 ) -> tuple[dict[str, Spec], GenerationState]:
     """The shape and dtype that each tensor should have, given the numbers of columns and turns; and such a state."""
     grid = found["state/grid"][0] if "state/grid" in found else ()
@@ -105,7 +105,7 @@ def _expected(
     return expected | {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}, state
 
 
-def _problem(tensors: Tensors, config: TransformerConfig) -> str | None:
+def _problem(tensors: Tensors, config: SpeechLMConfig) -> str | None:
     """The first value that no conversation can have, or None. Shapes and dtypes are right already."""
     state = {name.removeprefix("state/"): x for name, x in tensors.items() if name.startswith("state/")}
     starts = tensors["starts"]

@@ -21,7 +21,7 @@ from moss_jax.generate import sampling
 from moss_jax.generate.sampling import GenerationSettings
 from moss_jax.generate.slots import BRANCHES, GenerationState, positions_of
 from moss_jax.generate.state_machine import AUDIO, DEFAULT_RULES, RUNNING, TEXT, Rules, embeds_audio, stop_reason
-from moss_jax.speech_lm import KVCache, LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm import KVCache, LayerSplitModel, SpeechLMConfig
 
 CHUNK = 256  # columns per call when many are pending: enough that arithmetic takes the time, not reading the weights
 
@@ -38,7 +38,7 @@ def prefill(
     count: jax.Array | int,
     keys: jax.Array,
     *,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     chunk: int = CHUNK,
     rules: Rules = DEFAULT_RULES,
 ) -> GenerationState:
@@ -101,7 +101,7 @@ def decode_chunk(
     settings: GenerationSettings,
     k: jax.Array | int,
     *,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     chunk: int = CHUNK,
     rules: Rules = DEFAULT_RULES,
 ) -> GenerationState:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moss_jax.generate.settings import DEFAULTS
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 
 @struct.dataclass
@@ -38,7 +38,7 @@ class GenerationSettings:
     text_size: int = 2**31 - 1  # text ids from here on have no token and are never sampled
 
 
-def forbid_audio(step: jax.Array | int, min_new_tokens: jax.Array | int, config: TransformerConfig) -> jax.Array:
+def forbid_audio(step: jax.Array | int, min_new_tokens: jax.Array | int, config: SpeechLMConfig) -> jax.Array:
     """The audio ids that cannot be sampled: everything above the end of speech (eosp), and eosp itself in early steps.
 
     Args:
@@ -52,7 +52,7 @@ def forbid_audio(step: jax.Array | int, min_new_tokens: jax.Array | int, config:
     return (ids > config.eosp_id) | ((ids == config.eosp_id) & (step < min_new_tokens))
 
 
-def forbid_text(text_size: jax.Array | int, config: TransformerConfig) -> jax.Array:
+def forbid_text(text_size: jax.Array | int, config: SpeechLMConfig) -> jax.Array:
     """The text ids that cannot be sampled: modality_pad, and ids without a token.
 
     Args:

@@ -16,7 +16,7 @@ from flax import struct
 
 from moss_jax.generate.sampling import request_keys
 from moss_jax.generate.state_machine import AUDIO, TEXT
-from moss_jax.speech_lm import KVCache, TransformerConfig, init_cache
+from moss_jax.speech_lm import KVCache, SpeechLMConfig, init_cache
 
 A = TypeVar("A", jax.Array, np.ndarray)
 
@@ -53,7 +53,7 @@ class GenerationState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def new_state(config: TransformerConfig, batch: int, capacity: int) -> GenerationState:
+def new_state(config: SpeechLMConfig, batch: int, capacity: int) -> GenerationState:
     """The state of `batch` empty conversations with `capacity` columns."""
     vocab = {"text": config.text_vocab_size, "audio": config.audio_vocab_size}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.generate.sampling import forbid_text
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 Array = jax.Array | np.ndarray
 
@@ -26,17 +26,17 @@ IM_END = 1
 ENDOFTEXT = 2
 
 
-def embeds_audio(text: Array, config: TransformerConfig) -> Array:
+def embeds_audio(text: Array, config: SpeechLMConfig) -> Array:
     """Whether a row with this text id is embedded from the audio table."""
     return text == config.modality_pad_id
 
 
-def initial_mode(text: Array, audio: Array, config: TransformerConfig) -> jax.Array:
+def initial_mode(text: Array, audio: Array, config: SpeechLMConfig) -> jax.Array:
     """The mode of the last prompt row (text, audio); `next_mode` of it is the mode of the first generated row."""
     return jnp.where(embeds_audio(text, config), AUDIO, TEXT)
 
 
-def next_mode(mode: Array, text: Array, audio: Array, config: TransformerConfig) -> jax.Array:
+def next_mode(mode: Array, text: Array, audio: Array, config: SpeechLMConfig) -> jax.Array:
     """The mode after a row (text, audio) that was sampled in `mode`."""
     opens = (mode == TEXT) & (text == config.sosp_id)
     closes = (mode == AUDIO) & (audio == config.eosp_id)
@@ -49,7 +49,7 @@ def active_channels(mode: Array) -> dict[str, Array]:
     return {"text": mode == TEXT, "audio": mode == AUDIO}
 
 
-def stop_reason(text: Array, config: TransformerConfig) -> jax.Array:
+def stop_reason(text: Array, config: SpeechLMConfig) -> jax.Array:
     """IM_END, ENDOFTEXT or RUNNING for the text id of a generated row."""
     return jnp.where(text == config.im_end_id, IM_END, jnp.where(text == config.endoftext_id, ENDOFTEXT, RUNNING))
 
@@ -61,10 +61,10 @@ class Rules:
     DEFAULT_RULES are the functions of this module. A comparison with another implementation replaces some of them.
     """
 
-    initial_mode: Callable[[Array, Array, TransformerConfig], Array]
-    next_mode: Callable[[Array, Array, Array, TransformerConfig], Array]
+    initial_mode: Callable[[Array, Array, SpeechLMConfig], Array]
+    next_mode: Callable[[Array, Array, Array, SpeechLMConfig], Array]
     active_channels: Callable[[Array], dict[str, Array]]
-    forbid_text: Callable[[jax.Array | int, TransformerConfig], jax.Array]
+    forbid_text: Callable[[jax.Array | int, SpeechLMConfig], jax.Array]
 
 
 DEFAULT_RULES = Rules(initial_mode, next_mode, active_channels, forbid_text)

@@ -33,12 +33,12 @@ from moss_jax.recipes.background import beside
 from moss_jax.recipes.recipe import RecipeStep, Say, run_recipe
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_lm.component import SPEECH_LM
-from moss_jax.speech_lm.config import NANO, TransformerConfig
+from moss_jax.speech_lm.config import NANO, SpeechLMConfig
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.loop import train
 from moss_jax.train.run import BaseRun, load_run, override
-from moss_jax.train.speech_lm.start import newest_export
+from moss_jax.train.run_folder import newest_export
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 
 FOLDER = Path("nano")  # in the working directory, as the configs have it
@@ -230,7 +230,7 @@ def scaled(run: BaseRun, share: float) -> BaseRun:
     )
 
 
-def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: TransformerConfig = NANO) -> None:
+def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: SpeechLMConfig = NANO) -> None:
     """Writes a system with tokenizers and the language model's sizes, enough to make examples with.
 
     Args:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moss_jax.checkpoint.config_io import write_config
+from moss_jax.progress import Say
 from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
@@ -15,7 +16,7 @@ from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.evaluation import Evaluation
 from moss_jax.train.speech_lm.export_system import export_system
 from moss_jax.train.speech_lm.flops import step_flops
-from moss_jax.train.speech_lm.start import starting_parameters
+from moss_jax.train.speech_lm.initial import starting_parameters
 from moss_jax.train.speech_lm.step import make_step, state_shardings, unrolled
 from moss_jax.train.state import TrainState, new_state
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
@@ -34,7 +35,7 @@ class LanguageModel:
         MossError: a batch does not divide over the mesh.
     """
 
-    def __init__(self, run: Run, mesh: Mesh, say: Callable[[str], None]):
+    def __init__(self, run: Run, mesh: Mesh, say: Say):
         check_rows(run.batch_size, mesh, run.accumulate)
         self._run = run
         self._mesh = mesh
