@@ -22,7 +22,7 @@ from moss_jax.dialogue.saved import FORMAT, FORMAT_1, TURNS, fingerprint_1, read
 from moss_jax.dialogue.turns import ROLES, Turn
 from moss_jax.errors import MossError
 from moss_jax.generate.loop import decode_chunk, prefill
-from moss_jax.generate.sampling import GenerationSettings, request_keys
+from moss_jax.generate.sampling import STATIC, GenerationSettings, request_keys
 from moss_jax.generate.slots import GenerationState, capacity_for, cleared, new_state, with_capacity
 from moss_jax.generate.state_machine import AUDIO, next_mode
 from moss_jax.nn.fingerprint import fingerprint
@@ -62,7 +62,7 @@ class Conversation:
     roles: np.ndarray  # int32 [turns], index in ROLES
     replies: np.ndarray  # int32 [], number of replies, the latest included
     begin: np.ndarray  # int32 [], the first generated column of the latest reply
-    language_model: "LanguageModel" = struct.field(pytree_node=False)  # that the caches belong to
+    language_model: "LanguageModel" = dataclasses.field(metadata=STATIC)  # that the caches belong to
 
     def progress(self) -> ReplyProgress:
         """The latest reply so far. Waits for the device, and transfers everything at once."""
@@ -210,8 +210,8 @@ class LanguageModel:
             state=self._prefill(state, rows[None], np.ones((1, len(rows)), bool), keys),
             starts=np.cumsum([0, *map(len, prompt.pieces)]).astype(np.int32),
             roles=np.array([*prompt.roles, ROLES.index("assistant")], np.int32),
-            replies=np.int32(replies + 1),
-            begin=np.int32(columns + len(rows)),
+            replies=np.array(replies + 1, np.int32),
+            begin=np.array(columns + len(rows), np.int32),
             language_model=self,
         )
         return conversation, self._notices(prompt)
@@ -260,7 +260,8 @@ class LanguageModel:
         """Generates up to `k` more rows. `state` cannot be used afterwards. Returns before they are computed."""
         settings = dataclasses.replace(settings, text_size=self.text_tokenizer.size)
         with self._on_mesh():
-            return decode_chunk(self.params, state, settings, k, config=self.config)
+            state = decode_chunk(self.params, state, settings, k, config=self.config)
+        return state
 
     @in_32_bits
     def resume(self, path: str | Path) -> Conversation:
@@ -278,9 +279,16 @@ class LanguageModel:
             state = dataclasses.replace(jax.device_put(with_capacity(saved, capacity)), logits=logits, keys=keys)
         else:
             # The caches may be of other weights: the rows pass the model again, the rest of the state is kept.
-            state = self._prefill(self._new_state(1, capacity), saved.grid, saved.valid, keys)
-            kept = ("mode", "step", "running", "stop", "lengths")
-            state = dataclasses.replace(state, **{name: jnp.asarray(getattr(saved, name)) for name in kept})
+            grid = np.asarray(saved.grid)
+            state = self._prefill(self._new_state(1, capacity), grid, np.asarray(saved.valid), keys)
+            state = dataclasses.replace(
+                state,
+                mode=jnp.asarray(saved.mode),
+                step=jnp.asarray(saved.step),
+                running=jnp.asarray(saved.running),
+                stop=jnp.asarray(saved.stop),
+                lengths=jnp.asarray(saved.lengths),
+            )
         return Conversation(state, **turns, language_model=self)
 
     def _prompt(
@@ -359,11 +367,13 @@ class LanguageModel:
         rows = np.pad(rows, (*padding, (0, 0)))
         valid = np.pad(valid, padding)
         with self._on_mesh():
-            return prefill(self.params, state, rows, valid, count, keys, config=self.config)
+            state = prefill(self.params, state, rows, valid, count, keys, config=self.config)
+        return state
 
     def _new_state(self, batch: int, capacity: int) -> GenerationState:
         with self._on_mesh():
-            return new_state(self.config, batch, capacity)
+            state: GenerationState = new_state(self.config, batch, capacity)
+        return state
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

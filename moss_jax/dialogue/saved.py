@@ -66,7 +66,7 @@ def read_conversation(
     """
     reader = open_tensors(path)
     version = reader.metadata.get("format")
-    if version not in models:
+    if not isinstance(version, str) or version not in models:
         raise MossError(f"{path}: not a saved conversation, its 'format' is {version!r:.80}")
     if reader.metadata.get("model") != models[version]:
         raise MossError(f"{path}: was saved with other weights, expected a conversation with this model")

@@ -567,11 +567,11 @@ def _rows_so_far(conversation: Conversation, settings: GenerationSettings) -> tu
 def _check_types(voice: Any, conversation: Any = None, progress: Any = None) -> None:
     """Raises MossError for arguments of a wrong type, and for a conversation that has been continued already."""
     for name, value, kinds, expected in (
-        ("voice", voice, Voice | str | Path | None, "a name, a file or a Voice"),
-        ("conversation", conversation, Conversation | None, "that of a reply, or what `resume` returned"),
-        ("progress", progress, Callable | None, "a function of two numbers"),
+        ("voice", voice, (Voice, str, Path), "a name, a file or a Voice"),
+        ("conversation", conversation, (Conversation,), "that of a reply, or what `resume` returned"),
+        ("progress", progress, (Callable,), "a function of two numbers"),
     ):
-        if not isinstance(value, kinds):
+        if value is not None and not isinstance(value, kinds):
             raise MossError(f"{name} is {shown(value)}, expected {expected}")
     if conversation is not None:
         conversation.check()
@@ -591,6 +591,7 @@ def _without_effect(settings: GenerationSettings, reply: str, seed: int, samplin
 
 def _recording(turn: Turn, max_bytes: int) -> Recording:
     """The recording of a turn, read and checked for speech."""
+    assert turn.audio is not None
     if isinstance(turn.audio, np.ndarray):
         name = f"turn of {turn.role}"
         read = as_recording(turn.audio, turn.sample_rate, name)

@@ -10,6 +10,7 @@ Everything here is compiled once for a batch size and a capacity; prompt lengths
 Dimension letters: B batch, S columns of capacity, T columns of a call, D embed, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.generate import sampling
-from moss_jax.generate.sampling import GenerationSettings
+from moss_jax.generate.sampling import ChannelSettings, GenerationSettings
 from moss_jax.generate.slots import BRANCHES, GenerationState, positions_of
 from moss_jax.generate.state_machine import AUDIO, DEFAULT_RULES, RUNNING, TEXT, Rules, embeds_audio, stop_reason
 from moss_jax.speech_lm import KVCache, LayerSplitModel, SpeechLMConfig
@@ -68,7 +69,8 @@ def prefill(
     }
     last_row = jax.lax.dynamic_index_in_dim(rows, count - 1, 1, keepdims=False)
     batch = rows.shape[0]
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         grid=state.grid.at[:, columns].set(rows, mode="drop"),
         valid=state.valid.at[:, columns].set(valid, mode="drop"),
         filled=state.filled + count,
@@ -91,7 +93,12 @@ def prefill(
 
     carry = (state.done["shared"], state.caches["shared"], state.hidden)
     done, cache, hidden = jax.lax.while_loop(lambda carry: carry[0] < last, run_chunk, carry)
-    return state.replace(hidden=hidden, caches=state.caches | {"shared": cache}, done=state.done | {"shared": done})
+    return dataclasses.replace(
+        state,
+        hidden=hidden,
+        caches=state.caches | {"shared": cache},
+        done=state.done | {"shared": done},
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "rules"), donate_argnames="state")
@@ -136,11 +143,13 @@ def _step(
 ) -> GenerationState:
     """One more row: the last column passes the shared block and the active branches, and a new column is appended."""
     config = model.config
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     last_row = jax.lax.dynamic_index_in_dim(state.grid, state.filled - 1, 1, keepdims=False)
     mode = rules.next_mode(state.mode, last_row[:, 0], last_row[:, 1], config)
     run = functools.partial(_run_columns, model, params, state, positions_of(state.valid))
     _, hidden, cache = run("shared", state.filled - 1, state.caches["shared"], 1)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         hidden=jax.lax.dynamic_update_slice_in_dim(state.hidden, hidden, state.filled - 1, 1),
         caches=state.caches | {"shared": cache},
         done=state.done | {"shared": state.filled},
@@ -158,8 +167,13 @@ def _step(
     for branch, channel in BRANCHES.items():
         channel_settings = getattr(settings, branch)
 
-        def sample(y, branch=branch, channel=channel, settings=channel_settings):
-            logits = model.apply({"params": params}, branch, y, method="logits")[:, 0]
+        def sample(
+            y: jax.Array,
+            branch: str = branch,
+            channel: int = channel,
+            settings: ChannelSettings = channel_settings,
+        ) -> tuple[jax.Array, jax.Array]:
+            logits = apply(branch, y, method="logits")[:, 0]
             scores = sampling.penalise(logits, state.seen[branch], forbidden[branch], settings.repetition_penalty)
             return logits, sampling.draw(scores, sampling.draw_keys(state.keys, step, channel), settings)
 
@@ -174,7 +188,8 @@ def _step(
     row = jnp.stack([jnp.where(running, text, config.endoftext_id), jnp.where(running, audio, config.audio_pad_id)], -1)
     stop = jnp.where(running, stop_reason(text, config), state.stop)
     at = (0, state.filled)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         grid=jax.lax.dynamic_update_slice(state.grid, row[:, None].astype(jnp.int32), (*at, 0)),
         valid=jax.lax.dynamic_update_slice(state.valid, running[:, None], at),
         modes=jax.lax.dynamic_update_slice(state.modes, mode[:, None].astype(jnp.int8), at),
@@ -219,7 +234,9 @@ def _run_branch(
         start, _, cache = run(done, cache, chunk)
         return jnp.minimum(start + chunk, last), cache
 
-    def run_last(carry: tuple[jax.Array, KVCache, jax.Array, jax.Array]):
+    def run_last(
+        carry: tuple[jax.Array, KVCache, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array]:
         done, cache, _, _ = carry
         _, y, cache = run(done, cache, 1)
         return last + 1, cache, *sample(y)
@@ -241,14 +258,14 @@ def _run_columns(
     width: int,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Runs `width` columns from `done` on through a block. Returns (first column, y [B, width, D], cache)."""
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     # A slice must not reach beyond the end. Starting earlier repeats columns, which changes nothing.
     start = jnp.minimum(done, state.capacity - width)
     if block == "shared":
-        x = model.apply({"params": params}, _columns(state.grid, start, width), method="embed")
+        x = apply(_columns(state.grid, start, width), method="embed")
     else:
         x = _columns(state.hidden, start, width)
-    y, cache = model.apply(
-        {"params": params},
+    y, cache = apply(
         block,
         x,
         _columns(positions, start, width),

@@ -4,12 +4,17 @@ Each draw has a key of its own, derived from (seed, request, step, channel). So 
 in a batch, and a channel that is not sampled in some step changes no other draw.
 """
 
+from dataclasses import field
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from moss_jax.generate.settings import DEFAULTS
 from moss_jax.speech_lm import SpeechLMConfig
+
+STATIC = {"pytree_node": False}  # metadata of a field that is compiled in
 
 
 @struct.dataclass
@@ -22,8 +27,8 @@ class ChannelSettings:
     temperature: float = DEFAULTS["temperature"]
     top_p: float = DEFAULTS["top_p"]
     repetition_penalty: float = DEFAULTS["repetition_penalty"]
-    top_k: int = struct.field(pytree_node=False, default=DEFAULTS["top_k"])
-    greedy: bool = struct.field(pytree_node=False, default=False)
+    top_k: int = field(default=DEFAULTS["top_k"], metadata=STATIC)
+    greedy: bool = field(default=False, metadata=STATIC)
 
 
 @struct.dataclass
@@ -129,7 +134,7 @@ def draw(scores: jax.Array, keys: jax.Array, settings: ChannelSettings) -> jax.A
     return jax.vmap(jax.random.categorical)(keys, filter_logits(scores, settings)).astype(jnp.int32)
 
 
-def request_keys(seed: int, requests: jax.Array | int) -> jax.Array:
+def request_keys(seed: int, requests: jax.Array | np.ndarray | int) -> jax.Array:
     """PRNG keys [B] of the requests int32 [B] (or of requests 0 to `requests` - 1) under one seed."""
     requests = jnp.arange(requests) if isinstance(requests, int) else requests
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), requests)

@@ -31,9 +31,10 @@ class Setting:
             if type(value).__name__ not in ("bool", "bool_"):  # numpy has used both names for its own type
                 raise MossError(f"{name} is {shown(value)}, expected True or False")
             return bool(value)
-        check = check_whole if self.whole else check_number
         try:
-            return check(name, value, self.lowest, self.highest)
+            if self.whole:
+                return check_whole(name, value, int(self.lowest), int(self.highest))
+            return check_number(name, value, self.lowest, self.highest)
         except MossError as error:
             raise MossError(f"{error}{self.hint}") from error
 

@@ -6,6 +6,7 @@ the left, and a row whose reply has ended is padded on the right while the other
 Dimension letters: B batch, S columns of capacity, D embed, V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import Any, TypeVar
 
@@ -83,7 +84,8 @@ def new_state(config: SpeechLMConfig, batch: int, capacity: int) -> GenerationSt
 def cleared(state: GenerationState) -> GenerationState:
     """Empty conversations in the same buffers (`state` is donated)."""
     zero = jnp.zeros((), jnp.int32)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         valid=jnp.zeros_like(state.valid),
         filled=zero,
         done={name: zero for name in state.done},
@@ -99,8 +101,12 @@ def with_capacity(state: GenerationState, capacity: int) -> GenerationState:
         padding = [(0, capacity - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)]
         return np.pad(leaf, padding) if isinstance(leaf, np.ndarray) else jnp.pad(leaf, padding)
 
-    return state.replace(
-        **{name: resized(getattr(state, name), 1) for name in ("grid", "valid", "modes", "hidden")},
+    return dataclasses.replace(
+        state,
+        grid=resized(state.grid, 1),
+        valid=resized(state.valid, 1),
+        modes=resized(state.modes, 1),
+        hidden=resized(state.hidden, 1),
         caches={name: KVCache(resized(cache.k, 2), resized(cache.v, 2)) for name, cache in state.caches.items()},
     )
 
@@ -112,5 +118,5 @@ def capacity_for(columns: int, context: int) -> int:
 
 def positions_of(valid: A) -> A:
     """Positions int [B, S] of the columns of a mask bool [B, S]: real columns count from 0, padding has 1."""
-    positions = valid.cumsum(-1) - 1
+    positions: A = valid.cumsum(-1) - 1
     return positions * valid + ~valid

@@ -34,7 +34,7 @@ def test_every_kind_of_line(tmp_path):
         ([{"text": "x", "audio": "none.wav"}], "line 1: audio none.wav: no such file"),
         ([{"audio": 3}], "line 1: audio is 3, expected a file name"),
         ([{"text": " "}], "line 1: turns: the user turn at 0 has empty text"),
-        ([{"turns": "x"}], "'turns' is a list"),
+        ([{"turns": "x"}], "'turns' must be a list"),
         ([{"turns": [], "text": "x"}], "only 'id' is allowed next to it"),
         ([{"turns": [3]}], "a turn is 3, expected an object"),
         ([{"turns": [{"role": "assistant", "text": "x"}]}], "the last turn is of assistant"),
