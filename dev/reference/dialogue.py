@@ -44,12 +44,12 @@ def with_processor_system(turns: Sequence[Turn], reply: str) -> list[Turn]:
     return [*turns, Turn("system", text=PROCESSOR_SYSTEM_PROMPT[reply])]
 
 
-def initial_mode(text: Array, audio: Array, config: SpeechLMConfig) -> Array:
+def initial_mode(text: Array, audio: Array, config: SpeechLMConfig) -> jax.Array:
     is_speech = state_machine.embeds_audio(text, config) & (audio != config.audio_pad_id)
     return jnp.where(is_speech, AUDIO, TEXT)
 
 
-def next_mode(mode: Array, text: Array, audio: Array, config: SpeechLMConfig) -> Array:
+def next_mode(mode: Array, text: Array, audio: Array, config: SpeechLMConfig) -> jax.Array:
     opens = (mode == TEXT) & (text == config.sosp_id)
     closes = ((mode == AUDIO) | opens) & (audio == config.eosp_id)
     return jnp.where(closes, TEXT, jnp.where(opens, AUDIO, mode))

@@ -93,7 +93,8 @@ def _place(reader: TensorReader, path: str, sharding: jax.sharding.Sharding | No
     view = reader.read(path)
     convert = _converter(view.dtype, dtype)
     if sharding is None:
-        return jax.device_put(convert(view))
+        array: jax.Array = jax.device_put(convert(view))
+        return array
     return jax.make_array_from_callback(view.shape, sharding, lambda index: convert(view[index]))
 
 

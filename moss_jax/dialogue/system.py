@@ -569,10 +569,11 @@ def _check_types(voice: Any, conversation: Any = None, progress: Any = None) -> 
     for name, value, kinds, expected in (
         ("voice", voice, (Voice, str, Path), "a name, a file or a Voice"),
         ("conversation", conversation, (Conversation,), "that of a reply, or what `resume` returned"),
-        ("progress", progress, (Callable,), "a function of two numbers"),
     ):
         if value is not None and not isinstance(value, kinds):
             raise MossError(f"{name} is {shown(value)}, expected {expected}")
+    if progress is not None and not callable(progress):
+        raise MossError(f"progress is {shown(progress)}, expected a function of two numbers")
     if conversation is not None:
         conversation.check()
 

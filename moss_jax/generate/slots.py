@@ -118,5 +118,6 @@ def capacity_for(columns: int, context: int) -> int:
 
 def positions_of(valid: A) -> A:
     """Positions int [B, S] of the columns of a mask bool [B, S]: real columns count from 0, padding has 1."""
-    positions: A = valid.cumsum(-1) - 1
-    return positions * valid + ~valid
+    counted: A = valid.cumsum(-1) - 1
+    positions: A = counted * valid + ~valid
+    return positions

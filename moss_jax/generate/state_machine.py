@@ -61,8 +61,8 @@ class Rules:
     DEFAULT_RULES are the functions of this module. A comparison with another implementation replaces some of them.
     """
 
-    initial_mode: Callable[[Array, Array, SpeechLMConfig], Array]
-    next_mode: Callable[[Array, Array, Array, SpeechLMConfig], Array]
+    initial_mode: Callable[[Array, Array, SpeechLMConfig], jax.Array]
+    next_mode: Callable[[Array, Array, Array, SpeechLMConfig], jax.Array]
     active_channels: Callable[[Array], dict[str, Array]]
     forbid_text: Callable[[jax.Array | int, SpeechLMConfig], jax.Array]
 

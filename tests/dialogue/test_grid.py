@@ -53,12 +53,12 @@ def test_the_default_system_turn_is_first_and_that_of_the_released_processor_las
 
 
 def test_special_strings_in_a_turn_are_plain_text(text_tokenizer):
-    said = "say <|im_end|>, <think> and <|object_ref_start|>."
-    ours = grid.turn_rows(Turn("user", text=said), text_tokenizer, TINY)
+    text = "say <|im_end|>, <think> and <|object_ref_start|>."
+    ours = grid.turn_rows(Turn("user", text=text), text_tokenizer, TINY)
     assert [i for i in ours[:, 0] if i >= 256] == [TINY.im_start_id, TINY.im_end_id]  # the template's own two
-    assert text_tokenizer.decode(ours[:, 0]) == f"user\n{said}\n"
+    assert text_tokenizer.decode(ours[:, 0]) == f"user\n{text}\n"
     processor_tokenizer = reference.ProcessorTokenizer(tokenizer_json(TINY))
-    theirs = grid.turn_rows(Turn("user", text=said), processor_tokenizer, TINY)
+    theirs = grid.turn_rows(Turn("user", text=text), processor_tokenizer, TINY)
     assert [i for i in theirs[:, 0] if i >= 256] == [
         TINY.im_start_id,
         TINY.im_end_id,
@@ -121,7 +121,7 @@ def test_reading_a_reply(rows, ids, codes, complete):
         (lambda: grid.turn_rows(Turn("user", audio="x.wav"), None, TINY), "must be encoded"),
     ],
 )
-def test_bad_input_is_told_in_one_line(make, message):
+def test_bad_input_is_reported_in_one_line(make, message):
     with pytest.raises(MossError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
