@@ -22,7 +22,7 @@ from moss_jax.dialogue.saved import FORMAT, FORMAT_1, TURNS, fingerprint_1, read
 from moss_jax.dialogue.turns import ROLES, Turn
 from moss_jax.errors import MossError
 from moss_jax.generate.loop import decode_chunk, prefill
-from moss_jax.generate.sampling import STATIC, GenerationSettings, request_keys
+from moss_jax.generate.sampling import GenerationSettings, request_keys
 from moss_jax.generate.slots import GenerationState, capacity_for, cleared, new_state, with_capacity
 from moss_jax.generate.state_machine import AUDIO, next_mode
 from moss_jax.nn.fingerprint import fingerprint
@@ -62,7 +62,7 @@ class Conversation:
     roles: np.ndarray  # int32 [turns], index in ROLES
     replies: np.ndarray  # int32 [], number of replies, the latest included
     begin: np.ndarray  # int32 [], the first generated column of the latest reply
-    language_model: "LanguageModel" = dataclasses.field(metadata=STATIC)  # that the caches belong to
+    language_model: "LanguageModel" = struct.field(pytree_node=False)  # that the caches belong to
 
     def progress(self) -> ReplyProgress:
         """The latest reply so far. Waits for the device, and transfers everything at once."""

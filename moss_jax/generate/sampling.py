@@ -4,8 +4,6 @@ Each draw has a key of its own, derived from (seed, request, step, channel). So 
 in a batch, and a channel that is not sampled in some step changes no other draw.
 """
 
-from dataclasses import field
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,6 @@ from flax import struct
 
 from moss_jax.generate.settings import DEFAULTS
 from moss_jax.speech_lm import SpeechLMConfig
-
-STATIC = {"pytree_node": False}  # metadata of a field that is compiled in
 
 
 @struct.dataclass
@@ -27,8 +23,8 @@ class ChannelSettings:
     temperature: float = DEFAULTS["temperature"]
     top_p: float = DEFAULTS["top_p"]
     repetition_penalty: float = DEFAULTS["repetition_penalty"]
-    top_k: int = field(default=DEFAULTS["top_k"], metadata=STATIC)
-    greedy: bool = field(default=False, metadata=STATIC)
+    top_k: int = struct.field(pytree_node=False, default=DEFAULTS["top_k"])
+    greedy: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

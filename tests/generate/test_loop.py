@@ -1,4 +1,4 @@
-"""The compiled loop against a plain implementation: the whole grid through both branches at every row, rules in Python."""
+"""The compiled loop against a plain implementation: the whole grid passes both branches at every row."""
 
 import functools
 import itertools
