@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moss_jax.dialogue import Turn, load
     from moss_jax.errors import MossError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MossError", "Turn", "__version__", "load"]
 
 
