@@ -74,7 +74,8 @@ OWN_JSON = {
     "data/tokenize.py",
     "text/byte_level.py",
     "recipes/nano/ablation.py",
-    "compile/serving.py",
+    "compile/process.py",
+    "compile/measure.py",
 }
 
 
