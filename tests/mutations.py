@@ -206,8 +206,8 @@ MUTATIONS = (
     Mutation(
         "special tokens leak from what people write",
         "moss_jax/text/tokenizer.py",
-        "        return self._plain.encode(text, add_special_tokens=False).ids\n",
-        "        return self._with_specials.encode(text, add_special_tokens=False).ids\n",
+        "        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids\n",
+        "        ids: list[int] = self._with_specials.encode(text, add_special_tokens=False).ids\n",
         ("tests/dialogue/test_grid.py::test_special_strings_in_a_turn_are_plain_text",),
     ),
     Mutation(

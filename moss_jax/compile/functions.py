@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moss_jax.compile.request import TRAINING_FUNCTIONS, CompileRequest
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.nn.qwen3 import CACHE_AXES
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.sharding import fitting, shardings_for
