@@ -17,23 +17,24 @@ ALLOWED = {
     "files": {"errors"},
     "progress": set(),
     "audio": {"errors", "files"},
-    "nn": {"errors", "documents"},
+    "nn": {"errors", "documents", "sharding"},
     "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
-    "sharding": {"errors", "nn"},
+    "sharding": {"errors"},
     "text": {"errors", "documents", "files"},
     **{model: GROUND for model in sorted(MODELS)},
+    "components": GROUND | MODELS,
     "generate": GROUND | MODELS,
     "dialogue": GROUND | MODELS | {"generate"},
-    "convert": GROUND | MODELS | {"generate", "dialogue"},
-    "data": GROUND | MODELS | {"generate", "dialogue"},
-    "train": GROUND | MODELS | {"generate", "dialogue", "convert", "data"},
-    "evaluate": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
-    "compile": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
-    "serve": GROUND | MODELS | {"generate", "dialogue"},
-    "recipes": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train", "evaluate"},
+    "convert": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "data": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "train": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data"},
+    "evaluate": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train"},
+    "compile": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train"},
+    "serve": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "recipes": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train", "evaluate"},
     "cli": GROUND
     | MODELS
-    | {"generate", "dialogue", "convert", "data", "train", "evaluate", "compile", "serve", "recipes"},
+    | {"components", "generate", "dialogue", "convert", "data", "train", "evaluate", "compile", "serve", "recipes"},
 }
 
 
@@ -102,7 +103,8 @@ OWN_JSON = {
     "data/tokenize.py",
     "text/byte_level.py",
     "recipes/nano/ablation.py",
-    "compile/serving.py",
+    "compile/process.py",
+    "compile/measure.py",
 }
 
 

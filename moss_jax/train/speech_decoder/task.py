@@ -25,6 +25,7 @@ from moss_jax.data.spoken_batches import SpokenBatches
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.progress import Say
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
@@ -115,7 +116,7 @@ class SpeechDecoderTask(ABC, Generic[R]):
         source = run.init if run.init != RANDOM else run.system
         found = None
         if source is not None and (run.init != RANDOM or run.model is None):
-            found = SystemFolder(resolve_init(source)).config("speech_decoder", SpeechDecoderConfig)
+            found = SystemFolder(resolve_init(source)).config(SPEECH_DECODER)
         if run.model is None:
             assert found is not None  # the run has checked that one of init, model and system is given
             return found
