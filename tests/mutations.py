@@ -43,15 +43,15 @@ MUTATIONS = (
     Mutation(
         "flow's training target has the wrong sign",
         "moss_jax/train/speech_decoder/flow.py",
-        "    right = target - (1 - sigma) * noise\n",
-        "    right = (1 - sigma) * noise - target\n",
+        "    target = mel - (1 - sigma) * noise\n",
+        "    target = (1 - sigma) * noise - mel\n",
         ("tests/train/test_objectives.py::test_the_flow_leads_from_noise_to_the_mel",),
     ),
     Mutation(
         "commitment loss has no weight",
         "moss_jax/train/speech_tokenizer/step.py",
-        "step >= objective.commitment_from, objective.commitment_weight, 0.0)",
-        "step >= objective.commitment_from, 0.0, 0.0)",
+        "jnp.asarray(step) >= objective.commitment_from, objective.commitment_weight, 0.0)",
+        "jnp.asarray(step) >= objective.commitment_from, 0.0, 0.0)",
         ("tests/train/test_objectives.py::test_every_loss_of_the_speech_tokenizer_has_its_weight",),
     ),
     Mutation(
