@@ -15,6 +15,7 @@ from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_lm.config import NANO
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.run import Run
