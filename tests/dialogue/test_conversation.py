@@ -280,7 +280,7 @@ def test_a_conversation_of_the_former_format_is_resumed(params, text_tokenizer, 
 def test_a_conversation_of_another_language_model(model):
     conversation, _ = answer(model, [TEXT], "speech")
     other = LanguageModel(TINY, model.params, model.text_tokenizer, context=256)
-    with pytest.raises(MossError, match="of another language model"):
+    with pytest.raises(MossError, match="belongs to another language model"):
         other.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
 
 
