@@ -170,9 +170,9 @@ MUTATIONS = (
     ),
     Mutation(
         "cache index off by one",
-        "moss_jax/speech_lm/cache.py",
-        "        at = (0, 0, index, 0, 0)\n",
-        "        at = (0, 0, index + 1, 0, 0)\n",
+        "moss_jax/nn/qwen3.py",
+        "        start = (0, 0, index, 0, 0)\n",
+        "        start = (0, 0, index + 1, 0, 0)\n",
         ("tests/speech_lm/test_model.py::test_any_chunking_through_the_cache_equals_one_pass",),
     ),
     Mutation(
