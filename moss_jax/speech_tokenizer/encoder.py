@@ -240,6 +240,7 @@ def encoder_shapes(config: SpeechTokenizerConfig) -> dict[str, jax.ShapeDtypeStr
 
 
 def init_params(config: SpeechTokenizerConfig, key: jax.Array) -> dict[str, Any]:
-    """Random parameters of an encoder, as a nested dictionary."""
+    """Random nested parameters of an encoder."""
     frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
-    return nn.unbox(Encoder(config).init(key, frames))["params"]
+    params: dict[str, Any] = nn.unbox(Encoder(config).init(key, frames))["params"]
+    return params
