@@ -243,7 +243,8 @@ def embed_padded(config: SpeakerConfig, params: Any, wave: jax.Array, frames: ja
     with jax.default_matmul_precision("highest"):
         fbank = kaldi_fbank(wave, replace(FBANK_16K, num_mel_bins=config.num_mel_bins))
         features = mean_normalized(fbank, frames)
-        embedding: jax.Array = CAMPPlus(config).apply({"params": params}, features, frames)
+        embedding = CAMPPlus(config).apply({"params": params}, features, frames)
+    assert isinstance(embedding, jax.Array)  # `apply` may also return updated variables
     return embedding
 
 
@@ -274,7 +275,8 @@ def speaker_embedding(config: SpeakerConfig, params: Any, wave: np.ndarray) -> n
     padded = np.zeros((1, length + (bucket - 1) * shift), np.float32)
     used = length + (frames - 1) * shift
     padded[0, :used] = wave[:used]
-    return np.asarray(embed_padded(config, params, jnp.asarray(padded), jnp.array([frames])))[0]
+    embedding: np.ndarray = np.asarray(embed_padded(config, params, jnp.asarray(padded), jnp.array([frames])))[0]
+    return embedding
 
 
 def init_params(config: SpeakerConfig, key: jax.Array) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def encode_padded(config: SpeechTokenizerConfig, params: Any, waves: jax.Array, 
         int32 [B, samples / samples_per_code]; those after a segment's own samples are undefined.
     """
     with jax.default_matmul_precision("highest"):
-        codes: jax.Array = Encoder(config).apply({"params": params}, log_mel_16k(waves, lengths, config.mel))
+        codes = Encoder(config).apply({"params": params}, log_mel_16k(waves, lengths, config.mel))
+    assert isinstance(codes, jax.Array)  # `apply` may also return updated variables
     return codes
 
 

@@ -7,10 +7,10 @@ H head size, L layers, V codes.
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 
 from moss_jax.nn.attention import Past, causal_attention, masked_attention
 from moss_jax.nn.conv import CausalConv1d, tail_after
@@ -24,8 +24,7 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 POSITION_SCALE = 0.2
 
 
-@flax.struct.dataclass
-class EncoderState:
+class EncoderState(struct.PyTreeNode):
     """The state of streams.
 
     Attributes:
