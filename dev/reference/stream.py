@@ -7,7 +7,7 @@ decode. Source: `CosyVoice2Model.token2wav`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -185,8 +185,9 @@ def _vocoder(config: VocoderConfig) -> Any:
         params: Any, mel: jax.Array, noise: jax.Array, frames: jax.Array, source_start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         with jax.default_matmul_precision("highest"):
-            model = partial(HiFT(config).apply, {"params": params})
-            wave, source = model(mel[None], noise[None], frames[None], source_start[None])
+            inputs = (mel[None], noise[None], frames[None], source_start[None])
+            result: Any = HiFT(config).apply({"params": params}, *inputs)
+        wave, source = result
         return wave[0], source[0]
 
     return jax.jit(run)

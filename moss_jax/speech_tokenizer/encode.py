@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -160,7 +159,8 @@ class SpeechTokenizer:
         for row, index in enumerate(call.segments):
             waves[row, : len(pieces[index])] = pieces[index]
             lengths[row] = counts[index] * unit
-        if self._sharding is None:
-            return encode_padded(self.config, self.params, jnp.asarray(waves), jnp.asarray(lengths))
-        sharded = jax.device_put((waves, lengths), self._sharding)
-        return encode_padded(self.config, self.params, *sharded)
+        inputs: tuple[Any, Any] = (waves, lengths)
+        if self._sharding is not None:
+            inputs = jax.device_put(inputs, self._sharding)
+        codes: jax.Array = encode_padded(self.config, self.params, *inputs)
+        return codes

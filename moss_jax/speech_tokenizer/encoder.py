@@ -67,7 +67,8 @@ def _sinusoids(length: int, width: int) -> jax.Array:
 
 def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Initialises positions [length, width] of length 1."""
-    return (2 / shape[1]) ** 0.5 * _sinusoids(*shape).astype(dtype)
+    positions: jax.Array = (2 / shape[1]) ** 0.5 * _sinusoids(*shape).astype(dtype)
+    return positions
 
 
 class EncoderLayer(nn.Module):
@@ -188,7 +189,8 @@ class Encoder(nn.Module):
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Codes [B, T] of one segment -> their vectors plus positions, [B, T, code_dim]: the reference's
         last_hidden_state."""
-        return self._codebook()[codes] + self.code_positions[: codes.shape[1]]
+        vectors: jax.Array = self._codebook()[codes] + self.code_positions[: codes.shape[1]]
+        return vectors
 
     def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
         """The next frames of a stream.
@@ -211,7 +213,9 @@ class Encoder(nn.Module):
         x = jax.nn.gelu(self.conv2(y, tail2), approximate=False)
         x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
         past = Past(state.k, state.v, position)
-        x, (k, v) = self.layers(x, jnp.arange(config.num_layers), past)
+        x, new = self.layers(x, jnp.arange(config.num_layers), past)
+        assert new is not None  # there is a cache
+        k, v = new
         exists = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
         codes = self.quantize(self._pool(jnp.where(exists, x, 0.0)))
         new_state = EncoderState(

@@ -47,8 +47,9 @@ def log_mel_step(
 ) -> tuple[jax.Array, EncoderState]:
     """`Encoder.step`, compiled: frames [B, T, M], valid int32 [B] -> (codes [B, T / frames_per_code], state)."""
     with jax.default_matmul_precision("highest"):
-        codes, state = Encoder(config).apply({"params": params}, frames, valid, state, method="step")
-    return codes, state
+        result: Any = Encoder(config).apply({"params": params}, frames, valid, state, method="step")
+    codes, new_state = result
+    return codes, new_state
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
