@@ -10,7 +10,7 @@ docs/data.md tells it from the start.
 import importlib
 
 PUBLIC = {
-    "Batches": "pipeline",
+    "PackedBatches": "pipeline",
     "Example": "formats",
     "Mixture": "pipeline",
     "open_batches": "pipeline",

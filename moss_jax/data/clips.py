@@ -57,7 +57,7 @@ class Clips:
         documents = [document for path in manifests for document in Manifest(path, "asr").documents()]
         samples = np.array([_samples(document, rate) for document in documents], np.int64)
         kept = np.flatnonzero(samples <= self.sizes[-1])
-        self.left_out = len(documents) - len(kept)
+        self.skipped = len(documents) - len(kept)
         if not len(kept):
             raise MossError(f"{manifests[0]}: no recording of {buckets[-1]:g} s or less, expected one at least")
         self.texts = [documents[i].text for i in kept]
@@ -189,7 +189,7 @@ class ClipBatches(StepBatches):
             for bucket in range(len(clips.sizes))
         ]
         order = ClipOrder(clips.bucket, batch_size, seed)
-        self.most_labels = max(map(len, numbers))
+        self.max_labels = max(map(len, numbers))
         self.per_epoch = order.per_epoch
         super().__init__(
             grain.MapDataset.source(_Part(clips, order, numbers, widths, index, count)),

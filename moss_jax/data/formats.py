@@ -119,7 +119,7 @@ def _everything(rows: list[np.ndarray], config: TransformerConfig) -> tuple[np.n
 
 
 @dataclass(frozen=True)
-class Maker:
+class ExampleBuilder:
     """Makes examples of documents whose audio has become codes.
 
     Attributes:
@@ -201,7 +201,8 @@ class Maker:
 
 
 _FORMATS: dict[str, Callable] = {
-    name: getattr(Maker, f"_{name}") for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
+    name: getattr(ExampleBuilder, f"_{name}")
+    for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
 }
 
 

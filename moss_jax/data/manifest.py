@@ -106,7 +106,7 @@ class Manifest:
         self.format = format
         self.code_count = code_count
         self.align = align
-        self.has_sound = False  # some recording is to be encoded
+        self.has_audio = False  # some recording is to be encoded
         self._places, self._numbers = self._read()
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class Manifest:
                 first = line.number if own else names.setdefault(document.name, line.number)
                 if first != line.number:
                     raise MossError(f"the id {shown(document.name)} is already that of line {first}")
-                self.has_sound |= any(isinstance(sound, Path | Member) for sound in document.sounds)
+                self.has_audio |= any(isinstance(sound, Path | Member) for sound in document.sounds)
             except MossError as error:
                 problems.append((line.number, str(error)))
         if problems:

@@ -16,7 +16,7 @@ BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PackingPlan:
     """Rows of packed pieces. Row r holds the pieces begin[r] .. begin[r+1] - 1, from left to right.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
         return list(zip(*(x[part].tolist() for x in (self.example, self.start, self.stop)), strict=True))
 
 
-def make_plan(lengths: np.ndarray, context: int, random: np.random.Generator) -> Plan:
+def plan_packing(lengths: np.ndarray, context: int, random: np.random.Generator) -> PackingPlan:
     """The packed rows of one epoch of examples with these lengths (whole numbers above 0)."""
     order = random.permutation(len(lengths))
     example, start, stop = _pieces(np.asarray(lengths, np.int64)[order], order, context)
@@ -53,7 +53,7 @@ def make_plan(lengths: np.ndarray, context: int, random: np.random.Generator) ->
     rows = random.permutation(count)[rows]
     by_row = np.argsort(rows, kind="stable")
     begins = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))])
-    return Plan(begins, example[by_row], start[by_row], stop[by_row])
+    return PackingPlan(begins, example[by_row], start[by_row], stop[by_row])
 
 
 def pack_block(sizes: np.ndarray, context: int) -> tuple[np.ndarray, int]:

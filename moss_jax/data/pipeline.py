@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jax.data.batches import StepBatches
-from moss_jax.data.pack import Plan, make_plan
+from moss_jax.data.pack import PackingPlan, plan_packing
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
@@ -85,15 +85,15 @@ class PackedRows:
     def __repr__(self) -> str:
         return f"PackedRows({str(self.examples.folder)!r}, context={self.context})"
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> PackingPlan:
         """The packing of an epoch."""
         with self._lock:
             return self._plan(epoch)
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> PackingPlan:
         if epoch not in self._plans:
             random = np.random.default_rng([self.seed, self.index, epoch])
-            self._plans[epoch] = make_plan(self.examples.lengths, self.context, random)
+            self._plans[epoch] = plan_packing(self.examples.lengths, self.context, random)
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(epoch)
@@ -138,7 +138,7 @@ class PackedRows:
         }
 
 
-class Batches(StepBatches):
+class PackedBatches(StepBatches):
     """An iterator over this process's share of the global batches: dictionaries of arrays [B, T, ...] without end.
 
     Attributes:
@@ -188,7 +188,7 @@ def open_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-) -> Batches:
+) -> PackedBatches:
     """Opens the data sets of a mixture.
 
     Args:
@@ -203,7 +203,7 @@ def open_batches(
         MossError: a data set is missing, damaged or made for another vocabulary or text tokenizer, or numbers do not
             fit together.
     """
-    return Batches(
+    return PackedBatches(
         mixture,
         config,
         context=context,

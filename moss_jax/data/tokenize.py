@@ -24,7 +24,7 @@ import numpy as np
 from moss_jax.audio import MAX_BYTES, Recording, check_speech, read_audio, resample
 from moss_jax.checkpoint import atomic_file, write_text
 from moss_jax.checkpoint.system_folder import SystemFolder
-from moss_jax.data.formats import Example, Maker
+from moss_jax.data.formats import Example, ExampleBuilder
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
 from moss_jax.dialogue.grid import DEFAULT_SYSTEM
@@ -48,7 +48,7 @@ Reading = tuple[Document, int, Future]  # a document, which of its sounds, and i
 
 
 @dataclass(frozen=True)
-class Request:
+class TokenizeRequest:
     """What is asked for.
 
     Attributes:
@@ -80,7 +80,7 @@ class Request:
     def check(self) -> None:
         """Raises MossError for what makes no sense."""
         if self.format == "decoder":
-            raise MossError("format decoder: its data sets hold no examples, expected moss_jax.data.spoken")
+            raise MossError("format decoder: its data sets hold no examples, expected moss_jax.data.decoder_data")
         for name in ("variants", "shard_documents", "process_count"):
             if getattr(self, name) < 1:
                 raise MossError(f"{name} is {getattr(self, name)}, expected 1 at least")
@@ -98,7 +98,7 @@ class Request:
             raise MossError(f"aligner: the format {self.format} needs no word times, expected interleaved")
 
 
-def tokenize(request: Request, say: Say = lambda line: None) -> dict[str, Any] | None:
+def tokenize(request: TokenizeRequest, say: Say = lambda line: None) -> dict[str, Any] | None:
     """Makes this process's share of a data set, and in process 0 the data set.
 
     Args:
@@ -116,7 +116,7 @@ def tokenize(request: Request, say: Say = lambda line: None) -> dict[str, Any] |
 
 
 class _Work:
-    def __init__(self, request: Request, say: Say):
+    def __init__(self, request: TokenizeRequest, say: Say):
         self.request = request
         self.say = say
         folder = SystemFolder(request.model)
@@ -129,7 +129,7 @@ class _Work:
         self.manifest = Manifest(
             request.manifest, request.format, code_count=self.config.eosp_id, align=request.aligner is not None
         )
-        self.encodes = self.manifest.has_sound and request.format != "text"
+        self.encodes = self.manifest.has_audio and request.format != "text"
         self.ear = folder.config("speech_tokenizer", SpeechTokenizerConfig) if self.encodes else None
         self.shards = -(-len(self.manifest) // request.shard_documents)
         self.part = request.out.with_name(request.out.name + ".part")
@@ -171,10 +171,10 @@ class _Work:
         return CTCAligner(self.request.aligner)
 
     @cached_property
-    def maker(self) -> Maker:
+    def maker(self) -> ExampleBuilder:
         rate = self.ear.code_rate if self.ear else CODE_RATE
         request = self.request
-        return Maker(request.format, self.config, self.text_tokenizer, rate, request.seed, request.system)
+        return ExampleBuilder(request.format, self.config, self.text_tokenizer, rate, request.seed, request.system)
 
     def run(self) -> dict[str, Any] | None:
         request = self.request

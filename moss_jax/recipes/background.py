@@ -25,19 +25,19 @@ from moss_jax.train.preemption import Preemption
 Work = Callable[[Callable[[str], None]], int]  # gets `say`, returns an exit code
 
 
-class Beside(Protocol):
+class BackgroundStep(Protocol):
     name: str
     start: Callable[[], BaseProcess]
 
 
-class Lane:
+class BackgroundRunner:
     """Begins when it is asked to; `done` is called with each step when it ended, its seconds and its exit code.
 
     Attributes:
         code: 0, or that of the step that stopped; the steps after it are not begun.
     """
 
-    def __init__(self, done: Callable[[Beside, float, int], None]):
+    def __init__(self, done: Callable[[BackgroundStep, float, int], None]):
         self._done = done
         self._left = []
         self.code = 0
@@ -46,7 +46,7 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._process: BaseProcess | None = None
 
-    def add(self, step: Beside) -> None:
+    def add(self, step: BackgroundStep) -> None:
         """Puts a step at the end; before `begin`."""
         self._left.append(step)
 
@@ -104,7 +104,7 @@ class Lane:
             self._thread.join()
 
 
-def beside(work: Work, name: str) -> Callable[[], BaseProcess] | None:
+def background_process(work: Work, name: str) -> Callable[[], BaseProcess] | None:
     """What starts `work` (which can be pickled) as the whole of a process, on the second half of the cores; None where
     that gains nothing: one core, or a GPU or TPU, of which one process has all.
 

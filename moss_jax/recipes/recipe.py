@@ -19,7 +19,7 @@ from moss_jax.checkpoint.config_io import read_config
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import folder_lock
-from moss_jax.recipes.background import Lane
+from moss_jax.recipes.background import BackgroundRunner
 from moss_jax.train.metrics import duration
 
 JOURNAL = "recipe.json"
@@ -32,20 +32,20 @@ class RecipeStep:
 
     Attributes:
         name: what --from-step and the journal call it.
-        what: a line for people.
+        description: a line for people.
         work: makes it; returns 0, or the exit code that the whole recipe ends with (75: called to stop, saved).
-        makes: paths that it writes; they, and what lies beside them unfinished (NAME.part), go when it is made anew.
+        outputs: paths that it writes; they, and what lies beside them unfinished (NAME.part), go when it is made anew.
         start: begins `work` in a process of its own, whose exit code is what `work` returns. Then the steps after it do
             not wait for it, but one that gathers does. None: it is made here.
-        gathers: whether it needs what was begun beside.
+        needs_background: whether it needs what was begun beside.
     """
 
     name: str
-    what: str
+    description: str
     work: Callable[[], int]
-    makes: tuple[Path, ...] = ()
+    outputs: tuple[Path, ...] = ()
     start: Callable[[], BaseProcess] | None = None
-    gathers: bool = False
+    needs_background: bool = False
 
 
 def run_recipe(
@@ -94,7 +94,7 @@ def _run_locked(
         if not code:
             say(f"{heads[step.name]}: done in {duration(journal.seconds[step.name])}")
 
-    lane = Lane(ended)
+    lane = BackgroundRunner(ended)
     try:
         for step in steps:
             head = heads[step.name]
@@ -103,10 +103,10 @@ def _run_locked(
             else:
                 if step.start is None:
                     lane.begin()
-                if (step.gathers or lane.code) and (code := lane.wait()):
+                if (step.needs_background or lane.code) and (code := lane.wait()):
                     return code
                 so_far = journal.wall
-                say(f"{head}: {step.what}" + (f" ({duration(so_far)} so far)" if so_far >= 1 else ""))
+                say(f"{head}: {step.description}" + (f" ({duration(so_far)} so far)" if so_far >= 1 else ""))
                 if step.start is not None:
                     lane.add(step)
                 elif code := _made(step, ended):
@@ -198,7 +198,7 @@ def _forget(journal: _Journal, steps: Sequence[RecipeStep]) -> None:
         return
     for step in steps:
         if step.name in journal.again:
-            for path in step.makes:
+            for path in step.outputs:
                 for place in (path, path.with_name(path.name + ".part")):
                     if place.is_dir():
                         shutil.rmtree(place)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.data import formats
-from moss_jax.data.formats import Example, Maker, cut_interleaved
+from moss_jax.data.formats import Example, ExampleBuilder, cut_interleaved
 from moss_jax.data.manifest import Document, Word
 from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
@@ -64,7 +64,7 @@ def test_interleaved():
 
 
 def maker(text_tokenizer, format, **more):
-    return Maker(format, TINY, text_tokenizer, **more)
+    return ExampleBuilder(format, TINY, text_tokenizer, **more)
 
 
 def rows_of(text_tokenizer, piece):

@@ -41,7 +41,7 @@ def test_good_lines(folder):
         {"codes": [3, 4], "words": [["c", 0, 1]]},
     )
     manifest = Manifest(path, "interleaved", code_count=5)
-    assert len(manifest) == 3 and manifest.has_sound
+    assert len(manifest) == 3 and manifest.has_audio
     one, two, three = manifest.documents()
     assert (one.name, one.line, two.name, two.line) == ("x", 1, "3", 3)
     assert one.words == (Word("Grüß", 0, 0.5), Word("Gott", 0.5, 0.9)) and one.sounds == (folder / "a.wav",)

@@ -22,7 +22,7 @@ from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.store import Examples, shard_name
-from moss_jax.data.tokenize import Request, tokenize
+from moss_jax.data.tokenize import TokenizeRequest, tokenize
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -184,7 +184,7 @@ def test_killed_and_run_again(corpus, system, whole, tmp_path):
 def test_processes_share_the_work(corpus, system, whole, tmp_path):
     lines = []
     for index in (1, 0):  # process 0 comes last: it would wait
-        request = Request(
+        request = TokenizeRequest(
             corpus / "speech.jsonl",
             system,
             "interleaved",
@@ -258,7 +258,7 @@ def test_text_needs_no_codec(corpus, system, tmp_path):
     assert main(arguments) == 0
     assert len(Examples(tmp_path / "data")) == 2
     with pytest.raises(MossError, match=r"has no speech_tokenizer/config.json"):
-        tokenize(Request(corpus / "speech.jsonl", bare, "asr", tmp_path / "other"))
+        tokenize(TokenizeRequest(corpus / "speech.jsonl", bare, "asr", tmp_path / "other"))
 
 
 def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corpus, system, tmp_path, capsys):

@@ -23,7 +23,7 @@ from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 NANO_ROWS = NANO.max_position_embeddings - 25  # the system turn has the rest
-PLAN = corpus.make_plan()
+PLAN = corpus.plan_corpus()
 
 
 def trained_texts():
@@ -172,7 +172,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         return speak(text, *speaker)
 
     monkeypatch.setattr(corpus, "speak", speak_until)
-    plan = corpus.make_plan(scale=0.001)
+    plan = corpus.plan_corpus(scale=0.001)
     assert 10 < len(plan.answers) < 80
     folder = tmp_path / "corpus"
     part = tmp_path / "corpus.part"
@@ -219,14 +219,16 @@ def test_a_recording_has_its_level_noise_and_pauses():
     rate = 16000
     time = np.arange(16000) / 16000
     tone = (0.1 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
-    room = corpus.Room(level=-20, above_noise=30, before=0.1, after=0.25)
+    room = corpus.RecordingConditions(level=-20, above_noise=30, before=0.1, after=0.25)
     wave = room.record(tone, rate, seed=1)
     assert wave.dtype == np.float32 and len(wave) == 16000 + 1600 + 4000
     noise = wave - np.pad(0.1 * tone, (1600, 4000))
     for part in (noise[:1600], noise[1600:17600], noise[17600:]):  # as loud in the pauses as below the speech
         assert 20 * np.log10(part.std() / (0.1 * tone).std()) == pytest.approx(-30, abs=2)
     np.testing.assert_array_equal(wave, room.record(tone, rate, seed=1))
-    assert np.abs(corpus.Room(40, 50).record(tone, rate, seed=1)).max() == 1  # clipped, as a recording is
+    assert (
+        np.abs(corpus.RecordingConditions(40, 50).record(tone, rate, seed=1)).max() == 1
+    )  # clipped, as a recording is
     rooms = [PLAN.utterances[dialogue.asked].room for dialogue in PLAN.singles]
     assert 0.45 < sum(room is not None for room in rooms) / len(rooms) < 0.55
     assert all(PLAN.utterances[place].room is None for place in (*PLAN.answers.values(), *PLAN.extras))

@@ -10,11 +10,11 @@ from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data.espeak import speak
 from moss_jax.evaluate.model import Model
-from moss_jax.evaluate.words import errors, words
 from moss_jax.recipes.nano import domain, report
 from moss_jax.recipes.nano import judge as judges
 from moss_jax.recipes.nano.items import read_items
-from moss_jax.recipes.nano.judge import Heard, expected_seconds, grammar, measure
+from moss_jax.recipes.nano.judge import Recognition, expected_seconds, grammar, measure
+from moss_jax.text.words import normalized_words, word_errors
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def test_the_grammar_is_frozen_and_holds_every_answer_right_or_wrong():
     assert judges.GRAMMAR.read_text() == grammar()
     pattern = answer_pattern()
     for answer in domain.answers():
-        assert pattern.match("".join(words(answer)))
+        assert pattern.match("".join(normalized_words(answer)))
     assert pattern.match("sevenplusfiveissix") and pattern.match("yestwoisgreaterthantwo")
     assert not pattern.match("sevenplusfive") and not pattern.match("sevenplusfiveistwelvetwo")
-    assert len({" ".join(words(answer)) for answer in domain.answers()}) == len(domain.answers())
+    assert len({" ".join(normalized_words(answer)) for answer in domain.answers()}) == len(domain.answers())
 
 
 def test_what_counts_as_the_right_answer():
-    assert Heard("yes seven is greater than five").says("Yes, seven is greater than five.")
-    assert not Heard("seven plus five is", "").says("Seven plus five is twelve.")
-    assert not Heard("seven plus five is twelve", "steady (1.0 dB)").says("Seven plus five is twelve.")
+    assert Recognition("yes seven is greater than five").says("Yes, seven is greater than five.")
+    assert not Recognition("seven plus five is", "").says("Seven plus five is twelve.")
+    assert not Recognition("seven plus five is twelve", "steady (1.0 dB)").says("Seven plus five is twelve.")
     assert expected_seconds("hello how can i help you") > expected_seconds("grass is green") > 0.5
 
 
@@ -68,7 +68,7 @@ def test_the_judge_refuses_what_is_no_speech(judge):
     # Right words at a pace that nobody speaks at.
     assert "long" in judge.hear(*speak("Seven plus five is twelve.", "en-us+klatt3", 80, 50)[:2]).refused
     assert judge.hear(np.concatenate([wave] * 3), rate).refused
-    assert judge.hear(np.pad(wave, 5 * rate), rate) == Heard("seven plus five is twelve")
+    assert judge.hear(np.pad(wave, 5 * rate), rate) == Recognition("seven plus five is twelve")
     level, spread, begin, end = measure(np.pad(wave, 5 * rate), rate)
     assert (level, spread, begin - 5, end - 5) == pytest.approx(measure(wave, rate), abs=0.03)
 
@@ -87,7 +87,9 @@ def test_word_errors_are_jiwers():
     for _ in range(50):
         reference, found = (" ".join(draw.choice(["a", "b", "c"], draw.integers(1, 9))) for _ in range(2))
         counts = jiwer.process_words(reference, found)
-        assert errors(reference.split(), found.split()) == counts.substitutions + counts.deletions + counts.insertions
+        assert (
+            word_errors(reference.split(), found.split()) == counts.substitutions + counts.deletions + counts.insertions
+        )
 
 
 def test_controls_never_keep_their_own_answer():

@@ -12,7 +12,7 @@ from moss_jax.cli import main
 from moss_jax.convert.random_system import SIZES, init_random
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import ablation
-from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
+from moss_jax.recipes.nano.corpus import TEXT_IDS, plan_corpus, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import NANO
@@ -29,15 +29,15 @@ def test_size_and_ids():
 
 
 def test_each_run_begins_where_another_ended():
-    runs = {name: Recipe().run_of(name) for name in LANGUAGE}
+    runs = {name: Recipe().run_config(name) for name in LANGUAGE}
     assert all(isinstance(run, Run) for run in runs.values())
     assert [runs[name].init for name in LANGUAGE] == ["random", "nano/qwen3", "nano/runs/stage1", "nano/runs/stage2"]
     assert {run.folder for run in runs.values()} == {f"nano/runs/{name}" for name in LANGUAGE}
     assert all(run.optimizer.total_steps == run.steps for run in runs.values())
-    quick = {name: Recipe(quick=True).run_of(name) for name in LANGUAGE}
+    quick = {name: Recipe(quick=True).run_config(name) for name in LANGUAGE}
     assert all(run.steps == run.optimizer.total_steps == 4 and run.batch_size == 4 for run in quick.values())
-    tenth = Recipe(share=0.1).run_of("speech_tokenizer")
-    assert tenth.steps == tenth.optimizer.total_steps == Recipe().run_of("speech_tokenizer").steps // 10
+    tenth = Recipe(share=0.1).run_config("speech_tokenizer")
+    assert tenth.steps == tenth.optimizer.total_steps == Recipe().run_config("speech_tokenizer").steps // 10
     with pytest.raises(MossError, match="share is 0"):
         Recipe(share=0)
 
@@ -45,7 +45,7 @@ def test_each_run_begins_where_another_ended():
 def test_a_base_and_a_system_of_parts(tmp_path):
     """What has another number of codes is refused, and then nothing is written."""
     init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
-    (tmp_path / "text_tokenizer.json").write_text(text_tokenizer(make_plan(scale=0.001)))
+    (tmp_path / "text_tokenizer.json").write_text(text_tokenizer(plan_corpus(scale=0.001)))
     make_base(tmp_path / "base", tmp_path / "text_tokenizer.json", tmp_path / "tiny")
     assert SystemFolder(tmp_path / "base").text_tokenizer(NANO).decode([*range(65, 68)])
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}

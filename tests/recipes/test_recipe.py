@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
-from moss_jax.recipes.background import beside
+from moss_jax.recipes.background import background_process
 from moss_jax.recipes.recipe import JOURNAL, RecipeStep, run_recipe
 
 needs_two_cores = pytest.mark.skipif(
@@ -152,11 +152,11 @@ class TwoLanes(Kitchen):
         corpus, text, split, system = self.steps
         self.processes = {}
         self.targets = {"flow": flow, "vocoder": vocoder}
-        beside = [
+        background_process = [
             RecipeStep(name, f"makes {name}", self._work(name), start=functools.partial(self._start, name))
             for name in self.targets
         ]
-        self.steps = [corpus, *beside, text, split, replace(system, gathers=True)]
+        self.steps = [corpus, *background_process, text, split, replace(system, needs_background=True)]
 
     def _start(self, name):
         target, *args = self.targets[name]
@@ -231,7 +231,7 @@ def test_each_of_two_keeps_to_half_of_the_cores(tmp_path, capfd):
         return 0
 
     work = functools.partial(half_of_the_cores, tmp_path / "nano" / "half")
-    flow = replace(flow, start=beside(work, "flow"))
+    flow = replace(flow, start=background_process(work, "flow"))
     kitchen.steps = [corpus, flow, vocoder, replace(text, work=look), *others]
     assert kitchen.run() == 0
     (here,) = seen

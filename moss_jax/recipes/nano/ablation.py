@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.checkpoint import write_text
-from moss_jax.cli.system_arguments import keep_compiled
+from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.dialogue.grid import text_rows
 from moss_jax.errors import MossError
 from moss_jax.evaluate.scoring import padded_length
-from moss_jax.recipes.background import beside
+from moss_jax.recipes.background import background_process
 from moss_jax.recipes.nano.items import read_items
 from moss_jax.recipes.nano.train import CONFIGS, FOLDER, make_system, scaled, shortened
 from moss_jax.recipes.recipe import RecipeStep, run_recipe
@@ -170,7 +170,7 @@ class Arm:
 
     def step(self, aside: bool) -> RecipeStep:
         name = f"{self.name}-{self.seed}"
-        start = beside(self.make, name) if aside else None
+        start = background_process(self.make, name) if aside else None
         return RecipeStep(name, "stage 1, stage 2, SFT", partial(self.make, say), (PLACE / name,), start)
 
 
@@ -187,7 +187,9 @@ def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
         RecipeStep("before", "the text model's own answers", before, (PLACE / "before.json",)),
         *(arm.step(aside=True) for arm in arms[1::2]),
         *(arm.step(aside=False) for arm in arms[::2]),
-        RecipeStep("similarity", "speech and text, layer by layer", _similarity, (PLACE / "similarity",), gathers=True),
+        RecipeStep(
+            "similarity", "speech and text, layer by layer", _similarity, (PLACE / "similarity",), needs_background=True
+        ),
     ]
 
 
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     about = {name: getattr(args, name) for name in ("seeds", "share", "items", "no_answers", "quick")}
     keep_freed_memory()  # as moss-jax train-nano does
-    keep_compiled()  # nine runs of a few programs
+    enable_compile_cache()  # nine runs of a few programs
     try:
         if code := run_recipe(PLACE, steps_of(args), about, args.from_step, say=say):
             return code

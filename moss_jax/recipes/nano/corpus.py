@@ -38,7 +38,16 @@ from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.nano import domain
-from moss_jax.recipes.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
+from moss_jax.recipes.nano.domain import (
+    ANSWERS,
+    FOLLOW_UPS,
+    PHRASINGS,
+    RESERVED,
+    SOCIAL,
+    DomainQuestion,
+    Fact,
+    FollowUp,
+)
 from moss_jax.text.byte_level import byte_level, learn_merges
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
@@ -101,7 +110,7 @@ Said = dict[str, object]  # a line of a manifest: audio, text, words
 
 
 @dataclass(frozen=True)
-class Room:
+class RecordingConditions:
     """How something is recorded: dB louder, dB that speech is above the noise, seconds before and after it."""
 
     level: float
@@ -131,21 +140,21 @@ class Utterance:
     pitch: int
     use: str
     speed: float = 1.0  # of playing what was said: above 1 shorter, higher, and of a smaller speaker
-    room: Room | None = None
+    room: RecordingConditions | None = None
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """A question with its answer, and perhaps a second turn; places are in the plan's utterances."""
 
-    question: Question
+    question: DomainQuestion
     asked: int
     second: FollowUp | None = None
     asked_second: int | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
+class CorpusPlan:
     """All that a corpus holds, before anything is said; a function of seed and scale alone."""
 
     utterances: list[Utterance]
@@ -159,7 +168,7 @@ class Plan:
     valid: int  # so many of the first singles and doubles (each), extras and documents are for the valid manifests
 
 
-def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
+def plan_corpus(seed: int = 0, scale: float = 1.0) -> CorpusPlan:
     """What to say. At scale 1 about nine hours, of which one and a half are the answering voice."""
     draw = random.Random(f"nano corpus {seed}")
     utterances: list[Utterance] = []
@@ -206,7 +215,7 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     questions = {asked.text for asked in domain.questions()}
     rows = [add(row) for row in map(question, _rows(count(ROWS), draw)) if row.text not in questions]
     valid = max(1, round(VALID * len(singles)))
-    plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, count(TALKS), valid)
+    plan = CorpusPlan(utterances, answers, extras, rows, singles, doubles, documents, count(TALKS), valid)
     if scale >= ALL_ANSWERS:
         return plan
     wanted = {dialogue.question.fact.answer for dialogue in (*singles, *doubles)}
@@ -214,7 +223,7 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
     return _with_answers(plan, wanted | set(draw.sample(list(answers), count(len(answers) / ALL_ANSWERS))))
 
 
-def _with_answers(plan: Plan, wanted: Collection[str]) -> Plan:
+def _with_answers(plan: CorpusPlan, wanted: Collection[str]) -> CorpusPlan:
     """The plan with these answers only."""
     answers = {text: place for text, place in plan.answers.items() if text in wanted}
     others = sorted(set(range(len(plan.utterances))) - set(plan.answers.values()))
@@ -237,7 +246,7 @@ def _with_answers(plan: Plan, wanted: Collection[str]) -> Plan:
     )
 
 
-def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
+def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[DomainQuestion]:
     """So many questions of a kind; every fact as often as the others."""
     facts = [fact for fact in domain.facts() if fact.kind == kind]
     order: list[Fact] = []
@@ -247,14 +256,14 @@ def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
         yield _trained(fact, draw)
 
 
-def _trained(fact: Fact, draw: random.Random) -> Question:
+def _trained(fact: Fact, draw: random.Random) -> DomainQuestion:
     """A question about a fact that is not kept for tests."""
     return draw.choice(_trained_questions()[fact])
 
 
 @lru_cache(maxsize=1)
-def _trained_questions() -> dict[Fact, list[Question]]:
-    found: dict[Fact, list[Question]] = {}
+def _trained_questions() -> dict[Fact, list[DomainQuestion]]:
+    found: dict[Fact, list[DomainQuestion]] = {}
     for question in domain.trained_questions():
         found.setdefault(question.fact, []).append(question)
     return found
@@ -275,11 +284,11 @@ def _other_sentences(amount: int, draw: random.Random) -> list[str]:
     return [domain.sentence(text) for text in draw.sample(list(found), len(found))]
 
 
-def _room(draw: random.Random) -> Room | None:
+def _room(draw: random.Random) -> RecordingConditions | None:
     if draw.random() >= ROOMS:
         return None
     ranges = LEVELS, ABOVE_NOISE, PAUSES, PAUSES
-    return Room(*(round(draw.uniform(*values), 2) for values in ranges))
+    return RecordingConditions(*(round(draw.uniform(*values), 2) for values in ranges))
 
 
 def _rows(amount: int, draw: random.Random) -> Iterator[str]:
@@ -338,7 +347,7 @@ def make_nano_corpus(
 def _write_corpus(
     folder: Path, scale: float, seed: int, processes: int | None, progress: Callable[[int, int], None] | None
 ) -> None:
-    plan = make_plan(seed, scale)
+    plan = plan_corpus(seed, scale)
     part = folder.with_name(folder.name + ".part")
     _begin(part, {"seed": seed, "scale": scale, "utterances": len(plan.utterances)})
     said = _say_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
@@ -421,7 +430,7 @@ def say(folder: Path, place: str, utterance: Utterance) -> Said:
     return {"audio": place, "text": utterance.text, "words": times}
 
 
-def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.Random) -> None:
+def _write_manifests(part: Path, plan: CorpusPlan, said: Sequence[Said], draw: random.Random) -> None:
     valid = plan.valid
     heard = [
         text for text in plan.answers if not domain.kept_answer(text)
@@ -470,7 +479,11 @@ def _often(answers: Iterable[str]) -> Iterator[str]:
 
 
 def _chats(
-    plan: Plan, said: Sequence[Said], singles: Sequence[Dialogue], doubles: Sequence[Dialogue], draw: random.Random
+    plan: CorpusPlan,
+    said: Sequence[Said],
+    singles: Sequence[Dialogue],
+    doubles: Sequence[Dialogue],
+    draw: random.Random,
 ) -> Iterator[dict]:
     """Every spoken question with a spoken answer and with a written one, every second fact asked in writing too; two
     turns as they come; conversations of these."""
@@ -515,7 +528,7 @@ def _chats(
             yield chat(way, talk)
 
 
-def _spoken(plan: Plan) -> Iterator[int]:
+def _spoken(plan: CorpusPlan) -> Iterator[int]:
     """Places of what is said in chats."""
     yield from plan.answers.values()
     for dialogue in (*plan.singles, *plan.doubles):
@@ -551,7 +564,7 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
     return {"text": train, "text-valid": asked[:held]}
 
 
-def tokenizer_texts(plan: Plan) -> Iterator[str]:
+def tokenizer_texts(plan: CorpusPlan) -> Iterator[str]:
     """What the text tokenizer learns its words from."""
     for text in (*plan.answers, *DEFAULT_SYSTEM.values(), "user", "assistant", "system"):
         yield from [text] * 3
@@ -561,7 +574,7 @@ def tokenizer_texts(plan: Plan) -> Iterator[str]:
         yield from (phrasing.format("one") for phrasing in phrasings[:RESERVED])
 
 
-def text_tokenizer(plan: Plan) -> str:
+def text_tokenizer(plan: CorpusPlan) -> str:
     """A `tokenizer.json`: bytes, every word of the domain, and the special tokens at the ids of TEXT_IDS."""
     endoftext = TEXT_IDS["endoftext_id"]
     return byte_level(learn_merges(tokenizer_texts(plan), endoftext - 256), endoftext)

@@ -424,7 +424,7 @@ def _difference(a: int, b: int) -> Fact:
 
 
 @dataclass(frozen=True)
-class Question:
+class DomainQuestion:
     """A fact asked in one phrasing."""
 
     fact: Fact
@@ -446,19 +446,19 @@ class Question:
 
 
 @lru_cache(maxsize=1)
-def questions() -> tuple[Question, ...]:
+def questions() -> tuple[DomainQuestion, ...]:
     """Every fact in every one of its PHRASINGS."""
-    return tuple(Question(fact, phrasing) for fact in facts() for phrasing in PHRASINGS[fact.kind])
+    return tuple(DomainQuestion(fact, phrasing) for fact in facts() for phrasing in PHRASINGS[fact.kind])
 
 
 @lru_cache(maxsize=1)
-def trained_questions() -> tuple[Question, ...]:
+def trained_questions() -> tuple[DomainQuestion, ...]:
     """Every fact in every phrasing in which it may be asked in training, of PHRASINGS and of MORE_PHRASINGS."""
     return tuple(
         question
         for fact in facts()
         for phrasing in (*PHRASINGS[fact.kind], *MORE_PHRASINGS[fact.kind])
-        if not (question := Question(fact, phrasing)).kept
+        if not (question := DomainQuestion(fact, phrasing)).kept
     )
 
 

@@ -25,7 +25,7 @@ from moss_jax.documents import parse_object, read_lines
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import domain
 from moss_jax.recipes.nano.corpus import Utterance, say
-from moss_jax.recipes.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, Question
+from moss_jax.recipes.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, DomainQuestion
 
 FOLDER = Path(__file__).with_name("items")
 SETS = {
@@ -162,7 +162,7 @@ def make_items(seed: int = 0) -> dict[str, list[Item]]:
     return made
 
 
-def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) -> list[Question]:
+def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) -> list[DomainQuestion]:
     """Questions of a kind that no training manifest has; each once before any comes twice (by other speakers)."""
     own = [question for question in domain.questions() if question.fact.kind == kind]
     if reserved_phrasing:
@@ -171,14 +171,19 @@ def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) 
         own = [question for question in own if not question.reserved]
     else:
         own = [question for question in own if question.kept and not question.reserved]
-    picked: list[Question] = []
+    picked: list[DomainQuestion] = []
     while len(picked) < amount:
         picked += draw.sample(own, len(own))
     return picked[:amount]
 
 
 def _item(
-    name: str, question: Question, voices: Sequence[str], draw: random.Random, group: str, other: Question | None
+    name: str,
+    question: DomainQuestion,
+    voices: Sequence[str],
+    draw: random.Random,
+    group: str,
+    other: DomainQuestion | None,
 ) -> Item:
     """One that asks `question`, in two turns then what goes on from it, or an `other` one."""
     questions = [question.text]

@@ -26,8 +26,8 @@ import numpy as np
 from moss_jax.audio import load_audio, resample, to_pcm16
 from moss_jax.errors import MossError
 from moss_jax.evaluate.judge import RATE
-from moss_jax.evaluate.words import words
 from moss_jax.recipes.nano import domain
+from moss_jax.text.words import normalized_words
 
 GRAMMAR = Path(__file__).with_name("answers.jsgf")
 FRAME = 50  # a second, of the checks
@@ -48,7 +48,7 @@ def grammar() -> str:
     """The content of `answers.jsgf`: every answer, right or wrong, of the domain."""
 
     def either(texts: Iterable[str]) -> str:
-        return " | ".join(dict.fromkeys(" ".join(words(text)) for text in texts))
+        return " | ".join(dict.fromkeys(" ".join(normalized_words(text)) for text in texts))
 
     numbers = domain.NUMBERS[: domain.MOST + 1]
     rules = {
@@ -67,7 +67,7 @@ def grammar() -> str:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Recognition:
     """What the judge makes of a sound.
 
     Attributes:
@@ -80,7 +80,7 @@ class Heard:
 
     def says(self, answer: str) -> bool:
         """Whether these are the words of the answer, all of them and no other, in a sound that may be speech."""
-        return not self.refused and words(self.text) == words(answer)
+        return not self.refused and normalized_words(self.text) == normalized_words(answer)
 
 
 class NanoJudge:
@@ -107,21 +107,21 @@ class NanoJudge:
         heard = self.hear(*load_audio(wav))
         return "" if heard.refused else heard.text
 
-    def hear(self, wave: np.ndarray, rate: int) -> Heard:
+    def hear(self, wave: np.ndarray, rate: int) -> Recognition:
         """Sound float32 [samples] -> what it says. The same sound is always heard the same."""
         level, spread, begin, end = measure(wave, rate)
         if level < LEVEL:
-            return Heard("", f"silence ({level:.0f} dBFS)")
+            return Recognition("", f"silence ({level:.0f} dBFS)")
         said = wave[max(0, round((begin - MARGIN) * rate)) : round((end + MARGIN) * rate)]
         text = self._recognise(resample(said, rate, RATE))
         if not text:
-            return Heard("", "nothing understood")
+            return Recognition("", "nothing understood")
         expected = expected_seconds(text)
         if spread < SPREAD:
-            return Heard(text, f"steady ({spread:.1f} dB)")
+            return Recognition(text, f"steady ({spread:.1f} dB)")
         if not LENGTHS[0] <= (end - begin) / expected <= LENGTHS[1]:
-            return Heard(text, f"{end - begin:.2f} s long, expected {expected:.2f} s")
-        return Heard(text)
+            return Recognition(text, f"{end - begin:.2f} s long, expected {expected:.2f} s")
+        return Recognition(text)
 
     def _recognise(self, wave: np.ndarray) -> str:
         pause = np.zeros(round(PAUSE * RATE), np.float32)
@@ -156,4 +156,4 @@ def expected_seconds(text: str) -> float:
     return float(np.dot(SECONDS, counts))
 
 
-_COMMAS = {" ".join(words(answer)): answer.count(",") for answer in domain.SOCIAL.values()}
+_COMMAS = {" ".join(normalized_words(answer)): answer.count(",") for answer in domain.SOCIAL.values()}

@@ -27,10 +27,10 @@ from moss_jax.errors import MossError
 from moss_jax.evaluate.items import Part
 from moss_jax.evaluate.model import Model
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown, write_table
-from moss_jax.evaluate.words import words
-from moss_jax.recipes.nano.corpus import Room
+from moss_jax.recipes.nano.corpus import RecordingConditions
 from moss_jax.recipes.nano.items import FOLDER, SETS, Item, read_items, speak_items
 from moss_jax.recipes.nano.judge import NanoJudge
+from moss_jax.text.words import normalized_words
 
 Pairs = list[tuple[Item, dict[str, list[Path]]]]
 WAYS = ("ss", "st", "ts", "tt")
@@ -40,9 +40,9 @@ STREAMED = 200  # items that are answered one by one, in one piece and streamed
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
 # How else some questions are recorded, and how that is told; they are answered in writing, which no judge has to hear.
 ROOMS = {
-    "quiet": ("15 dB quieter", Room(level=-15, above_noise=60)),
-    "noisy": ("in noise, 30 dB below the voice", Room(level=0, above_noise=30)),
-    "slow": ("a second before and after", Room(level=0, above_noise=40, before=1, after=1)),
+    "quiet": ("15 dB quieter", RecordingConditions(level=-15, above_noise=60)),
+    "noisy": ("in noise, 30 dB below the voice", RecordingConditions(level=0, above_noise=30)),
+    "slow": ("a second before and after", RecordingConditions(level=0, above_noise=40, before=1, after=1)),
 }
 IN_ROOMS = 100  # items, spread over the set
 # the sets whose answers go through the codec alone
@@ -280,7 +280,7 @@ class _Work:
     def _answer(self, item: Item, turn: int, reply: Reply, way: str) -> dict[str, Any]:
         answer = item.answers[turn]
         if way[1] == "t":
-            return {"said": reply.text, "right": words(reply.text) == words(answer)}
+            return {"said": reply.text, "right": normalized_words(reply.text) == normalized_words(answer)}
         if not reply.wave.size:
             return {"said": "", "refused": "no speech", "right": False}
         return self._judged(reply.wave, reply.sample_rate, answer)
@@ -393,7 +393,8 @@ def _rows(found: Mapping, work: _Work) -> Iterator[dict[str, Any]]:
 def _against(heard: Mapping[str, Mapping], items: Mapping[str, Item], other: Mapping[str, str]) -> list[bool]:
     """What was heard for each item, held against the answer to another one."""
     return [
-        not record.get("refused") and words(record["said"]) == words(items[other[name]].answers[-1])
+        not record.get("refused")
+        and normalized_words(record["said"]) == normalized_words(items[other[name]].answers[-1])
         for name, record in heard.items()
     ]
 

@@ -29,7 +29,7 @@ from moss_jax.convert.files import copy_file, write_json
 from moss_jax.convert.qwen3 import export_qwen3
 from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
-from moss_jax.recipes.background import beside
+from moss_jax.recipes.background import background_process
 from moss_jax.recipes.recipe import RecipeStep, Say, run_recipe
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_lm.config import NANO, TransformerConfig
@@ -76,7 +76,7 @@ class Recipe:
         if not 0 < self.share <= 1:
             raise MossError(f"share is {self.share}, expected a number above 0 and at most 1")
 
-    def make(self, from_step: str | None = None, to_step: str | None = None) -> int:
+    def run(self, from_step: str | None = None, to_step: str | None = None) -> int:
         """Goes on where it was, to the end or to that of `to_step`; returns 0, 3 (stopped by the guard) or 75 (called
         to stop, saved).
 
@@ -105,13 +105,13 @@ class Recipe:
             self._training("stage1", "what is new for speech learns, the text model is frozen"),
             self._training("stage2", "everything learns"),
             self._training("sft", "conversations"),
-            RecipeStep("system", "all parts in one folder", self._system, (FOLDER / "system",), gathers=True),
+            RecipeStep("system", "all parts in one folder", self._system, (FOLDER / "system",), needs_background=True),
         ]
         if self.report is not None:
             steps.append(RecipeStep("report", "frozen items and the judge", self._report, (FOLDER / "report",)))
         return tuple(steps)
 
-    def run_of(self, name: str) -> BaseRun:
+    def run_config(self, name: str) -> BaseRun:
         """The run of a config, short where the recipe is."""
         run = load_run(self.configs / f"{name}.py")
         return shortened(run) if self.quick else scaled(run, self.share)
@@ -119,13 +119,13 @@ class Recipe:
     def _training(self, name: str, what: str, start: Callable[[], BaseProcess] | None = None) -> RecipeStep:
         def work() -> int:
             jax.clear_caches()  # what other trainings compiled
-            return train(self.run_of(name), self.say)
+            return train(self.run_config(name), self.say)
 
         return RecipeStep(name, f"{what} (configs/{name}.py)", work, (FOLDER / "runs" / name,), start)
 
     def _beside(self, name: str) -> Callable[[], BaseProcess] | None:
         """The speech decoder and the language model need nothing of each other."""
-        return beside(partial(_train, replace(self, report=None, say=print), name), name)
+        return background_process(partial(_train, replace(self, report=None, say=print), name), name)
 
     def _corpus(self) -> int:
         from moss_jax.recipes.nano.corpus import make_nano_corpus
@@ -146,8 +146,8 @@ class Recipe:
 
     def _tokenize(self) -> int:
         from moss_jax.data.coded import encode_manifests
-        from moss_jax.data.spoken import SpokenRequest, make_spoken
-        from moss_jax.data.tokenize import Request, tokenize
+        from moss_jax.data.decoder_data import DecoderDataRequest, build_decoder_data
+        from moss_jax.data.tokenize import TokenizeRequest, tokenize
 
         base, corpus, coded, data = (FOLDER / name for name in ("base", "corpus", "coded", "data"))
         if not base.is_dir():
@@ -159,11 +159,11 @@ class Recipe:
             if not (data / name).is_dir():
                 manifest = (coded if name in SPOKEN else corpus) / f"{name}.jsonl"
                 variants = VARIANTS if form == "interleaved" else 1
-                tokenize(Request(manifest, base, form, data / name, variants=variants), tell)
+                tokenize(TokenizeRequest(manifest, base, form, data / name, variants=variants), tell)
                 self.say(f"{data / name}: {form}")
         for name, manifest in DECODER.items():
             if not (data / name).is_dir():
-                make_spoken(SpokenRequest(corpus / f"{manifest}.jsonl", base, data / name), tell)
+                build_decoder_data(DecoderDataRequest(corpus / f"{manifest}.jsonl", base, data / name), tell)
                 self.say(f"{data / name}: decoder")
         return 0
 
@@ -193,7 +193,7 @@ class Recipe:
 
 
 def _train(recipe: Recipe, name: str, say: Say) -> int:
-    return train(recipe.run_of(name), say)
+    return train(recipe.run_config(name), say)
 
 
 def shortened(run: BaseRun) -> BaseRun:

@@ -10,7 +10,7 @@ import pytest
 
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
-from moss_jax.data.spoken import FORMAT, SOURCE
+from moss_jax.data.decoder_data import FORMAT, SOURCE
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder.decoder import SpeechDecoder

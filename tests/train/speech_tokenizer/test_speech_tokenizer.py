@@ -223,7 +223,7 @@ def test_an_epoch_holds_every_clip_once_and_any_step_can_be_next(data):
     with pytest.raises(MossError, match="other data"):
         ClipBatches(clips, units, 4, 5).set_state(state)
     shorter = Clips([data / "train.jsonl"], tones.RATE, (0.8,), 1280)
-    assert shorter.left_out + len(shorter) == 18 and shorter.left_out
+    assert shorter.skipped + len(shorter) == 18 and shorter.skipped
     for batches in (everything, *halves):
         batches.close()
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from moss_jax.data.batches import StepBatches
+from moss_jax.data.decoder_data import DecoderDataset
 from moss_jax.data.pipeline import Mixture
-from moss_jax.data.spoken import Spoken
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 
 SILENCE = float(np.log(1e-5))  # the mel's floor, after the end of a recording
 
 
-class Rows:
+class DecoderRows:
     """The endless rows of one source. May be sent to processes.
 
     Args:
@@ -40,7 +40,7 @@ class Rows:
         codes: int | None = None,
         frames: int = 0,
     ):
-        self.spoken = Spoken(folder, config, codes is not None)
+        self.spoken = DecoderDataset(folder, config, codes is not None)
         self.config = config
         self.seed = seed
         self.index = index
@@ -110,7 +110,7 @@ class Rows:
         }
 
 
-class SpokenBatches(StepBatches):
+class DecoderBatches(StepBatches):
     """An iterator without end over this process's share of the batches: dictionaries of arrays [B, ...].
 
     Args:
@@ -139,7 +139,7 @@ class SpokenBatches(StepBatches):
         if batch_size % process_count:
             raise MossError(f"data: batch_size {batch_size} does not divide by the {process_count} processes")
         self.rows = [
-            Rows(folder, config, mixture.seed, index, codes, frames)
+            DecoderRows(folder, config, mixture.seed, index, codes, frames)
             for index, (_, folder, _) in enumerate(mixture.sources)
         ]
         digest = hashlib.blake2b(digest_size=16)

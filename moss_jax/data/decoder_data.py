@@ -47,7 +47,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class SpokenRequest:
+class DecoderDataRequest:
     """What is asked for: of the documents' recordings, and of conversations the assistant's turns.
 
     Attributes:
@@ -64,7 +64,7 @@ class SpokenRequest:
     max_audio_bytes: int = MAX_BYTES
 
 
-def make_spoken(request: SpokenRequest, say: Say = lambda line: None) -> dict[str, Any]:
+def build_decoder_data(request: DecoderDataRequest, say: Say = lambda line: None) -> dict[str, Any]:
     """Makes the data set; returns what source.json says.
 
     Raises:
@@ -100,7 +100,7 @@ def pitch(wave: np.ndarray, rate: int, hop: int) -> np.ndarray:
 
 
 class _Work:
-    def __init__(self, request: SpokenRequest, say: Say):
+    def __init__(self, request: DecoderDataRequest, say: Say):
         self.request = request
         self.say = say
         self.folder = SystemFolder(request.model)
@@ -320,7 +320,7 @@ class _About:
     documents: int
 
 
-class Spoken:
+class DecoderDataset:
     """A data set on disk; `spoken.item(i)` are memory-mapped pieces. May be sent to processes.
 
     Attributes:
