@@ -70,6 +70,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """`atomic_folder` that also replaces a folder which is already there, once the new one is complete."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    with atomic_folder(new) as part:
+        yield part
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(new, path)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Makes `target` a hard link to a file that is never written to again, or a copy where links are not supported."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def is_file(path: str | Path) -> bool:
     """Whether there is a file; False for a name that no file can have (too long, half a character, a NUL in it)."""
     return os.path.isfile(path)

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moss_jax"
-GROUND = {"errors", "arguments", "compile_cache", "documents", "files", "audio", "nn", "checkpoint", "sharding", "text"}
+GROUND = {
+    "errors",
+    "arguments",
+    "compile_cache",
+    "documents",
+    "files",
+    "progress",
+    "audio",
+    "nn",
+    "checkpoint",
+    "sharding",
+    "text",
+}
 MODELS = {"speech_tokenizer", "speech_lm", "speech_decoder"}
 ALLOWED = {
     "errors": set(),
@@ -16,6 +28,7 @@ ALLOWED = {
     "documents": {"errors"},
     "files": {"errors"},
     "compile_cache": set(),
+    "progress": set(),
     "audio": {"errors", "files"},
     "nn": {"errors", "documents"},
     "checkpoint": {"errors", "documents", "files", "nn", "sharding"},

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from moss_jax.documents import parse_object, read_json
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.train.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
@@ -36,8 +37,6 @@ DAMAGED = "damaged"
 PIECE = 1 << 22  # bytes read at a time
 THREADS = 8
 TIMEOUT = 3600  # seconds that a save may take in the background
-
-Say = Callable[[str], None]
 
 
 class Checkpoints:

@@ -40,7 +40,7 @@ from moss_jax.speech_lm import LayerSplitModel
 from moss_jax.train.host_memory import keep_freed_memory
 from moss_jax.train.loop import train
 from moss_jax.train.run import Run, load_run
-from moss_jax.train.speech_lm.start import newest_export
+from moss_jax.train.run_folder import newest_export
 
 PLACE = FOLDER / "ablation"
 ARMS = ("FP", "NF", "NF-NoSplit")

@@ -36,7 +36,7 @@ from moss_jax.speech_lm.config import NANO, TransformerConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.loop import train
 from moss_jax.train.run import BaseRun, load_run, override
-from moss_jax.train.speech_lm.start import newest_export
+from moss_jax.train.run_folder import newest_export
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 
 FOLDER = Path("nano")  # in the working directory, as the configs have it

@@ -1,20 +1,19 @@
 """What a run starts from: its model's config and parameters, split by its stage and laid out on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
-from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_lm import TransformerConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.run import EXPORTS, RUN_FILE, Run
+from moss_jax.train.run import Run
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.initial import initial_split
 
-Say = Callable[[str], None]
 Flat = dict[str, jax.Array]
 
 
@@ -30,7 +29,7 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
         codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
-        init_folder(run.init),
+        resolve_init(run.init),
         run.stage,
         run.model,
         mesh=mesh,
@@ -40,21 +39,8 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[TransformerConf
         say=say,
         **codes,
     )
-    system = Path(run.system or init_folder(run.init))
+    system = Path(run.system or resolve_init(run.init))
     if (system / SYSTEM).is_file():
         SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return dataclasses.replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
-
-
-def init_folder(init: str) -> str:
-    """Where a run starts from: of an earlier run its newest export, else what was given."""
-    return str(newest_export(init)) if (Path(init) / RUN_FILE).is_file() else init
-
-
-def newest_export(folder: str | Path) -> Path:
-    """The export of the most steps of a run. Raises MossError when it has none."""
-    exports = [path for path in (Path(folder) / EXPORTS).glob("*") if path.name.isdigit()]
-    if not exports:
-        raise MossError(f"{folder}: this run has no export yet; moss-jax export {folder} -o SYSTEM makes one")
-    return max(exports, key=lambda path: int(path.name))
