@@ -83,7 +83,7 @@ def test_import_is_light():
 OWN_JSON = {
     "checkpoint/config_io.py",
     "evaluate/results.py",
-    "data/tokenize.py",
+    "data/build.py",
     "text/byte_level.py",
     "recipes/nano/ablation.py",
     "compile/serving.py",

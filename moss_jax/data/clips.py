@@ -18,12 +18,12 @@ import numpy as np
 from moss_jax.audio import resample
 from moss_jax.audio.decode import audio_length
 from moss_jax.data.batches import StepBatches
-from moss_jax.data.manifest import Document, Manifest, Member
-from moss_jax.data.tokenize import read_sound
+from moss_jax.data.build import read_sound
+from moss_jax.data.manifest import Document, Manifest, TarMember
+from moss_jax.data.pipeline import CACHED_EPOCHS
 from moss_jax.errors import MossError
 
 Labels = Callable[[str], Sequence[int]]
-PLANS = 2  # of the latest epochs are kept
 LABELS_UNIT = 8  # the labels of a bucket are padded to a multiple of it
 
 
@@ -105,7 +105,7 @@ class ClipOrder:
         with self._lock:
             if epoch not in self._plans:
                 self._plans[epoch] = self._plan(np.random.default_rng([self._seed, epoch]))
-                while len(self._plans) > PLANS:
+                while len(self._plans) > CACHED_EPOCHS:
                     self._plans.popitem(last=False)
             return self._plans[epoch][place]
 
@@ -204,7 +204,7 @@ def _samples(document: Document, rate: int) -> int:
     sound = document.sounds[0]
     if isinstance(sound, np.ndarray):
         raise MossError(f"line {document.line}: has codes and no audio, expected a recording")
-    if not isinstance(sound, Member):
+    if not isinstance(sound, TarMember):
         import soundfile
 
         try:

@@ -1,24 +1,21 @@
-"""A manifest into recordings to train a speech decoder on: codes, mel, wave and F0 of each, aligned frame by frame.
+"""Data sets that a speech decoder is trained on: codes, mel, waveform and F0 of recordings, aligned frame by frame.
 
-    FOLDER/source.json             what it holds: counts, sizes, the mel's mean
-           shard-00000/            counts.npy int32 [documents], in mel frames, and one after the other
-                                   codes.npy int32, mel.npy float32 [frames, M], wave.npy int16, f0.npy float32 (Hz)
-                                   and, where the system has a speaker network, embedding.npy float32 [documents, E]
+    FOLDER/source.json             counts, sizes, the mel's mean and standard deviation
+           shard-00000/            counts.npy int32 [documents], in mel frames; then, one recording after another,
+                                   codes.npy int32, mel.npy float32 [frames, M], wave.npy int16, f0.npy float32 (Hz),
+                                   and, if the system has a speaker network, embedding.npy float32 [documents, E]
 
-What is done lies in FOLDER.part, whole shards; the same command goes on there after it was killed. Where the system has
-no speech tokenizer there are no codes, and the data set serves the vocoder alone.
+If the system has no speech tokenizer there are no codes, and the data set can train a vocoder only. An interrupted
+build is resumed by the same command (`moss_jax.data.build`).
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,35 +23,38 @@ from moss_jax.audio import MAX_BYTES, from_pcm16, resample, to_pcm16
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.checkpoint.system_folder import SystemFolder
-from moss_jax.data.manifest import Document, Manifest, Member, bad_lines
-from moss_jax.data.tokenize import READERS, read_speech
+from moss_jax.data.build import DatasetBuild, ReadSound, folder_digests
+from moss_jax.data.manifest import Document, Manifest, TarMember
+from moss_jax.data.store import SOURCE_FILE
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.files import output_lock
+from moss_jax.progress import Say, silent
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
-FORMAT = "moss-jax-spoken-1"
-SOURCE = "source.json"
-SETTINGS = "settings.json"
+if TYPE_CHECKING:
+    from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+
+DECODER_DATA_FORMAT = "moss-jax-spoken-1"
 MANIFEST_FORMAT = "decoder"
-F0_RANGE = (50.0, 600.0)  # Hz, in which voices are looked for
-GROUP = 16  # documents that are encoded together
+F0_RANGE = (50.0, 600.0)  # Hz, the range of voices
+SPEAKER_RATE = 16000  # Hz, of the speaker network's input
 ARRAYS = ("codes", "mel", "wave", "f0", "counts", "embedding")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DecoderDataRequest:
-    """What is asked for: of the documents' recordings, and of conversations the assistant's turns.
+    """What `build_decoder_data` makes: a data set of the documents' recordings; of conversations, the assistant's.
 
     Attributes:
-        manifest: JSON lines; a system folder `model`, of which the speech tokenizer and the speech decoder's sizes and
-            speaker network are used as far as they are there; `out`, the data set's folder.
-        shard_documents: documents in a shard.
-        max_audio_bytes: the most decoded samples of one recording (`moss_jax.audio.read_audio`).
+        manifest: JSON lines.
+        model: a system folder. Its speech tokenizer, the sizes of its speech decoder and its speaker network are used
+            if they are there.
+        out: the data set's folder.
+        shard_documents: documents per shard.
+        max_audio_bytes: the most decoded bytes of one recording (`moss_jax.audio.read_audio`).
     """
 
     manifest: Path
@@ -64,28 +64,38 @@ class DecoderDataRequest:
     max_audio_bytes: int = MAX_BYTES
 
 
-def build_decoder_data(request: DecoderDataRequest, say: Say = lambda line: None) -> dict[str, Any]:
-    """Makes the data set; returns what source.json says.
+def build_decoder_data(request: DecoderDataRequest, say: Say = silent) -> dict[str, Any]:
+    """Makes the data set; returns the content of its source.json.
 
     Raises:
-        MossError: bad lines (all of them, by number), a model that does not fit, a FOLDER of something else, no
-            librosa, or a place that cannot be written.
+        MossError: bad lines (all of them, by number), a model that does not fit, OUT or OUT.part holding something
+            else, librosa missing, or a folder that cannot be written.
     """
     if request.shard_documents < 1:
-        raise MossError(f"shard_documents is {request.shard_documents}, expected 1 at least")
-    return _Work(request, say).run()
+        raise MossError(f"shard_documents is {request.shard_documents}, expected at least 1")
+    source = _DecoderDataBuild(request, say).build()
+    assert source is not None  # it is None in other processes only
+    return source
 
 
-def pitch(wave: np.ndarray, rate: int, hop: int) -> np.ndarray:
-    """F0 in Hz of the mel's frames, by librosa's pYIN: float32 [L] -> float32 [L // hop], 0 where there is no voice."""
+def estimate_f0(wave: np.ndarray, rate: int, hop: int) -> np.ndarray:
+    """F0 of the mel's frames by librosa's pYIN.
+
+    Args:
+        wave: float32 [samples] at `rate` Hz.
+        hop: samples per frame.
+
+    Returns:
+        float32 [samples // hop] in Hz, 0 in unvoiced frames.
+    """
     try:
         import librosa
     except ImportError as error:
         raise MossError("F0: needs the package librosa, pip install 'moss-jax[train]'") from error
-    padding = (4 * hop - hop) // 2  # frames as those of the mel
+    padding = (4 * hop - hop) // 2  # so that frames have the same centres as those of the mel
     padded = np.pad(wave, padding, mode="reflect")
     low, high = F0_RANGE
-    f0, *_ = librosa.pyin(  # steps of 0.2 semitones take half the time of 0.1
+    f0, *_ = librosa.pyin(
         padded,
         fmin=low,
         fmax=high,
@@ -94,185 +104,145 @@ def pitch(wave: np.ndarray, rate: int, hop: int) -> np.ndarray:
         hop_length=hop,
         center=False,
         fill_na=0.0,
-        resolution=0.2,
+        resolution=0.2,  # semitones; takes half the time of the default, 0.1
     )
     return f0[: len(wave) // hop].astype(np.float32)
 
 
-class _Work:
+class _DecoderDataBuild(DatasetBuild):
     def __init__(self, request: DecoderDataRequest, say: Say):
-        self.request = request
-        self.say = say
         self.folder = SystemFolder(request.model)
-        has = {
-            room: (self.folder.path / room / "config.json").is_file() for room in ("speech_tokenizer", "speech_decoder")
-        }
-        self.ear = self.folder.config("speech_tokenizer", SpeechTokenizerConfig) if has["speech_tokenizer"] else None
-        self.sizes = (
-            self.folder.config("speech_decoder", SpeechDecoderConfig)
-            if has["speech_decoder"]
-            else SpeechDecoderConfig()
+        has_tokenizer = self._has_component("speech_tokenizer")
+        has_decoder = self._has_component("speech_decoder")
+        self.tokenizer_config = self.folder.config("speech_tokenizer", SpeechTokenizerConfig) if has_tokenizer else None
+        self.decoder_config = (
+            self.folder.config("speech_decoder", SpeechDecoderConfig) if has_decoder else SpeechDecoderConfig()
         )
-        if self.ear is not None and self.ear.code_rate != self.sizes.code_rate:
+        if self.tokenizer_config is not None and self.tokenizer_config.code_rate != self.decoder_config.code_rate:
             raise MossError(
-                f"{self.folder.path}: the speech tokenizer has {self.ear.code_rate} codes a second, the speech decoder "
-                f"{self.sizes.code_rate}"
+                f"{self.folder.path}: the speech tokenizer has {self.tokenizer_config.code_rate} codes per second, the "
+                f"speech decoder {self.decoder_config.code_rate}"
             )
-        speaker = self.folder.path / "speech_decoder" / "speaker.safetensors"
-        self.enrols = has["speech_decoder"] and self.sizes.speaker is not None and speaker.is_file()
-        self.manifest = Manifest(request.manifest, MANIFEST_FORMAT)
-        self.shards = -(-len(self.manifest) // request.shard_documents)
-        self.part = request.out.with_name(request.out.name + ".part")
-        self.about = {
-            "format": FORMAT,
-            "manifest": self.manifest.fingerprint(0, len(self.manifest)),
-            "codes": self.ear.quantize_vocab_size if self.ear else None,
-            "speech_tokenizer": self._digests() if self.ear else None,
-            "mel_bins": self.sizes.flow.mel_bins,
-            "hop": self.sizes.vocoder.hop,
-            "sample_rate": self.sizes.sample_rate,
-            "frames_per_code": self.sizes.flow.frames_per_code,
-            "embedding": self.sizes.flow.speaker_size if self.enrols else None,
+        speaker_weights = self.folder.path / "speech_decoder" / "speaker.safetensors"
+        has_speaker = has_decoder and speaker_weights.is_file()
+        self.speaker_config = self.decoder_config.speaker if has_speaker else None
+        manifest = Manifest(request.manifest, MANIFEST_FORMAT)
+        flow = self.decoder_config.flow
+        tokenizer = self.tokenizer_config
+        settings = {
+            "format": DECODER_DATA_FORMAT,
+            "manifest": manifest.fingerprint(0, len(manifest)),
+            "codes": tokenizer.quantize_vocab_size if tokenizer else None,
+            "speech_tokenizer": folder_digests(self.folder.room("speech_tokenizer")) if tokenizer else None,
+            "mel_bins": flow.mel_bins,
+            "hop": self.decoder_config.vocoder.hop,
+            "sample_rate": self.decoder_config.sample_rate,
+            "frames_per_code": flow.frames_per_code,
+            "embedding": flow.speaker_size if self.speaker_config is not None else None,
             "shard_documents": request.shard_documents,
         }
-        self.problems: list[tuple[int, str]] = []
+        super().__init__(
+            manifest,
+            request.out,
+            settings,
+            settings,
+            say,
+            shard_documents=request.shard_documents,
+            max_audio_bytes=request.max_audio_bytes,
+        )
 
-    def _digests(self) -> list[str]:
-        room = self.folder.room("speech_tokenizer")
-        found = []
-        for path in sorted(room.iterdir()):
-            with path.open("rb") as file:
-                found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-        return found
+    def _has_component(self, name: str) -> bool:
+        return (self.folder.path / name / "config.json").is_file()
 
     @cached_property
-    def speech_tokenizer(self):
+    def speech_tokenizer(self) -> "SpeechTokenizer":
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
         return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
 
     @cached_property
-    def speaker_params(self):
+    def speaker_params(self) -> Any:
         return self.folder.speech_decoder()[1]["speaker"]
 
-    def run(self) -> dict[str, Any]:
-        with output_lock(self.request.out):
-            return self._run_locked()
+    def recordings_of(self, document: Document) -> list[tuple[int, Path | TarMember]]:
+        recordings = super().recordings_of(document)
+        if not document.turns:
+            return recordings
+        return [(index, sound) for index, sound in recordings if document.turns[index].role == "assistant"]
 
-    def _run_locked(self) -> dict[str, Any]:
-        out = self.request.out
-        if (out / SOURCE).is_file():
-            found = read_json(out / SOURCE)
-            if {key: found.get(key) for key in self.about} != self.about:
-                raise MossError(f"{out}: already there, of another manifest, model or settings; choose another folder")
-            self.say(f"{out} is there already")
-            return found
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise MossError(f"{out}: already there and no data set; choose another folder")
-        self._begin_part()
-        with ThreadPoolExecutor(READERS) as pool:
-            for index in range(self.shards):
-                if not (self.part / f"shard-{index:05d}").is_dir():
-                    self._make_shard(index, pool)
-        if self.problems:
-            raise bad_lines(self.manifest.path, self.problems, len(self.manifest))
-        about = self.about | self._totals()
-        write_text(self.part / SOURCE, json.dumps(about, indent=1) + "\n")
-        (self.part / SETTINGS).unlink()
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.replace(self.part, out)
-        return about
+    def shard_is_finished(self, index: int) -> bool:
+        return self._shard_folder(index).is_dir()
 
-    def _begin_part(self) -> None:
-        try:
-            self.part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MossError(f"{self.part}: cannot be made ({error.strerror}); choose a writable place") from error
-        for left in self.part.glob(".shard-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        settings = self.part / SETTINGS
-        if not settings.exists():
-            write_text(settings, json.dumps(self.about, indent=1) + "\n")
-        if read_json(settings) != self.about:
-            raise MossError(
-                f"{self.part}: begun with another manifest, model or settings; repeat those, or remove it to begin anew"
-            )
+    def _shard_folder(self, index: int) -> Path:
+        return self.part / f"shard-{index:05d}"
 
-    def _make_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
-        start = index * self.request.shard_documents
-        stop = min(start + self.request.shard_documents, len(self.manifest))
-        found = []
-        known = len(self.problems)
-        for group in _grouped(self.manifest.documents(start, stop)):
-            found += self._group(group, pool)
-            self.say(f"{min(start + len(found), stop)} of {len(self.manifest)} documents")
-        if len(self.problems) > known:
+    def make_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
+        recordings: list[dict[str, np.ndarray]] = []
+        problem_count = len(self.problems)
+        for group, sounds in self.read_groups(self.documents(index), pool):
+            for document in group:
+                if not document.turns and not self.recordings_of(document):
+                    self.add_problem(document.line, "has no recording, expected audio")
+            if sounds and len(self.problems) == problem_count:
+                recordings += self._features(sounds, pool)
+        if len(self.problems) > problem_count:
             return
-        with atomic_folder(self.part / f"shard-{index:05d}") as folder:
-            np.save(folder / "counts.npy", np.array([len(item["f0"]) for item in found], np.int32))
+        with atomic_folder(self._shard_folder(index)) as folder:
+            np.save(folder / "counts.npy", np.array([len(arrays["f0"]) for arrays in recordings], np.int32))
             for name in ("codes", "mel", "wave", "f0", "embedding"):
-                parts = [item[name] for item in found if name in item]
+                parts = [arrays[name] for arrays in recordings if name in arrays]
                 if parts:
                     np.save(folder / f"{name}.npy", np.stack(parts) if name == "embedding" else np.concatenate(parts))
 
-    def _group(self, documents: list[Document], pool: ThreadPoolExecutor) -> list[dict[str, np.ndarray]]:
-        """Of each recording codes, mel, wave, F0."""
-        sounds = [(document, sound) for document in documents for sound in _sounds(document)]
-        for document in documents:
-            if not document.turns and not _sounds(document):
-                self.problems.append((document.line, "has no recording, expected audio"))
-        waves = []
-        limit = self.request.max_audio_bytes
-        readings = pool.map(lambda sound: read_speech(sound, limit), [sound for _, sound in sounds])
-        for (document, _), read in zip(sounds, readings, strict=True):
-            if isinstance(read, MossError):
-                self.problems.append((document.line, str(read)))
-            else:
-                waves.append((read.wave, read.rate))
-                for notice in read.notices:
-                    self.say(f"note: line {document.line}: {notice}")
-        if not waves or self.problems:
-            return []
-        sizes = self.sizes
-        per_code = self.sizes.samples_per_code
-        found = []
-        for wave, rate in waves:
-            x = resample(wave, rate, sizes.sample_rate)
-            x = np.pad(x, (0, max(-len(x) % per_code, per_code - len(x))))
-            found.append({"wave": to_pcm16(x)})
-        exact = [from_pcm16(item["wave"]) for item in found]
-        hop = sizes.vocoder.hop
-        f0 = pool.map(lambda x: pitch(x, sizes.sample_rate, hop), exact)
-        for item, x in zip(found, exact, strict=True):
-            item["mel"] = log_mel(x, sizes)
-            if self.enrols:
-                speech = resample(x, sizes.sample_rate, 16000)
-                item["embedding"] = np.asarray(speaker_embedding(sizes.speaker, self.speaker_params, speech))
-        for item, values in zip(found, f0, strict=True):
-            item["f0"] = values
-        if self.ear is not None:
-            codes = self.speech_tokenizer.encode([resample(wave, rate, self.ear.sample_rate) for wave, rate in waves])
-            for item, said in zip(found, codes, strict=True):
-                item["codes"] = said.astype(np.int32)
-                count = min(len(said), len(item["f0"]) // sizes.flow.frames_per_code)
-                _cut(item, count, sizes.flow.frames_per_code, hop)
-        return found
+    def _features(self, sounds: Sequence[ReadSound], pool: ThreadPoolExecutor) -> list[dict[str, np.ndarray]]:
+        """Of each recording `wave` int16, `mel`, `f0` and, if the system can make them, `codes` and `embedding`."""
+        config = self.decoder_config
+        hop = config.vocoder.hop
+        per_code = config.samples_per_code
+        recordings: list[dict[str, np.ndarray]] = []
+        for sound in sounds:
+            wave = resample(sound.recording.wave, sound.recording.rate, config.sample_rate)
+            wave = np.pad(wave, (0, max(-len(wave) % per_code, per_code - len(wave))))
+            recordings.append({"wave": to_pcm16(wave)})
+        # Features are those of the rounded samples, which the data set holds.
+        waves = [from_pcm16(arrays["wave"]) for arrays in recordings]
+        f0 = pool.map(lambda wave: estimate_f0(wave, config.sample_rate, hop), waves)
+        for arrays, wave in zip(recordings, waves, strict=True):
+            arrays["mel"] = log_mel(wave, config)
+            if self.speaker_config is not None:
+                speech = resample(wave, config.sample_rate, SPEAKER_RATE)
+                arrays["embedding"] = np.asarray(speaker_embedding(self.speaker_config, self.speaker_params, speech))
+        for arrays, values in zip(recordings, f0, strict=True):
+            arrays["f0"] = values
+        if self.tokenizer_config is not None:
+            rate = self.tokenizer_config.sample_rate
+            inputs = [resample(sound.recording.wave, sound.recording.rate, rate) for sound in sounds]
+            for arrays, codes in zip(recordings, self.speech_tokenizer.encode(inputs), strict=True):
+                arrays["codes"] = codes.astype(np.int32)
+                _cut_to_whole_codes(arrays, config.flow.frames_per_code, hop)
+        return recordings
+
+    def seal(self) -> None:
+        totals = self._totals()
+        write_text(self.part / SOURCE_FILE, json.dumps(self.source | totals, indent=1) + "\n")
 
     def _totals(self) -> dict[str, Any]:
-        documents = frames = 0
-        total = np.zeros(self.sizes.flow.mel_bins)
-        squares = np.zeros(self.sizes.flow.mel_bins)
-        for index in range(self.shards):
-            if not (self.part / f"shard-{index:05d}" / "mel.npy").is_file():
-                continue  # conversations without a spoken reply
-            mel = np.load(self.part / f"shard-{index:05d}" / "mel.npy", mmap_mode="r")
-            documents += len(np.load(self.part / f"shard-{index:05d}" / "counts.npy", mmap_mode="r"))
+        """Counts, and the mel's mean per bin and standard deviation over everything."""
+        documents = 0
+        frames = 0
+        total = np.zeros(self.decoder_config.flow.mel_bins)
+        squares = np.zeros(self.decoder_config.flow.mel_bins)
+        for index in range(self.shard_count):
+            folder = self._shard_folder(index)
+            if not (folder / "mel.npy").is_file():
+                continue  # a shard of conversations without a spoken reply
+            mel = np.load(folder / "mel.npy", mmap_mode="r")
+            documents += len(np.load(folder / "counts.npy", mmap_mode="r"))
             frames += len(mel)
             total += mel.sum(0, dtype=np.float64)
             squares += np.square(mel, dtype=np.float64).sum(0)
         if not frames:
-            raise MossError(f"{self.manifest.path}: no recording in it, expected some to train a speech decoder on")
+            raise MossError(f"{self.manifest.path}: has no recording, expected some to train a speech decoder on")
         mean = total / frames
         deviation = np.sqrt(np.maximum(squares.mean() / frames - mean.mean() ** 2, 0))
         return {
@@ -283,33 +253,19 @@ class _Work:
         }
 
 
-def _sounds(document: Document) -> list[Path | Member]:
-    sounds = document.sounds
-    if document.turns:
-        sounds = [sound for sound, turn in zip(sounds, document.turns, strict=True) if turn.role == "assistant"]
-    return [sound for sound in sounds if isinstance(sound, Path | Member)]
-
-
-def _grouped(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    group = []
-    for document in documents:
-        group.append(document)
-        if len(group) == GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _cut(item: dict[str, np.ndarray], codes: int, frames_per_code: int, hop: int) -> None:
-    frames = codes * frames_per_code
-    item |= {"codes": item["codes"][:codes], "mel": item["mel"][:frames], "f0": item["f0"][:frames]}
-    item["wave"] = item["wave"][: frames * hop]
+def _cut_to_whole_codes(arrays: dict[str, np.ndarray], frames_per_code: int, hop: int) -> None:
+    """Cuts a recording to the codes that have all their frames, and to the frames that have a code."""
+    count = min(len(arrays["codes"]), len(arrays["f0"]) // frames_per_code)
+    frames = count * frames_per_code
+    arrays["codes"] = arrays["codes"][:count]
+    arrays["mel"] = arrays["mel"][:frames]
+    arrays["f0"] = arrays["f0"][:frames]
+    arrays["wave"] = arrays["wave"][: frames * hop]
 
 
 @dataclass(frozen=True)
-class _About:
-    """The fields of a data set's description that a reader uses."""
+class _Source:
+    """The fields of source.json that a reader uses."""
 
     mel_bins: int
     hop: int
@@ -321,42 +277,52 @@ class _About:
 
 
 class DecoderDataset:
-    """A data set on disk; `spoken.item(i)` are memory-mapped pieces. May be sent to processes.
+    """A data set on disk, memory-mapped. May be pickled.
+
+    Args:
+        config: of the speech decoder that is trained.
+        codes: whether codes are needed, as for a flow.
 
     Attributes:
-        counts: int32 [documents], mel frames.
+        about: the content of source.json.
+        counts: int32 [documents], mel frames of each recording.
 
     Raises:
-        MossError: there is no data set, it has no codes though `codes` asks for some, or it is of another mel.
+        MossError: there is no data set, it has no codes though they are needed, or it does not fit `config`.
     """
+
+    counts: np.ndarray
 
     def __init__(self, folder: str | Path, config: SpeechDecoderConfig, codes: bool):
         self.folder = Path(folder)
-        if not (self.folder / SOURCE).is_file():
-            raise MossError(f"{folder}: no {SOURCE} in it, expected a data set (moss-jax tokenize --format decoder)")
-        self.about = read_json(self.folder / SOURCE)
-        if self.about.get("format") != FORMAT:
-            raise MossError(f"{folder}: format is {shown(self.about.get('format'))}, expected {FORMAT!r}")
-        read_config(_About, self.about, self.folder / SOURCE, foreign=True)
-        wanted = {
+        if not (self.folder / SOURCE_FILE).is_file():
+            raise MossError(
+                f"{folder}: no {SOURCE_FILE} in it, expected a data set (moss-jax tokenize --format decoder)"
+            )
+        self.about = read_json(self.folder / SOURCE_FILE)
+        if self.about.get("format") != DECODER_DATA_FORMAT:
+            found = shown(self.about.get("format"))
+            raise MossError(f"{folder}: format is {found}, expected {DECODER_DATA_FORMAT!r}")
+        source = read_config(_Source, self.about, self.folder / SOURCE_FILE, foreign=True)
+        expected = {
             "mel_bins": config.flow.mel_bins,
             "hop": config.vocoder.hop,
             "sample_rate": config.sample_rate,
             "frames_per_code": config.flow.frames_per_code,
         }
-        for name, value in wanted.items():
+        for name, value in expected.items():
             if self.about[name] != value:
                 raise MossError(f"{folder}: {name} is {self.about[name]}, the model's is {value}")
-        if codes and self.about["codes"] is None:
-            raise MossError(f"{folder}: made without a speech tokenizer, so that there are no codes to train a flow on")
-        if codes and self.about["codes"] > config.flow.codebook_size:
+        if codes and source.codes is None:
+            raise MossError(f"{folder}: made without a speech tokenizer, so it has no codes to train a flow on")
+        if codes and source.codes is not None and source.codes > config.flow.codebook_size:
             raise MossError(
-                f"{folder}: of a speech tokenizer with {self.about['codes']} codes, the flow has "
+                f"{folder}: made with a speech tokenizer of {source.codes} codes, the flow has "
                 f"{config.flow.codebook_size} (codebook_size)"
             )
-        if codes and self.about["embedding"] not in (None, config.flow.speaker_size):
+        if codes and source.embedding not in (None, config.flow.speaker_size):
             raise MossError(
-                f"{folder}: speaker embeddings of {self.about['embedding']}, the flow's speaker_size is "
+                f"{folder}: has speaker embeddings of size {source.embedding}, the flow's speaker_size is "
                 f"{config.flow.speaker_size}"
             )
         self.hop = config.vocoder.hop
@@ -372,17 +338,19 @@ class DecoderDataset:
         self.counts = np.concatenate([arrays["counts"] for arrays in self._arrays])
         if len(self.counts) != self.about["documents"]:
             raise MossError(
-                f"{self.folder}: damaged, {len(self.counts)} recordings of the {self.about['documents']} promised"
+                f"{self.folder}: damaged, has {len(self.counts)} recordings, its {SOURCE_FILE} says "
+                f"{self.about['documents']}"
             )
+        # Of each recording: its shard, its first frame there, and its number there.
         self._shard = np.repeat(np.arange(len(shards)), [len(arrays["counts"]) for arrays in self._arrays])
         starts = [np.cumsum([0, *arrays["counts"]])[:-1] for arrays in self._arrays]
         self._starts = np.concatenate(starts)
-        self._places = np.concatenate([np.arange(len(start)) for start in starts])
+        self._numbers = np.concatenate([np.arange(len(start)) for start in starts])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "counts"}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
@@ -390,23 +358,27 @@ class DecoderDataset:
         return len(self.counts)
 
     def piece(self, index: int, first: int, frames: int, *names: str) -> dict[str, np.ndarray]:
-        """Frames first .. first + frames - 1 of a recording: of `mel` [T, M], `wave` float32 [hop * T], `f0` [T],
-        `codes` (both numbers multiples of frames_per_code), and its `embedding` [E]."""
+        """Frames first .. first + frames - 1 of a recording.
+
+        Args:
+            names: of the arrays wanted: "mel" float32 [T, M], "wave" float32 [hop * T], "f0" float32 [T], "codes" int32
+                (then `first` and `frames` are multiples of frames_per_code), "embedding" float32 [E] of the recording.
+        """
         arrays = self._arrays[self._shard[index]]
         start = int(self._starts[index]) + first
-        found = {}
+        piece = {}
         for name in names:
             if name == "wave":
-                part = arrays["wave"][start * self.hop : (start + frames) * self.hop]
-                found[name] = from_pcm16(part)
+                samples = arrays["wave"][start * self.hop : (start + frames) * self.hop]
+                piece[name] = from_pcm16(samples)
             elif name == "codes":
                 size = self.frames_per_code
-                found[name] = np.asarray(arrays["codes"][start // size : (start + frames) // size])
+                piece[name] = np.asarray(arrays["codes"][start // size : (start + frames) // size])
             elif name == "embedding":
-                found[name] = np.asarray(arrays["embedding"][self._places[index]])
+                piece[name] = np.asarray(arrays["embedding"][self._numbers[index]])
             else:
-                found[name] = np.asarray(arrays[name][start : start + frames])
-        return found
+                piece[name] = np.asarray(arrays[name][start : start + frames])
+        return piece
 
     @property
     def has_embeddings(self) -> bool:

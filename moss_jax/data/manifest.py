@@ -49,7 +49,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """A recording inside a tar file."""
 
     shard: Path
@@ -77,7 +77,7 @@ class Document:
     line: int
     name: str
     digest: str = ""
-    sounds: tuple[Path | Member | np.ndarray | None, ...] = ()
+    sounds: tuple[Path | TarMember | np.ndarray | None, ...] = ()
     text: str | None = None
     words: tuple[Word, ...] | None = None
     turns: tuple[Turn, ...] = ()
@@ -145,7 +145,7 @@ class Manifest:
                 first = line.number if own else names.setdefault(document.name, line.number)
                 if first != line.number:
                     raise MossError(f"the id {shown(document.name)} is already that of line {first}")
-                self.has_audio |= any(isinstance(sound, Path | Member) for sound in document.sounds)
+                self.has_audio |= any(isinstance(sound, Path | TarMember) for sound in document.sounds)
             except MossError as error:
                 problems.append((line.number, str(error)))
         if problems:
@@ -209,7 +209,7 @@ class Manifest:
                 raise MossError(f"turns[{place}]: a system turn, expected it first or not at all")
         return replace(document, turns=tuple(turns), sounds=tuple(sounds))
 
-    def _sound(self, entry: dict[str, Any]) -> Path | Member | np.ndarray | None:
+    def _sound(self, entry: dict[str, Any]) -> Path | TarMember | np.ndarray | None:
         audio = entry.get("audio")
         shard = entry.get("shard")
         codes = entry.get("codes")
@@ -225,7 +225,7 @@ class Manifest:
                 raise MossError("has a shard, but no audio; expected the name of the recording inside it")
             return None
         if shard is not None:
-            member = Member(self.path.parent / shard, audio)
+            member = TarMember(self.path.parent / shard, audio)
             if audio not in tar_members(member.shard):
                 raise MossError(f"audio {short(audio)}: not in {short(shard)}")
             return member

@@ -21,7 +21,7 @@ from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
 
-PLANS = 2  # of the latest epochs are kept: at the turn of an epoch both are read
+CACHED_EPOCHS = 2  # packings kept in memory: a batch may need the end of one epoch and the beginning of the next
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PackedRows:
         if epoch not in self._plans:
             random = np.random.default_rng([self.seed, self.index, epoch])
             self._plans[epoch] = plan_packing(self.examples.lengths, self.context, random)
-            while len(self._plans) > PLANS:
+            while len(self._plans) > CACHED_EPOCHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(epoch)
         return self._plans[epoch]

@@ -29,8 +29,8 @@ from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import TransformerConfig
 
-FORMAT = "moss-jax-examples-1"
-SOURCE = "source.json"
+EXAMPLES_FORMAT = "moss-jax-examples-1"
+SOURCE_FILE = "source.json"
 LENGTHS = "lengths.npy"
 NAME = "examples"
 SPLIT = "train"
@@ -137,14 +137,14 @@ def seal(folder: Path, shards: Sequence[Path], known: Sequence[Shard], about: di
         info.write_to_directory(folder)
         text, audio = np.sum([shard.scored for shard in known], 0).tolist()
         about = {
-            "format": FORMAT,
+            "format": EXAMPLES_FORMAT,
             "examples": len(lengths),
             "rows": int(lengths.sum(dtype=np.int64)),
             "text_targets": text,
             "audio_targets": audio,
             **about,
         }
-        write_text(folder / SOURCE, json.dumps(about, indent=1) + "\n")
+        write_text(folder / SOURCE_FILE, json.dumps(about, indent=1) + "\n")
 
 
 def shard_name(index: int, count: int) -> str:
@@ -208,13 +208,13 @@ class Examples:
 
     def __init__(self, folder: str | Path, config: TransformerConfig | None = None):
         self.folder = Path(folder)
-        if not (self.folder / SOURCE).is_file():
-            raise MossError(f"{folder}: no {SOURCE} in it, expected a data set (moss-jax tokenize makes one)")
-        self.about = read_json(self.folder / SOURCE)
-        if self.about.get("format") != FORMAT:
+        if not (self.folder / SOURCE_FILE).is_file():
+            raise MossError(f"{folder}: no {SOURCE_FILE} in it, expected a data set (moss-jax tokenize makes one)")
+        self.about = read_json(self.folder / SOURCE_FILE)
+        if self.about.get("format") != EXAMPLES_FORMAT:
             found = self.about.get("format")
-            raise MossError(f"{self.folder / SOURCE}: format is {shown(found)}, expected {FORMAT!r}")
-        read_config(_About, self.about, self.folder / SOURCE, foreign=True)
+            raise MossError(f"{self.folder / SOURCE_FILE}: format is {shown(found)}, expected {EXAMPLES_FORMAT!r}")
+        read_config(_About, self.about, self.folder / SOURCE_FILE, foreign=True)
         if config is not None:
             self._check_vocabulary(config)
         self._open()

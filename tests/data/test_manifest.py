@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from moss_jax.data.manifest import Manifest, Member, Word
+from moss_jax.data.manifest import Manifest, TarMember, Word
 from moss_jax.errors import MossError
 
 
@@ -45,7 +45,7 @@ def test_good_lines(folder):
     one, two, three = manifest.documents()
     assert (one.name, one.line, two.name, two.line) == ("x", 1, "3", 3)
     assert one.words == (Word("Grüß", 0, 0.5), Word("Gott", 0.5, 0.9)) and one.sounds == (folder / "a.wav",)
-    assert two.text == "a b" and two.sounds == (Member(folder / "part.tar", "talks/7.flac"),)
+    assert two.text == "a b" and two.sounds == (TarMember(folder / "part.tar", "talks/7.flac"),)
     assert three.sounds[0].tolist() == [3, 4]
     assert [d.line for d in manifest.documents(1, 2)] == [3]
 

@@ -138,7 +138,7 @@ def test_the_data_set(corpus, system, whole, capsys):
     assert main(command(corpus, system, whole, "--variants", "2", "--shard-documents", "4")) == 0
     assert f"{whole}: 20 examples, {about['rows']} rows, " in capsys.readouterr().out
     assert main(command(corpus, system, whole, "--variants", "1", "--shard-documents", "4")) == 2
-    assert "already there, of another manifest, model or settings" in capsys.readouterr().err
+    assert "already exists, made from another manifest, model or settings" in capsys.readouterr().err
 
 
 def test_tensorflow_datasets_reads_it(whole):
@@ -154,9 +154,13 @@ def test_killed_and_run_again(corpus, system, whole, tmp_path):
     out = tmp_path / "data"
     arguments = command(corpus, system, out, "--variants", "2", "--shard-documents", "4")
     slow = (
-        "import sys, time; import moss_jax.data.tokenize as t; t.GROUP = 2; old = t._write_journal\n"
-        "def write(*a):\n    old(*a); time.sleep(60)\n"
-        "t._write_journal = write\nfrom moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+        "import sys, time\n"
+        "import moss_jax.data.build as build, moss_jax.data.tokenize as tokenize\n"
+        "build.GROUP_DOCUMENTS = 2\n"
+        "write_journal = tokenize._write_journal\n"
+        "def write_and_sleep(*arguments):\n    write_journal(*arguments)\n    time.sleep(60)\n"
+        "tokenize._write_journal = write_and_sleep\n"
+        "from moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     journals = set()
@@ -196,7 +200,7 @@ def test_processes_share_the_work(corpus, system, whole, tmp_path):
         )
         about = tokenize(request, lines.append)
         assert (about is None) == (index == 1)
-    assert re.match(r"4 of 4 documents, 0\.0\d h of sound at [\d.]+ x real time", lines[0])
+    assert re.match(r"4 of 4 documents, 0\.0\d h of audio at [\d.]+ x real time", lines[0])
     assert content(tmp_path / "data") == content(whole)
 
 
@@ -295,7 +299,7 @@ def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corp
     ("change", "message"),
     [
         (["--format", "music"], "format 'music': expected one of text, speech"),
-        (["--variants", "0"], "variants is 0, expected 1 at least"),
+        (["--variants", "0"], "variants is 0, expected at least 1"),
         (["--format", "asr", "--variants", "2"], "documents of the format asr have one variant only"),
         (["--system", "x"], "the format interleaved has no system turn"),
         (["--format", "asr", "--aligner", "x"], "the format asr needs no word times"),
@@ -314,11 +318,11 @@ def test_places_that_are_taken(corpus, system, tmp_path, capsys):
     arguments = command(corpus, system, tmp_path / "data", format="text")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("do not lose")
-    assert main(arguments) == 2 and "already there and no data set" in capsys.readouterr().err
+    assert main(arguments) == 2 and "already exists and is not a data set" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "data.part").mkdir()
     (tmp_path / "data.part" / "settings.json").write_text("{}")
-    assert main(arguments) == 2 and "begun with another model or other settings" in capsys.readouterr().err
+    assert main(arguments) == 2 and "was started with another model or other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--system", "Be brief."]])
@@ -328,7 +332,11 @@ def test_shards_with_another_default_system_turn_are_not_mixed(system, tmp_path,
         '{"turns": [{"role": "user", "text": "A"}, {"role": "assistant", "text": "B"}]}\n'
     )
     line = command(tmp_path, system, tmp_path / "data", *flags, format="chat", manifest="chats.jsonl")
-    monkeypatch.setattr("moss_jax.data.tokenize._Work._make_shard", lambda *_: (_ for _ in ()).throw(MossError("cut")))
+
+    def interrupted(*_):
+        raise MossError("cut")
+
+    monkeypatch.setattr("moss_jax.data.tokenize._ExamplesBuild.make_shard", interrupted)
     assert main(line) == 2
     monkeypatch.undo()
     (begun,) = (tmp_path / "data.part").glob("*.json")
@@ -338,7 +346,7 @@ def test_shards_with_another_default_system_turn_are_not_mixed(system, tmp_path,
     begun.write_text(json.dumps(about))
     capsys.readouterr()
     assert main(line) == (0 if flags else 2)
-    assert flags or "begun with another model or other settings" in capsys.readouterr().err
+    assert flags or "was started with another model or other settings" in capsys.readouterr().err
 
 
 def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
@@ -403,7 +411,7 @@ def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
         patch.undo()
         patch.setattr(SpeechTokenizer, "encode", None)  # nothing is left to encode
         with pytest.MonkeyPatch.context() as late:
-            late.setattr("moss_jax.data.tokenize._Work._finish", broken)
+            late.setattr("moss_jax.data.build.DatasetBuild._publish", broken)
             assert main(arguments) == 130 and (tmp_path / "data.part" / "source.json").exists()
         (tmp_path / "data.part" / "shard-00001.json").unlink()  # it was about to clear up
         assert main(arguments) == 0

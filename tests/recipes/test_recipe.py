@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
 from moss_jax.recipes.background import background_process
-from moss_jax.recipes.recipe import JOURNAL, RecipeStep, run_recipe
+from moss_jax.recipes.recipe import RECIPE_FILE, RecipeStep, run_recipe
 
 needs_two_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores"
@@ -92,10 +92,10 @@ def test_time_of_a_stopped_step_is_kept(tmp_path):
     kitchen = Kitchen(tmp_path / "nano")
     kitchen.trouble = {"text": 75}
     assert kitchen.run() == 75
-    journal = json.loads((tmp_path / "nano" / JOURNAL).read_text())
+    journal = json.loads((tmp_path / "nano" / RECIPE_FILE).read_text())
     assert journal["done"] == ["corpus"] and set(journal["seconds"]) == {"corpus", "text"}
     journal["seconds"]["text"] = 1000.0
-    (tmp_path / "nano" / JOURNAL).write_text(json.dumps(journal))
+    (tmp_path / "nano" / RECIPE_FILE).write_text(json.dumps(journal))
     kitchen.run()
     assert "[2/4] text: done in 17 min" in kitchen.lines
 
@@ -104,7 +104,7 @@ def test_from_step_makes_anew(tmp_path):
     kitchen = Kitchen(tmp_path / "nano")
     kitchen.run()
     assert kitchen.run("split") == 0 and kitchen.made == ["split", "system"]
-    with pytest.raises(MossError, match="'sing': unknown, there are corpus, text, split, system"):
+    with pytest.raises(MossError, match="'sing': unknown, expected one of corpus, text, split, system"):
         kitchen.run("sing")
 
 
@@ -140,7 +140,7 @@ def test_killed_while_it_takes_away(tmp_path, monkeypatch):
 def test_another_recipe_in_the_folder(tmp_path):
     kitchen = Kitchen(tmp_path / "nano")
     kitchen.run()
-    with pytest.raises(MossError, match=r'was begun with \{"quick": false\}, expected \{"quick": true\}'):
+    with pytest.raises(MossError, match=r'was started with \{"quick": false\}, now it is \{"quick": true\}'):
         kitchen.run(quick=True)
 
 
@@ -167,7 +167,7 @@ class TwoLanes(Kitchen):
 
     @property
     def done(self):
-        return json.loads((self.folder / JOURNAL).read_text())["done"]
+        return json.loads((self.folder / RECIPE_FILE).read_text())["done"]
 
 
 def test_what_is_made_beside_is_there_when_it_is_gathered(tmp_path):
@@ -175,7 +175,7 @@ def test_what_is_made_beside_is_there_when_it_is_gathered(tmp_path):
     assert kitchen.run() == 0
     assert kitchen.done == ["corpus", "text", "split", "flow", "vocoder", "system"]
     assert kitchen.made[-2:] == ["vocoder", "system"] and sorted(kitchen.made) == sorted([*NAMES, "flow", "vocoder"])
-    journal = json.loads((tmp_path / "nano" / JOURNAL).read_text())
+    journal = json.loads((tmp_path / "nano" / RECIPE_FILE).read_text())
     assert journal["seconds"]["flow"] > 0.3 and journal["wall"] > journal["seconds"]["flow"]
     assert kitchen.run() == 0 and kitchen.made == []
     assert kitchen.run("vocoder") == 0 and sorted(kitchen.made) == ["split", "system", "text", "vocoder"]
