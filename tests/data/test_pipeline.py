@@ -137,7 +137,7 @@ class Places:
         return len(self.rows)
 
     def __getitem__(self, index):
-        epoch, row = self.rows.place(index)
+        epoch, row = self.rows.locate(index)
         return [(self.rows.examples.folder.name, example) for example, _, _ in self.rows.plan(epoch).row(row)]
 
 
@@ -275,7 +275,7 @@ def test_a_document_has_the_same_loss_packed_and_alone(params, tmp_path_factory,
     [
         ({"batch_size": 6, "process_count": 4}, "batch_size 6 does not divide by the 4 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
-        ({"context": 1}, "context is 1, expected 2 at least"),
+        ({"context": 1}, "context is 1, expected at least 2"),
         ({"workers": -1}, "workers is -1"),
     ],
 )
