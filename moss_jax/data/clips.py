@@ -29,23 +29,23 @@ LABELS_UNIT = 8  # the labels of a bucket are padded to a multiple of this
 
 
 class Clips:
-    """The recordings of some manifests, looked at once: how long each is, in which bucket, and what is said in it.
+    """The recordings of some manifests with their lengths, buckets and transcripts.
 
     Args:
-        manifests: with the format "asr" (audio and text).
-        rate: Hz, of the waves that come out.
-        buckets: seconds, ascending: lengths that clips are padded to. Longer ones are left out.
-        unit: samples; a bucket is a multiple of it.
+        manifests: of the format "asr" (audio and text).
+        rate: Hz, of the waves that are returned.
+        buckets: seconds, ascending: the lengths that clips are padded to. Longer recordings are skipped.
+        unit: samples; the length of a bucket is rounded up to a multiple of this.
 
     Attributes:
         texts: the transcript of each clip.
-        samples: int [N], how long each is at `rate`.
-        bucket: int [N], the place of its bucket.
+        samples: int64 [clips], the length of each at `rate`.
+        bucket: int64 [clips], the index of its bucket.
         sizes: samples of each bucket.
-        skipped: how many recordings were longer than the last bucket.
+        skipped: number of recordings that were longer than the last bucket.
 
     Raises:
-        MossError: a manifest is bad, a recording cannot be read, or none is short enough.
+        MossError: a manifest is bad, a recording cannot be read, or no recording is short enough.
     """
 
     def __init__(self, manifests: Sequence[str | Path], rate: int, buckets: Sequence[float], unit: int = 1):
@@ -179,15 +179,22 @@ class _BatchShares:
 
 
 class ClipBatches(StepBatches):
-    """An iterator without end over a part of the global batches.
+    """An endless iterator over a share of the global batches.
 
-    A batch is a dictionary: wave float32 [B, L], zero-padded; samples int32 [B]; labels int32 [B, N], padded with 0;
-    label_count int32 [B]; weight float32 [B]; clip int32 [B], the places in `clips`. L and N are those of the bucket.
+    A batch is a dictionary: wave float32 [B, samples], padded with 0; samples int32 [B]; labels int32 [B, labels],
+    padded with 0; label_count int32 [B]; weight float32 [B]; clip int32 [B], the indices in `clips`. The padded sizes
+    are those of the bucket.
+
+    Args:
+        labels: transcript -> ids of its labels.
+        batch_size: B of the global batch.
+        index, count: which share of each batch, out of how many.
+        workers: processes that read ahead; 0: threads of this process.
 
     Attributes:
-        per_epoch: batches in which every clip is once.
-        max_labels: of one clip.
-        step: of the batch that comes next, from 0.
+        per_epoch: batches per epoch.
+        max_labels: the most labels of one clip.
+        step: of the next batch, from 0.
     """
 
     def __init__(
