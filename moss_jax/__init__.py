@@ -9,7 +9,7 @@
 Importing this package loads neither jax nor any model code; both come with the first name that needs them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MossError", "Turn", "__version__", "load"]
 
 

@@ -110,7 +110,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(axes, x.shape, mesh))
 
 
-def ways(name: str, size: int) -> int:
+def num_shards(name: str, size: int) -> int:
     """In how many parts an axis of `size` lies on the mesh of `jax.set_mesh`; 1 without a mesh or if it is not even."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else _ways(_spec([name])[0], mesh)

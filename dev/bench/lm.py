@@ -19,7 +19,7 @@ from moss_jax.errors import MossError
 from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.generate.sampling import ChannelSettings, request_keys
 from moss_jax.nn.tree import unflatten
-from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, TransformerConfig, model_shapes
+from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig, model_shapes
 
 SIZES = {
     "full": MOSS_SPEECH_8B,
@@ -68,7 +68,7 @@ def run(options: Options) -> Iterator[Row]:
         yield result
 
 
-def random_params(config: TransformerConfig) -> dict:
+def random_params(config: SpeechLMConfig) -> dict:
     """Random parameters, made on the device one by one."""
     shapes = model_shapes(config)
 
@@ -86,7 +86,7 @@ def random_params(config: TransformerConfig) -> dict:
     return unflatten(flat)
 
 
-def step_bytes(config: TransformerConfig) -> int:
+def step_bytes(config: SpeechLMConfig) -> int:
     """Bytes of weights that one step of a spoken reply reads: shared layers, audio layers, audio head."""
     shapes = model_shapes(config)
     read = ("shared/layers/", "audio/layers/", "audio/head/")
@@ -109,7 +109,7 @@ def copy_bandwidth() -> float:
 class Ours:
     """A batch of spoken replies; `decode` goes on where the last call stopped."""
 
-    def __init__(self, config: TransformerConfig, params: dict, batch: int, prompt: int, steps: int):
+    def __init__(self, config: SpeechLMConfig, params: dict, batch: int, prompt: int, steps: int):
         self.config = config
         self.params = params
         self.batch = batch
@@ -140,7 +140,7 @@ class Ours:
 class Peer:
     """Qwen3ForCausalLM of the same sizes with random weights."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: SpeechLMConfig):
         import torch
         import transformers
 

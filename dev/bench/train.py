@@ -16,7 +16,7 @@ from dev.bench import Options, Row, compare
 from moss_jax.convert.tables.transformer import table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
-from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, TransformerConfig
+from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.flops import peak_flops, step_flops
 from moss_jax.train.speech_lm.initial import initial_split
@@ -82,7 +82,7 @@ def run(options: Options) -> Iterator[Row]:
         yield row
 
 
-def packed_batch(config: TransformerConfig, rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+def packed_batch(config: SpeechLMConfig, rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Two documents a row, a stretch of text and a stretch of speech in each, loss on every row but the first."""
     rng = np.random.default_rng(seed)
     at = np.arange(length)[None].repeat(rows, 0)
@@ -104,7 +104,7 @@ def packed_batch(config: TransformerConfig, rows: int, length: int, seed: int = 
 class Ours:
     """Our step; `step()` goes on from the last one and returns the loss."""
 
-    def __init__(self, config: TransformerConfig, stage: Stage, batch: dict):
+    def __init__(self, config: SpeechLMConfig, stage: Stage, batch: dict):
         _, trainable, self.frozen = initial_split("random", stage, config, frozen_dtype=config.param_dtype)
         self.start = {} if config.dtype == "bfloat16" else join_params(trainable, self.frozen)
         self.start = jax.tree.map(np.asarray, self.start)  # for the peer; the step takes the arrays
@@ -120,7 +120,7 @@ class Ours:
 class Peer:
     """The same model of transformers' Qwen3 layers, under the released names."""
 
-    def __init__(self, config: TransformerConfig, stage: Stage, batch: dict, ours: Ours):
+    def __init__(self, config: SpeechLMConfig, stage: Stage, batch: dict, ours: Ours):
         import torch
         import transformers
         from transformers.models.qwen3 import modeling_qwen3 as qwen3

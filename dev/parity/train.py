@@ -15,7 +15,7 @@ from moss_jax.convert.tables import transformer as released
 from moss_jax.documents import parse_json, parse_object
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.losses import CHANNELS
 from moss_jax.train.speech_lm.stages import STAGE_1, STAGE_2, split_params
@@ -74,7 +74,7 @@ def by_contract(golden: Golden, results: dict, grads: dict[str, np.ndarray]) -> 
     return results
 
 
-def _batch(golden: Golden, config: TransformerConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _batch(golden: Golden, config: SpeechLMConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Our batch, and which labels are ignored. A label that counts must be the grid's own id."""
     grid = golden.need("grid")
     labels = golden.need("labels")

@@ -9,10 +9,10 @@ from moss_jax.convert.tables import qwen3
 from moss_jax.convert.tables import transformer as released
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
-from moss_jax.speech_lm import LayerSplitModel, TransformerConfig, init_cache, model_shapes
+from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig, init_cache, model_shapes
 
 
-def read_config(golden: Golden) -> TransformerConfig:
+def read_config(golden: Golden) -> SpeechLMConfig:
     """The config in the golden's metadata, under the released keys."""
     try:
         return released.config_from_released(golden.config, "metadata 'config'")
@@ -20,7 +20,7 @@ def read_config(golden: Golden) -> TransformerConfig:
         raise Mismatch(str(error)) from error
 
 
-def split_params(golden: Golden, config: TransformerConfig) -> dict:
+def split_params(golden: Golden, config: SpeechLMConfig) -> dict:
     """The parameters of a layer-split golden, nested."""
     flat = golden.params(released.table(config), model_shapes(config), golden.meta.get("weight_prefix", ""))
     return unflatten(flat)
@@ -85,7 +85,7 @@ def plain(golden: Golden) -> dict:
     return results
 
 
-def _new_tables(golden: Golden, config: TransformerConfig) -> dict[str, np.ndarray]:
+def _new_tables(golden: Golden, config: SpeechLMConfig) -> dict[str, np.ndarray]:
     tree = {path: leaf for path, leaf in model_shapes(config).items() if path in layer_split.AUDIO_TABLES}
     try:
         return released.table(config).to_ours(golden.new, tree, "new tensors")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moss_jax.checkpoint.old_names import with_current_names
 from moss_jax.checkpoint.safetensors import SHARD_BYTES, FileWriter, TensorReader, TensorWriter, open_tensors
 from moss_jax.errors import MossError
 from moss_jax.files import atomic_file
@@ -56,7 +57,7 @@ def load_tree(
     Raises:
         MossError: unreadable file, or all missing, unexpected and misshapen parameters at once.
     """
-    reader = open_tensors(source)
+    reader = with_current_names(open_tensors(source), shapes)
     check_shapes(reader.shapes(), {path: tuple(leaf.shape) for path, leaf in shapes.items()}, reader.path)
     flat = {}
     for path in shapes:

@@ -30,7 +30,7 @@ from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
-from moss_jax.speech_lm import TransformerConfig, model_axes, model_shapes
+from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.text.tokenizer import TextTokenizer
 
@@ -75,7 +75,7 @@ class SystemFolder:
         path = self.room(room) / "config.json"
         return read_config(cls, read_json(path), str(path))
 
-    def check_codes(self, language_model: TransformerConfig | None = None, where: str | None = None) -> None:
+    def check_codes(self, language_model: SpeechLMConfig | None = None, where: str | None = None) -> None:
         """Checks that language model, speech tokenizer and speech decoder have the same number of speech codes.
 
         Only configs are read. A component that the folder does not have is not compared, nor is a language model
@@ -89,7 +89,7 @@ class SystemFolder:
             MossError: the numbers differ, or a config cannot be read.
         """
         if language_model is None and (self.path / "transformer").is_dir():
-            language_model = self.config("transformer", TransformerConfig)
+            language_model = self.config("transformer", SpeechLMConfig)
         codes: dict[str, int] = {}
         if language_model is not None and language_model.audio_vocab_size:
             codes["the language model"] = language_model.eosp_id
@@ -104,9 +104,9 @@ class SystemFolder:
             raise MossError(f"{where or self.path}: different numbers of speech codes, expected the same: {found}")
 
     @in_32_bits
-    def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[TransformerConfig, dict[str, Any]]:
+    def transformer(self, mesh: jax.sharding.Mesh | None = None) -> tuple[SpeechLMConfig, dict[str, Any]]:
         """Config and nested parameters, on one device or laid out on a mesh."""
-        config = self.config("transformer", TransformerConfig)
+        config = self.config("transformer", SpeechLMConfig)
         shapes = model_shapes(config)
         where = None if mesh is None else shardings_for(model_axes(config), shapes, mesh)
         return config, load_tree(self.path / "transformer", shapes, where)
@@ -116,7 +116,7 @@ class SystemFolder:
         config = self.config("speech_decoder", SpeechDecoderConfig)
         return config, DecoderParts(self.path / "speech_decoder", config)
 
-    def text_tokenizer(self, config: TransformerConfig) -> TextTokenizer:
+    def text_tokenizer(self, config: SpeechLMConfig) -> TextTokenizer:
         path = self.path / "text_tokenizer" / "tokenizer.json"
         tokenizer = TextTokenizer.from_file(path)
         tokenizer.check(config, str(path))

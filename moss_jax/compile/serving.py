@@ -345,7 +345,7 @@ def _generation(request: Request, mesh):
     from moss_jax.nn.tree import unflatten
     from moss_jax.sharding import shardings_for
     from moss_jax.speech_lm import model_axes, model_shapes
-    from moss_jax.speech_lm.cache import AXES
+    from moss_jax.speech_lm.cache import CACHE_AXES
 
     config = _transformer(request)
     shapes = model_shapes(config)
@@ -356,8 +356,8 @@ def _generation(request: Request, mesh):
     state = jax.eval_shape(lambda: new_state(config, request.batch, request.context))
 
     def axes(path, leaf):
-        if leaf.ndim == len(AXES):
-            return AXES
+        if leaf.ndim == len(CACHE_AXES):
+            return CACHE_AXES
         return ("batch",) * (leaf.ndim > 0) + (None,) * (leaf.ndim - 1)
 
     return config, unflatten(params), _placed(state, axes, mesh)

@@ -9,7 +9,7 @@ from moss_jax.sharding import fitting
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.speech_lm import stages
-from moss_jax.train.speech_lm.flops import PEAK, step_flops
+from moss_jax.train.speech_lm.flops import PEAK_FLOPS, step_flops
 from moss_jax.train.speech_lm.lora import Lora
 from moss_jax.train.speech_lm.stages import stage_shapes
 from moss_jax.train.speech_lm.step import BATCH_AXES, frozen_shardings, make_step, state_shardings
@@ -50,8 +50,8 @@ def estimate(request, chips: int, family: str) -> dict:
     tokens = request.batch * request.context
     flops = step_flops(config, stage, tokens, request.context)
     result = {"tokens": tokens, "step_flop": float(f"{flops:.4g}")}
-    if family in PEAK:
-        seconds = flops / (chips * PEAK[family] * request.mfu)
+    if family in PEAK_FLOPS:
+        seconds = flops / (chips * PEAK_FLOPS[family] * request.mfu)
         result |= {"step_seconds_at_mfu": round(seconds, 2), "tokens_per_second_at_mfu": round(tokens / seconds)}
     return result
 

@@ -26,7 +26,7 @@ from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_fro
 from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
-from moss_jax.speech_lm.config import DTYPES, TransformerConfig
+from moss_jax.speech_lm.config import DTYPES, SpeechLMConfig
 from moss_jax.speech_lm.model import model_shapes
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, token_ids
 
@@ -58,7 +58,7 @@ KNOWN_KEYS = {
 }
 
 
-def import_language_model(folder: str | Path, system: Path, say: Say) -> TransformerConfig:
+def import_language_model(folder: str | Path, system: Path, say: Say) -> SpeechLMConfig:
     """Writes `transformer/`, `text_tokenizer/` and `carried/model/` of a system from a released folder.
 
     Raises:
@@ -101,7 +101,7 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
     write_source(source, folder, metadata={"format": "pt"}, say=say)
 
 
-def language_config(folder: Path) -> TransformerConfig:
+def language_config(folder: Path) -> SpeechLMConfig:
     """Our config of a released folder; special ids that its config.json lacks are those of its text tokenizer."""
     special = special_ids(folder / "tokenizer.json")
     known = {ID_KEYS[field]: i for field, i in special.items()} | read_json(folder / "config.json")
@@ -110,7 +110,7 @@ def language_config(folder: Path) -> TransformerConfig:
     return config
 
 
-def released_config(config: TransformerConfig) -> dict[str, Any]:
+def released_config(config: SpeechLMConfig) -> dict[str, Any]:
     """The keys of a released config.json that our config decides, and the fixed ones that its readers expect."""
     values = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
     return {
@@ -127,9 +127,9 @@ def released_config(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def read_transformer_config(system: Path) -> TransformerConfig:
+def read_transformer_config(system: Path) -> SpeechLMConfig:
     path = need_folder(system, "a system folder") / "transformer" / "config.json"
-    return read_config(TransformerConfig, read_json(path), str(path))
+    return read_config(SpeechLMConfig, read_json(path), str(path))
 
 
 def compute_dtypes(reader: Any) -> dict[str, str]:
@@ -154,7 +154,7 @@ def special_ids(path: Path) -> dict[str, int]:
     return {field: ids[string] for field, string in SPECIAL_STRINGS.items() if string in ids}
 
 
-def check_special(config: TransformerConfig, special: Mapping[str, int], folder: Path) -> None:
+def check_special(config: SpeechLMConfig, special: Mapping[str, int], folder: Path) -> None:
     wrong = [
         f"{SPECIAL_STRINGS[field]} is {i} in tokenizer.json, {field} is {getattr(config, field)} in config.json"
         for field, i in special.items()

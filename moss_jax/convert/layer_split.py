@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 
 from moss_jax.errors import MossError
-from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 
 AUDIO_TABLES = ("audio/embed/embedding", "audio/head/kernel")
 
 
-def qwen3_config(config: TransformerConfig, text_vocab_size: int | None = None) -> TransformerConfig:
+def qwen3_config(config: SpeechLMConfig, text_vocab_size: int | None = None) -> SpeechLMConfig:
     """The plain Qwen3 that the layer-split model `config` starts from: all layers on the text side, no audio.
 
     `text_vocab_size` is that of the Qwen3 file, which may have more (padding) rows than the target.
@@ -31,7 +31,7 @@ def default_modality_layers(depth: int) -> int:
 
 
 def split_parameter(
-    path: str, value: np.ndarray, config: TransformerConfig, tied: bool = False
+    path: str, value: np.ndarray, config: SpeechLMConfig, tied: bool = False
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, value) of every layer-split parameter that one Qwen3 parameter becomes.
 
@@ -62,7 +62,7 @@ def split_parameter(
             yield f"{branch}/layers/{inner}", value[config.num_shared_layers :]
 
 
-def new_audio_tables(config: TransformerConfig, seed: int, std: float = 0.02) -> Iterator[tuple[str, np.ndarray]]:
+def new_audio_tables(config: SpeechLMConfig, seed: int, std: float = 0.02) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the audio table and head, which Qwen3 lacks: float32, normal(0, `std`), Qwen3's `initializer_range`."""
     rng = np.random.default_rng(seed)
     for path in AUDIO_TABLES:

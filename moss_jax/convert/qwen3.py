@@ -31,7 +31,7 @@ from moss_jax.convert.tables.qwen3 import table
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.config import DTYPES, TransformerConfig
+from moss_jax.speech_lm.config import DTYPES, SpeechLMConfig
 
 SAME_KEYS = (
     "hidden_size",
@@ -75,7 +75,7 @@ def import_qwen3(
     audio_branch: str = "copy",
     seed: int = 0,
     say: Say = lambda line: None,
-) -> TransformerConfig:
+) -> SpeechLMConfig:
     """Writes `transformer/`, `text_tokenizer/` and `carried/qwen3/` of a system from a Qwen3 of any size.
 
     Args:
@@ -209,7 +209,7 @@ class TextPath:
     branch differ, as after training with a frozen part in fewer bits, everything is float32: a Qwen3 has one dtype.
     """
 
-    def __init__(self, ours: TensorReader, config: TransformerConfig, rows: TensorReader | None, tied: bool):
+    def __init__(self, ours: TensorReader, config: SpeechLMConfig, rows: TensorReader | None, tied: bool):
         self.path = ours.path
         self._ours = ours
         self._config = config
@@ -272,7 +272,7 @@ class TextPath:
 
 def split_config(
     folder: Path, special: Mapping[str, int], modality_layers: int | None, codes: int
-) -> tuple[TransformerConfig, int]:
+) -> tuple[SpeechLMConfig, int]:
     """The layer-split config and the vocabulary size of the Qwen3."""
     where = folder / "config.json"
     released = qwen3_keys(where)
@@ -282,7 +282,7 @@ def split_config(
     if not 0 <= branch < depth:
         raise MossError(f"{where}: {branch} layers for each branch, expected 0 to {depth - 1} of the {depth} there are")
     sizes = {key: released[key] for key in SAME_KEYS}
-    config = TransformerConfig(
+    config = SpeechLMConfig(
         **sizes,
         head_dim=released.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
         num_shared_layers=depth - branch,

@@ -11,6 +11,7 @@ import numpy as np
 from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.checkpoint.config_io import write_config
+from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
 from moss_jax.convert.files import write_json
 from moss_jax.convert.stream import Progress, Say
@@ -30,7 +31,7 @@ from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.config import MOSS_SPEECH_8B, TransformerConfig
+from moss_jax.speech_lm.config import MOSS_SPEECH_8B, SpeechLMConfig
 from moss_jax.speech_lm.config import TINY as TRANSFORMER_TINY
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -41,7 +42,7 @@ from moss_jax.speech_tokenizer.encoder import encoder_shapes
 class Sizes:
     """The configs of a whole system."""
 
-    transformer: TransformerConfig
+    transformer: SpeechLMConfig
     tokenizer: SpeechTokenizerConfig
     decoder: SpeechDecoderConfig
 
@@ -157,7 +158,9 @@ def _write_part(folder: Path, stem: str, table: Table, shapes: Mapping[str, Any]
     progress = Progress(say, f"writing {folder.name}/{stem}", shapes)
     with TensorWriter(folder, shapes, stem) as writer:
         for entry in table.entries(shapes):
-            writer.write(entry.path, random_parameter(entry, f"{seed} {entry.path}"))
+            # Seeded by the path that the parameter had in version 0.1.0, so that a seed still gives the same system.
+            path = entry.path if folder.name == "transformer" else old_path(entry.path)
+            writer.write(entry.path, random_parameter(entry, f"{seed} {path}"))
             progress.add(shapes[entry.path])
 
 

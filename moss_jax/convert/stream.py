@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moss_jax.checkpoint import TensorReader, TensorWriter, check_shapes
+from moss_jax.checkpoint.old_names import with_current_names
 from moss_jax.checkpoint.safetensors import SHARD_BYTES, TensorInfo
 from moss_jax.convert.table import Entry, Table
 from moss_jax.errors import MossError
@@ -102,6 +103,7 @@ def import_tensors(
 
 def exported(ours: TensorReader, table: Table, shapes: Mapping[str, Any]) -> "Exported":
     """Our file as a source of foreign tensors; checks it against `shapes` first."""
+    ours = with_current_names(ours, shapes)
     check_shapes(ours.shapes(), {path: tuple(leaf.shape) for path, leaf in shapes.items()}, ours.path)
     typed = {path: jax.ShapeDtypeStruct(leaf.shape, ours.tensors[path].dtype) for path, leaf in shapes.items()}
     return Exported(ours, table.entries(typed))

@@ -16,7 +16,7 @@ from moss_jax.data.manifest import Document, Word
 from moss_jax.dialogue.grid import speech_rows, template_rows, text_rows, turn_rows, with_default_system
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 PIECE_SECONDS = (3.0, 6.0)  # shortest and longest piece of an interleaved document
@@ -56,7 +56,7 @@ class Example:
         return self
 
 
-def target_weights(grid: np.ndarray, config: TransformerConfig, begin: int = 1) -> np.ndarray:
+def target_weights(grid: np.ndarray, config: SpeechLMConfig, begin: int = 1) -> np.ndarray:
     """Weights float32 [N, 2] that score every row from `begin` on in its own channel."""
     weights = np.zeros(grid.shape, np.float32)
     spoken = grid[:, 0] == config.modality_pad_id
@@ -65,17 +65,17 @@ def target_weights(grid: np.ndarray, config: TransformerConfig, begin: int = 1) 
     return weights
 
 
-def text(ids: Sequence[int], config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+def text(ids: Sequence[int], config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """A written document: its ids, endoftext."""
     return _everything([text_rows(ids, config)], config)
 
 
-def speech(codes: np.ndarray, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+def speech(codes: np.ndarray, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """A spoken document: sosp, codes, eosp, endoftext."""
     return _everything([speech_rows(codes, config)], config)
 
 
-def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: TransformerConfig, spoken_first: bool):
+def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: SpeechLMConfig, spoken_first: bool):
     """Pieces of one document in order, every other one as codes, the rest as text ids; endoftext."""
     rows = [
         speech_rows(piece, config) if (place % 2 == 0) == spoken_first else text_rows(piece, config)
@@ -84,15 +84,13 @@ def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: Transforme
     return _everything(rows, config)
 
 
-def continuation(codes: np.ndarray, cut: int, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+def continuation(codes: np.ndarray, cut: int, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """A spoken document of which the first `cut` codes are given; the rest, eosp and endoftext are scored."""
     grid, _ = speech(codes, config)
     return grid, target_weights(grid, config, 1 + cut)
 
 
-def chat(
-    turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: TransformerConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def chat(turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """A conversation; what the assistant says and the im_end after it are scored.
 
     Not scored: everything else, the sosp that opens a spoken reply (a request for speech has it in the prompt) and the
@@ -113,7 +111,7 @@ def chat(
     return grid, target_weights(grid, config) * np.concatenate(scored)[:, None].astype(np.float32)
 
 
-def _everything(rows: list[np.ndarray], config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+def _everything(rows: list[np.ndarray], config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
     grid = np.concatenate([*rows, text_rows([config.endoftext_id], config)])
     return grid, target_weights(grid, config)
 
@@ -133,7 +131,7 @@ class ExampleBuilder:
     """
 
     format: str
-    config: TransformerConfig
+    config: SpeechLMConfig
     text_tokenizer: TextTokenizer | None
     code_rate: float = 12.5
     seed: int = 0

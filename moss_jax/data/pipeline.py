@@ -20,7 +20,7 @@ from moss_jax.data.batches import StepBatches
 from moss_jax.data.pack import PackingPlan, plan_packing
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 CACHED_EPOCHS = 2  # packings kept in memory: a batch may need the end of one epoch and the beginning of the next
 
@@ -61,7 +61,7 @@ class PackedRows:
         seed, index: of the mixture, and the position of the source in it.
     """
 
-    def __init__(self, folder: str | Path, config: TransformerConfig, context: int, seed: int, index: int):
+    def __init__(self, folder: str | Path, config: SpeechLMConfig, context: int, seed: int, index: int):
         self.examples = Examples(folder, config)
         self.config = config
         self.context = context
@@ -152,7 +152,7 @@ class PackedBatches(StepBatches):
     def __init__(
         self,
         mixture: Mixture,
-        config: TransformerConfig,
+        config: SpeechLMConfig,
         *,
         context: int,
         batch_size: int,
@@ -184,7 +184,7 @@ class PackedBatches(StepBatches):
 
 def open_batches(
     mixture: Mixture,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     *,
     context: int,
     batch_size: int,

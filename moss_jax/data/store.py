@@ -27,7 +27,7 @@ from moss_jax.checkpoint.config_io import read_config
 from moss_jax.data.formats import Example
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 EXAMPLES_FORMAT = "moss-jax-examples-1"
 SOURCE_FILE = "source.json"
@@ -49,7 +49,7 @@ VOCABULARY = (
 EXAMPLES_PER_SHARD = 16384
 
 
-def vocabulary(config: TransformerConfig) -> dict[str, int]:
+def vocabulary(config: SpeechLMConfig) -> dict[str, int]:
     """The fields of a model's config that examples depend on."""
     return {name: getattr(config, name) for name in VOCABULARY}
 
@@ -154,7 +154,7 @@ def shard_name(index: int, count: int) -> str:
 def write_examples(
     folder: str | Path,
     examples: Iterable[Example],
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     *,
     kind: str = "examples",
     examples_per_shard: int = EXAMPLES_PER_SHARD,
@@ -183,7 +183,7 @@ def write_examples(
         seal(part, paths, known, {"kind": kind, "text_tokenizer": None, "vocabulary": vocabulary(config)})
 
 
-def _check_ids(example: Example, config: TransformerConfig) -> None:
+def _check_ids(example: Example, config: SpeechLMConfig) -> None:
     example.check()
     most = (config.text_vocab_size, config.audio_vocab_size)
     if (example.grid < 0).any() or (example.grid >= most).any():
@@ -206,7 +206,7 @@ class Examples:
         MossError: there is no data set, parts of it are missing, or it does not match `config`.
     """
 
-    def __init__(self, folder: str | Path, config: TransformerConfig | None = None):
+    def __init__(self, folder: str | Path, config: SpeechLMConfig | None = None):
         self.folder = Path(folder)
         if not (self.folder / SOURCE_FILE).is_file():
             raise MossError(f"{folder}: no {SOURCE_FILE} in it, expected a data set (moss-jax tokenize makes one)")
@@ -256,7 +256,7 @@ class Examples:
         if missing:
             raise MossError("\n  ".join([f"{self.folder}: {len(missing)} shard files are missing", *map(str, missing)]))
 
-    def _check_vocabulary(self, config: TransformerConfig) -> None:
+    def _check_vocabulary(self, config: SpeechLMConfig) -> None:
         have = self.about.get("vocabulary") or {}
         want = vocabulary(config)
         differs = [

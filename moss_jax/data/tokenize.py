@@ -27,7 +27,7 @@ from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.progress import Say, silent
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class _ExamplesBuild(DatasetBuild):
         self.request = request
         self.folder = SystemFolder(request.model)
         self.folder.check_codes()
-        self.config = self.folder.config("transformer", TransformerConfig)
+        self.config = self.folder.config("transformer", SpeechLMConfig)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
         self.text_tokenizer = self.folder.text_tokenizer(self.config)

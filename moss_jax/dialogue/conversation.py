@@ -34,7 +34,7 @@ from moss_jax.generate.state_machine import AUDIO, next_mode
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
 CONTEXT = 10240  # rows; the longest examples that the released model was tuned on
@@ -90,7 +90,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: SpeechLMConfig,
         params: Any,
         text_tokenizer: TextTokenizer,
         context: int | None = None,

@@ -20,7 +20,7 @@ from moss_jax.errors import MossError
 from moss_jax.generate.loop import GenerationState, new_state, with_capacity
 from moss_jax.generate.state_machine import AUDIO, ENDOFTEXT
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 FORMAT = "moss-jax-conversation-2"
 FORMAT_1 = "moss-jax-conversation-1"
@@ -44,7 +44,7 @@ def write_conversation(path: str | Path, state: GenerationState, turns: Mapping[
 
 
 def read_conversation(
-    path: str | Path, config: TransformerConfig, context: int, models: Mapping[str, str]
+    path: str | Path, config: SpeechLMConfig, context: int, models: Mapping[str, str]
 ) -> tuple[GenerationState, Tensors, bool]:
     """Reads what `write_conversation` wrote, and checks that a conversation could have been left so.
 
@@ -78,14 +78,14 @@ def read_conversation(
     return from_state_dict(target, nested["state"]), {name: tensors[name] for name in TURNS}, version == FORMAT
 
 
-def fingerprint_1(params: Any, config: TransformerConfig) -> str:
+def fingerprint_1(params: Any, config: SpeechLMConfig) -> str:
     """The fingerprint of FORMAT_1."""
     row = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
     return f"{zlib.crc32(row.tobytes()):08x}"
 
 
 def _expected(
-    found: Mapping[str, tuple], config: TransformerConfig, context: int, path: str | Path
+    found: Mapping[str, tuple], config: SpeechLMConfig, context: int, path: str | Path
 ) -> tuple[dict[str, tuple], GenerationState]:
     """Shape and dtype that each tensor should have, from how many columns and turns there are; and such a state."""
     grid, _ = found.get("state/grid", ((), None))
@@ -101,7 +101,7 @@ def _expected(
     return expected | {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}, state
 
 
-def _problem(tensors: Tensors, config: TransformerConfig) -> str | None:
+def _problem(tensors: Tensors, config: SpeechLMConfig) -> str | None:
     """What no conversation has, or None. Shapes and dtypes are right."""
     state = {name.removeprefix("state/"): x for name, x in tensors.items() if name.startswith("state/")}
     starts = tensors["starts"]

@@ -21,7 +21,7 @@ from moss_jax.evaluate.scoring import Scorer
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 
 CLIPS = 32  # recordings in memory at a time
 
@@ -48,7 +48,7 @@ class Model:
     @cached_property
     def code_count(self) -> int:
         """How many codes there are; no weights are loaded for it."""
-        return self.system.folder.config("transformer", TransformerConfig).eosp_id
+        return self.system.folder.config("transformer", SpeechLMConfig).eosp_id
 
     @property
     def config(self):

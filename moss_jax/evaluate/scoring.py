@@ -16,7 +16,7 @@ import numpy as np
 
 from moss_jax.errors import MossError
 from moss_jax.sharding import fitting
-from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 
 SMALLEST = 64  # rows; lengths are 1 and 1.5 times the powers of two from here
 STRETCH = 32  # rows of which logits are made at a time; divides every length
@@ -32,7 +32,7 @@ class Passage:
 
 @partial(jax.jit, static_argnames=("config", "branches"))
 def log_likelihoods(
-    params: Any, grid: jax.Array, scored: jax.Array, *, config: TransformerConfig, branches: tuple[str, ...]
+    params: Any, grid: jax.Array, scored: jax.Array, *, config: SpeechLMConfig, branches: tuple[str, ...]
 ) -> jax.Array:
     """Sum of log p(row | rows before it) over the scored rows, each in its own channel.
 
@@ -68,7 +68,7 @@ def log_likelihoods(
 
 @partial(jax.jit, static_argnames="config")
 def next_log_probabilities(
-    params: Any, grid: jax.Array, lengths: jax.Array, candidates: jax.Array, *, config: TransformerConfig
+    params: Any, grid: jax.Array, lengths: jax.Array, candidates: jax.Array, *, config: SpeechLMConfig
 ) -> jax.Array:
     """log p of some text ids as the next row: grid [B, T, 2], lengths [B], candidates [B, K] -> float32 [B, K]."""
     call, h, positions = _shared(params, grid, config)
@@ -109,9 +109,7 @@ class Scorer:
         batch_size: passages in a call, rounded up to what the mesh divides.
     """
 
-    def __init__(
-        self, config: TransformerConfig, params: Any, mesh: jax.sharding.Mesh | None = None, batch_size: int = 8
-    ):
+    def __init__(self, config: SpeechLMConfig, params: Any, mesh: jax.sharding.Mesh | None = None, batch_size: int = 8):
         if batch_size < 1:
             raise MossError(f"batch size is {batch_size}, expected at least 1")
         self.config = config

@@ -30,7 +30,7 @@ from moss_jax.evaluate.alignment import best_match, best_path, cosines
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
 from moss_jax.nn.rope import rope_angles
-from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 from moss_jax.speech_lm.model import Layer
 
 BLOCKS = ("shared", "text", "audio")
@@ -40,7 +40,7 @@ PLATEAU = 0.9  # of the highest effect: the last layer above it is where the pla
 
 
 @partial(jax.jit, static_argnames="config")
-def layer_outputs(params: Any, grid: jax.Array, *, config: TransformerConfig) -> dict[str, jax.Array]:
+def layer_outputs(params: Any, grid: jax.Array, *, config: SpeechLMConfig) -> dict[str, jax.Array]:
     """The residual stream after every layer.
 
     Args:

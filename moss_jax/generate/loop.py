@@ -24,7 +24,7 @@ from moss_jax.dialogue.settings import DEFAULTS
 from moss_jax.generate import sampling
 from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.generate.state_machine import AUDIO, RUNNING, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
-from moss_jax.speech_lm import KVCache, LayerSplitModel, TransformerConfig, init_cache
+from moss_jax.speech_lm import KVCache, LayerSplitModel, SpeechLMConfig, init_cache
 
 BRANCHES = {"text": TEXT, "audio": AUDIO}
 CHUNK = 256  # columns a call when many are pending: wide enough that arithmetic, not reading weights, takes the time
@@ -69,7 +69,7 @@ class GenerationState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def new_state(config: TransformerConfig, batch: int, capacity: int) -> GenerationState:
+def new_state(config: SpeechLMConfig, batch: int, capacity: int) -> GenerationState:
     """The state of `batch` conversations in which nobody has said anything, with room for `capacity` columns."""
     vocab = {"text": config.text_vocab_size, "audio": config.audio_vocab_size}
 
@@ -130,7 +130,7 @@ def prefill(
     count: jax.Array | int,
     keys: jax.Array,
     *,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     compat: bool = False,
     chunk: int = CHUNK,
 ) -> GenerationState:
@@ -191,7 +191,7 @@ def decode_chunk(
     settings: GenerationSettings,
     k: jax.Array | int,
     *,
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     chunk: int = CHUNK,
 ) -> GenerationState:
     """Generates up to `k` rows; fewer when every reply has ended, is `max_new_tokens` long, or the columns run out.

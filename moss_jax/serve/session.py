@@ -22,7 +22,7 @@ from moss_jax.errors import MossError
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.picture import draw, mel
 from moss_jax.speech_decoder.voice import Voice
-from moss_jax.speech_tokenizer.encode import LENGTHS
+from moss_jax.speech_tokenizer.encode import SEGMENT_LENGTHS
 
 WARM_SECONDS = 15.0  # questions and answers up to this length compile nothing after `warm_up`
 OWN_VOICE = "my recording"  # among the voices' names: the one that this person enrolled
@@ -305,7 +305,7 @@ def warm_up(system: System, say: Any = lambda line: None) -> None:
     tokenizer = system.speech_tokenizer
     rate = tokenizer.config.sample_rate
     noise = np.random.default_rng(0).normal(0, 0.1, 20 * rate).astype(np.float32)
-    for sixteenths in LENGTHS:
+    for sixteenths in SEGMENT_LENGTHS:
         samples = sixteenths * tokenizer.config.samples_per_segment // 16
         if samples <= WARM_SECONDS * rate:
             tokenizer.encode([noise[:samples]])

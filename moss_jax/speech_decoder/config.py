@@ -5,11 +5,12 @@ from math import isclose
 
 from moss_jax.checkpoint.config_io import check_sizes
 from moss_jax.errors import MossError
-from moss_jax.speech_decoder import speaker, vocoder
+from moss_jax.speech_decoder import speaker
 from moss_jax.speech_decoder.flow import config as flow
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.speaker import CAMPPLUS, SpeakerConfig
-from moss_jax.speech_decoder.vocoder import VocoderConfig
+from moss_jax.speech_decoder.vocoder import config as vocoder
+from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 
 
 @dataclass(frozen=True)

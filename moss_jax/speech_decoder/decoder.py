@@ -14,13 +14,12 @@ from moss_jax.arguments import check_seed
 from moss_jax.errors import MossError
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow import sampler
 from moss_jax.speech_decoder.flow.stream import MEMORY, CachedFlow, Prompt
-from moss_jax.speech_decoder.reference_stream import ReferenceStream
 from moss_jax.speech_decoder.stream import CachedStream
-from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, fold_weight_norm, sine_noise
+from moss_jax.speech_decoder.vocoder.config import VocoderConfig
+from moss_jax.speech_decoder.vocoder.model import HiFT, fold_weight_norm, sine_noise
 from moss_jax.speech_decoder.voice import Voice
 
 PROMPTS = 4  # voices that are kept prefilled
@@ -65,36 +64,27 @@ class SpeechDecoder:
         config = self.config
         seed = check_seed(seed)
         check_voice(config, voice)
-        flow = self._part(flow_stem())
+        flow = self.part(flow_stem())
         vocoder = self.vocoder_params
         mel = sampler.decode(flow, config.flow, codes, voice)
         return vocode(vocoder, self.vocoder_config, np.asarray(mel[0]), seed)
 
     @in_32_bits
-    def stream(
-        self, voice: Voice, seed: int = 0, mode: str = "cached", chunk: int | None = None
-    ) -> CachedStream | ReferenceStream:
-        """A stream that takes codes as they come and returns the speech that has become possible.
+    def stream(self, voice: Voice, seed: int = 0, chunk: int | None = None) -> CachedStream:
+        """A stream that takes codes as they are generated and returns the speech that they complete.
 
         Args:
-            mode: "cached" computes every frame once; "reference" is the released code's way, see `reference_stream`.
-            chunk: codes, see `SpeechDecoderConfig.streaming`.
+            chunk: codes in a chunk, see `SpeechDecoderConfig.streaming`.
 
         Raises:
-            MossError: an invalid seed, unknown mode, no weights for this chunk size, or a voice that does not fit.
+            MossError: an invalid seed, no weights for this chunk size, or a voice that does not fit.
         """
         seed = check_seed(seed)
         check_voice(self.config, voice)
         stem, flow = self.config.streaming(chunk)
         config = replace(self.config, vocoder=self.vocoder_config)
-        if mode == "reference":
-            noise = reference_stream.seeded_noise(config, seed)
-            models = reference_stream.Models(config, flow, self._part(stem), self.vocoder_params, voice, noise)
-            return ReferenceStream(models)
-        if mode != "cached":
-            raise MossError(f"streaming: unknown mode {mode!r}, expected cached or reference")
         if stem not in self._flows:
-            self._flows[stem] = CachedFlow(self._part(stem), flow, memory=self._cache_memory, dtype=self._cache_dtype)
+            self._flows[stem] = CachedFlow(self.part(stem), flow, memory=self._cache_memory, dtype=self._cache_dtype)
         return CachedStream(config, self._flows[stem], self._prompt(stem, voice), self.vocoder_params, seed)
 
     def _prompt(self, stem: str, voice: Voice) -> Prompt:
@@ -108,7 +98,8 @@ class SpeechDecoder:
         self._prompts[key] = self._prompts.pop(key)  # the newest is last
         return self._prompts[key]
 
-    def _part(self, name: str) -> Any:
+    def part(self, name: str) -> Any:
+        """The nested parameters of one part, such as "flow". Raises MossError when there are none."""
         if name not in self._params:
             there = ", ".join(f"{part}.safetensors" for part in sorted(self._params)) or "none"
             raise MossError(f"speech decoder: {name}.safetensors is missing, there are: {there}")
@@ -117,7 +108,7 @@ class SpeechDecoder:
     @cached_property
     def vocoder_params(self) -> Any:
         """Folded, for `vocoder_config`."""
-        folded = fold_weight_norm(flatten(self._part("vocoder")))
+        folded = fold_weight_norm(flatten(self.part("vocoder")))
         return unflatten({path: jnp.asarray(leaf) for path, leaf in folded.items()})
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from moss_jax.errors import MossError
 from moss_jax.nn.precision import in_32_bits
-from moss_jax.speech_decoder import vocoder_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow.stream import CachedFlow, Prompt
-from moss_jax.speech_decoder.vocoder_stream import emitted_frames
+from moss_jax.speech_decoder.vocoder import stream as vocoder_stream
+from moss_jax.speech_decoder.vocoder.stream import emitted_frames
 
 
 class CachedStream:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from moss_jax.sharding import constrain
-from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 
-AXES = ("layers", "batch", None, "kv_heads", "head_dim")
+CACHE_AXES = ("layers", "batch", None, "kv_heads", "head_dim")
 
 
 @struct.dataclass
@@ -21,10 +21,10 @@ class KVCache:
         """The cache with k, v [L, B, T, K, H] in columns index .. index+T-1; index + T must not exceed S."""
         at = (0, 0, index, 0, 0)
         k, v = (jax.lax.dynamic_update_slice(*pair, at) for pair in ((self.k, k), (self.v, v)))
-        return KVCache(constrain(k, *AXES), constrain(v, *AXES))
+        return KVCache(constrain(k, *CACHE_AXES), constrain(v, *CACHE_AXES))
 
 
-def init_cache(config: TransformerConfig, batch: int, capacity: int, dtype=None) -> dict[str, KVCache]:
+def init_cache(config: SpeechLMConfig, batch: int, capacity: int, dtype=None) -> dict[str, KVCache]:
     """Empty caches {"shared", "text", "audio"} for `batch` rows of `capacity` columns; dtype None is the config's."""
     layers = {"shared": config.num_shared_layers, "text": config.num_modality_layers}
     if config.audio_vocab_size:
@@ -34,5 +34,5 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, dtype=None)
     caches = {}
     for name, depth in layers.items():
         shape = (depth, batch, capacity, *heads)
-        caches[name] = KVCache(*(constrain(jnp.zeros(shape, dtype), *AXES) for _ in "kv"))
+        caches[name] = KVCache(*(constrain(jnp.zeros(shape, dtype), *CACHE_AXES) for _ in "kv"))
     return caches

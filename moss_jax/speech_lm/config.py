@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class SpeechLMConfig:
     """The Qwen3 block, the split of its depth, two vocabularies, and how to compute.
 
     A plain Qwen3 is the same model with everything on the text side: `num_shared_layers=0`, `audio_vocab_size=0`.
@@ -91,7 +91,7 @@ _WHOLE = (
 )
 
 # fnlp/MOSS-Speech: 9,095,694,336 parameters.
-MOSS_SPEECH_8B = TransformerConfig(
+MOSS_SPEECH_8B = SpeechLMConfig(
     hidden_size=4096,
     intermediate_size=12288,
     num_attention_heads=32,
@@ -106,7 +106,7 @@ MOSS_SPEECH_8B = TransformerConfig(
 )
 
 # Qwen/Qwen3-8B, from which the above was initialised: all 36 layers on the text side.
-QWEN3_8B = TransformerConfig(
+QWEN3_8B = SpeechLMConfig(
     hidden_size=4096,
     intermediate_size=12288,
     num_attention_heads=32,
@@ -122,7 +122,7 @@ QWEN3_8B = TransformerConfig(
 
 # The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes; no example is longer than
 # 256 rows.
-NANO = TransformerConfig(
+NANO = SpeechLMConfig(
     hidden_size=192,
     intermediate_size=384,
     num_attention_heads=6,
@@ -144,7 +144,7 @@ NANO = TransformerConfig(
 )
 
 # For tests.
-TINY = TransformerConfig(
+TINY = SpeechLMConfig(
     hidden_size=64,
     intermediate_size=160,
     num_attention_heads=4,

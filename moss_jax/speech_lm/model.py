@@ -21,9 +21,9 @@ from moss_jax.nn.attention import attention, cached_attention, fastest, splash_k
 from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.rope import apply_rope, rope_angles
 from moss_jax.nn.tree import param_axes, param_shapes
-from moss_jax.sharding import constrain, per_device, ways
+from moss_jax.sharding import constrain, num_shards, per_device
 from moss_jax.speech_lm.cache import KVCache
-from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 
 ACTIVATION = ("batch", "length", None)
 POLICIES = {
@@ -35,7 +35,7 @@ POLICIES = {
 class RMSNorm(nn.Module):
     """Division by the root mean square over the last axis, in float32; rounded to x's dtype, then scaled."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with a norm on each query and key head before RoPE; no biases."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
 
     @nn.compact
     def __call__(self, x, angles, segment_ids, past, masks):
@@ -79,8 +79,8 @@ def _self_attention(implementation: str, q, k, v, segment_ids):
     length = q.shape[1]
     heads = q.shape[2]
     kv_heads = k.shape[2]
-    parts = ways("length", q.shape[1])
-    head_parts = ways("kv_heads", kv_heads)
+    parts = num_shards("length", q.shape[1])
+    head_parts = num_shards("kv_heads", kv_heads)
     if implementation == "auto":
         implementation = fastest(jax.default_backend(), q, parts)
     kernel = splash_kernel(length, heads, head_parts, parts) if implementation == "splash" and parts > 1 else None
@@ -115,7 +115,7 @@ _swiglu.defvjp(lambda gate, up: (_swiglu(gate, up), (gate, up)), _swiglu_gradien
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ class Layer(nn.Module):
     `past` is this layer's part of the cache, [B, S, K, H] twice, or None; `masks` are those of `cached_attention`.
     """
 
-    config: TransformerConfig
+    config: SpeechLMConfig
 
     @nn.compact
     def __call__(self, x, angles, segment_ids, past, masks):
@@ -160,7 +160,7 @@ _lookup.defvjp(lambda table, ids: (table[ids], (table, ids)), _lookup_gradient)
 class Embed(nn.Module):
     """int ids [B, T] -> their vectors [B, T, D]."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
     vocab_size: int
 
     @nn.compact
@@ -176,7 +176,7 @@ class Embed(nn.Module):
 class Head(nn.Module):
     """x [B, T, D] -> float32 logits [B, T, V]; the product itself runs in x's dtype."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
     vocab_size: int
 
     @nn.compact
@@ -191,7 +191,7 @@ class Head(nn.Module):
 class Block(nn.Module):
     """A stack of layers, scanned; with a vocabulary also an embedding table, a final norm and a head."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
     num_layers: int
     vocab_size: int = 0
     unroll: bool = False  # the layers one after the other in the program: faster on a CPU, longer to compile
@@ -240,7 +240,7 @@ class Block(nn.Module):
 class LayerSplitModel(nn.Module):
     """The language model. Parameters lie under `shared/`, `text/`, `audio/`, the layers of each stacked on axis 0."""
 
-    config: TransformerConfig
+    config: SpeechLMConfig
 
     def setup(self):
         cfg = self.config
@@ -297,33 +297,33 @@ class LayerSplitModel(nn.Module):
         return text, self.logits("audio", self.block("audio", h, positions, segment_ids))
 
 
-def model_shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def model_shapes(config: SpeechLMConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Flat {path: ShapeDtypeStruct} of the parameters."""
     return dict(_shapes(_plain(config)))
 
 
-def model_axes(config: TransformerConfig) -> dict[str, tuple[str | None, ...]]:
+def model_axes(config: SpeechLMConfig) -> dict[str, tuple[str | None, ...]]:
     """Flat {path: logical axis names} of the parameters, for `moss_jax.sharding.shardings_for`."""
     return dict(_axes(_plain(config)))
 
 
-def _plain(config: TransformerConfig) -> TransformerConfig:
+def _plain(config: SpeechLMConfig) -> SpeechLMConfig:
     return replace(config, attention="xla", remat="none")  # the kernels refuse the single row of _INPUTS
 
 
 @functools.cache
-def _shapes(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(config: SpeechLMConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return param_shapes(LayerSplitModel(config), *_INPUTS)
 
 
 @functools.cache
-def _axes(config: TransformerConfig) -> dict[str, tuple[str | None, ...]]:
+def _axes(config: SpeechLMConfig) -> dict[str, tuple[str | None, ...]]:
     return param_axes(LayerSplitModel(config), *_INPUTS)
 
 
 _INPUTS = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
-def _linear(config: TransformerConfig, out_shape, axes, *, in_dims: int = 1, name: str) -> Linear:
+def _linear(config: SpeechLMConfig, out_shape, axes, *, in_dims: int = 1, name: str) -> Linear:
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     return Linear(out_shape, axes, in_dims, False, *dtypes, name=name)

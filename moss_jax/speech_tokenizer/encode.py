@@ -22,7 +22,7 @@ from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
 from moss_jax.speech_tokenizer.stream import START_PEAK, WaveStream, checked
 
 MAX_SEGMENTS = 128  # in one call, as in the reference
-LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
+SEGMENT_LENGTHS = (1, 2, 4, 6, 8, 12, 16)  # compiled lengths, in sixteenths of a segment
 
 
 @partial(jax.jit, static_argnums=0)
@@ -87,15 +87,13 @@ class SpeechTokenizer:
         return WaveStream(self.config, self.params, chunk=chunk, start_peak=start_peak)
 
     @in_32_bits
-    def encode(self, waves: Sequence[np.ndarray], *, reference_padding: bool = False) -> list[np.ndarray]:
+    def encode(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Codes of clips of any length, each the same as if it were encoded alone.
 
         A clip is cut into segments of 30 s that know nothing of each other; segments of similar length share a call.
 
         Args:
             waves: float32 [samples] each, mono, at `config.sample_rate`.
-            reference_padding: pad as the reference does, each 128 consecutive segments to the longest of them. The
-                last code of a shorter segment then depends on its neighbours. For comparisons only.
 
         Returns:
             For each clip int32 [ceil(samples / samples_per_code)], counted segment by segment; none for no samples.
@@ -112,14 +110,9 @@ class SpeechTokenizer:
             parts += pieces
             owners += [owner] * len(pieces)
         counts = [-(-len(part) // unit) for part in parts]
-        padded = list(counts)
-        if reference_padding:
-            for start in range(0, len(counts), MAX_SEGMENTS):
-                group = slice(start, start + MAX_SEGMENTS)
-                padded[group] = [max(counts[group])] * len(counts[group])
         codes: list = [None] * len(parts)
         calls = [
-            (members, self._call(parts, padded, members, size, rows)) for members, size, rows in self._plan(padded)
+            (members, self._call(parts, counts, members, size, rows)) for members, size, rows in self._plan(counts)
         ]
         for members, result in calls:  # all calls are under way before the first one is waited for
             result = np.asarray(result)
@@ -133,7 +126,7 @@ class SpeechTokenizer:
     def _plan(self, counts: Sequence[int]) -> list[tuple[list[int], int, int]]:
         """[(members, compiled length in codes, compiled rows)] for segments of these lengths in codes."""
         per_segment = self.config.codes_per_segment
-        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in LENGTHS})
+        sizes = sorted({-(-sixteenths * per_segment // 16) for sixteenths in SEGMENT_LENGTHS})
         groups: dict[int, list[int]] = {}
         for member, count in enumerate(counts):
             groups.setdefault(next(size for size in sizes if size >= count), []).append(member)
@@ -150,13 +143,13 @@ class SpeechTokenizer:
                 members = members[rows:]
         return plan
 
-    def _call(self, parts, padded, members, size: int, rows: int) -> jax.Array:
+    def _call(self, parts, counts, members, size: int, rows: int) -> jax.Array:
         unit = self.config.samples_per_code
         batch = np.zeros((rows, size * unit), np.float32)
         lengths = np.full(rows, size * unit, np.int32)
         for row, member in enumerate(members):
             batch[row, : len(parts[member])] = parts[member]
-            lengths[row] = padded[member] * unit
+            lengths[row] = counts[member] * unit
         if self._by_rows is None:
             return encode_padded(self.config, self.params, jnp.asarray(batch), jnp.asarray(lengths))
         return encode_padded(self.config, self.params, *jax.device_put((batch, lengths), self._by_rows))

@@ -78,15 +78,15 @@ class EncoderLayer(nn.Module):
         heads = (config.encoder_attention_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")
         y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
-        query = Linear(heads, axes, name="query")(y)
-        key = Linear(heads, axes, use_bias=False, name="key")(y)
-        value = Linear(heads, axes, name="value")(y)
+        query = Linear(heads, axes, name="q")(y)
+        key = Linear(heads, axes, use_bias=False, name="k")(y)
+        value = Linear(heads, axes, name="v")(y)
         if past is None:
             attended = causal_attention(query, key, value)
         else:
             query, key, value = (z.swapaxes(1, 2) for z in (query, key, value))  # [B, N, T, H]
             attended = cached_attention(query, key, value, past, seen).swapaxes(1, 2)
-        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="out")(attended)
+        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="o")(attended)
         y = LayerNorm(config.layer_norm_epsilon, name="mlp_norm")(x)
         y = jax.nn.gelu(Linear(config.encoder_ffn_dim, ("embed", "mlp"), name="up")(y), approximate=False)
         x = x + Linear(config.d_model, ("mlp", "embed"), name="down")(y)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.pipeline import PackedBatches
 from moss_jax.sharding import fitting
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.step import batch_shardings
 
@@ -98,7 +98,7 @@ class Feed(RowFeed):
         source_names: the name of each index in the batches' `source`.
     """
 
-    def __init__(self, mixture: Mixture, config: TransformerConfig, run: Run, mesh: Mesh, workers: int = 0):
+    def __init__(self, mixture: Mixture, config: SpeechLMConfig, run: Run, mesh: Mesh, workers: int = 0):
         shape = (run.batch_size, run.context)
         shardings = batch_shardings(mesh, shape)
 

@@ -15,8 +15,8 @@ from moss_jax.errors import MossError
 METHODS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 # Modules whose kernels are [layers, in, heads, head_dim] and [layers, heads, head_dim, out].
-TO_HEADS = ("q", "k", "v", "query", "key", "value")
-FROM_HEADS = ("o", "out")
+TO_HEADS = ("q", "k", "v")
+FROM_HEADS = ("o",)
 ADAMW_RMS = 0.2  # of an update's entries, about, at learning rate 1
 
 

@@ -26,7 +26,7 @@ from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
 from moss_jax.progress import Say
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.config import ATTENTION, DTYPES, REMAT
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run_folder import RUN_FILE
@@ -155,7 +155,7 @@ class Run(BaseRun):
     stage: Stage
     data: Mixture
     context: int  # rows of a sequence
-    model: TransformerConfig | None = None  # None: the sizes of `init`
+    model: SpeechLMConfig | None = None  # None: the sizes of `init`
     split: int | None = None  # layers of each branch when `init` is a Qwen3; None: a ninth of its depth
     held_out: Mixture | None = None  # what the evaluation reads
     accumulate: int = 1  # parts that a batch is computed in, one after the other

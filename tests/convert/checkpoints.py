@@ -13,7 +13,7 @@ from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.speech_lm import model_shapes
-from moss_jax.speech_lm.config import TINY, TransformerConfig
+from moss_jax.speech_lm.config import TINY, SpeechLMConfig
 
 
 def random_tensors(shapes, dtype=ml_dtypes.bfloat16, seed=0):
@@ -43,7 +43,7 @@ def same_tensors(ours, theirs):
         assert ours[name].tobytes() == theirs[name].tobytes(), name
 
 
-def write_language_model(folder: Path, config: TransformerConfig = TINY, shards=3, seed=0):
+def write_language_model(folder: Path, config: SpeechLMConfig = TINY, shards=3, seed=0):
     """A released language model; returns its tensors."""
     folder.mkdir(parents=True)
     shapes = transformer_table.table(config).shapes(model_shapes(config))
@@ -62,7 +62,7 @@ def write_language_model(folder: Path, config: TransformerConfig = TINY, shards=
 def write_qwen3(folder: Path, tied: bool, depth=5, vocab=400, shards=2, seed=0, dtype="bfloat16"):
     """A plain Qwen3; returns its tensors and the text tokenizer's config."""
     folder.mkdir(parents=True)
-    config = TransformerConfig(
+    config = SpeechLMConfig(
         hidden_size=32,
         intermediate_size=48,
         num_attention_heads=4,

@@ -103,7 +103,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
     from moss_jax.train.run import load_run
-    from moss_jax.train.speech_lm.start import starting_parameters
+    from moss_jax.train.speech_lm.initial import starting_parameters
     from tests.train.tiny import write_config as write_run
 
     (tmp_path / "speech.jsonl").write_text(json.dumps({"codes": [0, 1, OTHER - 1] * 5}) + "\n")

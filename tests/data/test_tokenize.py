@@ -24,7 +24,7 @@ from moss_jax.data import Mixture, open_batches
 from moss_jax.data.store import Examples, shard_name
 from moss_jax.data.tokenize import TokenizeRequest, tokenize
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def command(corpus, system, out, *more, format="interleaved", manifest="speech.j
 
 
 def config_of(system):
-    return SystemFolder(system).config("transformer", TransformerConfig)
+    return SystemFolder(system).config("transformer", SpeechLMConfig)
 
 
 def content(folder):

@@ -15,7 +15,7 @@ from moss_jax.speech_decoder.codes import read_codes
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
-from moss_jax.speech_lm import TransformerConfig, model_shapes
+from moss_jax.speech_lm import SpeechLMConfig, model_shapes
 from moss_jax.speech_lm import config as transformer
 from moss_jax.speech_tokenizer import config as speech_tokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
@@ -56,7 +56,7 @@ def test_a_changed_system_json(tmp_path_factory, data):
 
 
 CONFIGS = {
-    "transformer": (TransformerConfig, transformer.TINY, model_shapes),
+    "transformer": (SpeechLMConfig, transformer.TINY, model_shapes),
     "speech_tokenizer": (type(speech_tokenizer.TINY), speech_tokenizer.TINY, encoder_shapes),
     "flow": (type(speech_decoder.TINY.flow), speech_decoder.TINY.flow, flow_shapes),
     "speaker": (type(speech_decoder.TINY.speaker), speech_decoder.TINY.speaker, speaker_shapes),

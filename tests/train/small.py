@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.speech_lm import TINY, TransformerConfig, model_shapes
+from moss_jax.speech_lm import TINY, SpeechLMConfig, model_shapes
 
 SMALL = replace(TINY, num_shared_layers=2, num_modality_layers=1)
 
 
-def random_params(config: TransformerConfig = SMALL, seed: int = 0, dtype=np.float32) -> dict[str, jax.Array]:
+def random_params(config: SpeechLMConfig = SMALL, seed: int = 0, dtype=np.float32) -> dict[str, jax.Array]:
     """Flat random parameters, large enough that every part moves the logits."""
     rng = np.random.default_rng(seed)
     return {
@@ -20,7 +20,7 @@ def random_params(config: TransformerConfig = SMALL, seed: int = 0, dtype=np.flo
     }
 
 
-def random_batch(config: TransformerConfig = SMALL, rows: int = 8, length: int = 16, seed: int = 0, sources: int = 2):
+def random_batch(config: SpeechLMConfig = SMALL, rows: int = 8, length: int = 16, seed: int = 0, sources: int = 2):
     """Two segments and some padding a row, text and audio mixed, a label on some rows."""
     rng = np.random.default_rng(seed)
     shape = rows, length

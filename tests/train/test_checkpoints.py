@@ -11,6 +11,8 @@ import pytest
 
 from moss_jax.errors import MossError
 from moss_jax.train.checkpoints import Checkpoints, verify
+from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.state import init_state
 
 
 def tree(step):
@@ -47,6 +49,26 @@ def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
     assert checkpoints.record(3) == {"step": 3}
     restored = checkpoints.restore(3, params=like())["params"]
     jax.tree.map(np.testing.assert_array_equal, restored, tree(3))
+
+
+def test_a_state_saved_under_old_parameter_names_is_restored(tmp_path):
+    old = {"encoder/layers/query/kernel": jnp.ones((2, 4, 2, 3)), "encoder/layers/cross_out/bias": jnp.ones((2, 4))}
+    current = {"encoder/layers/q/kernel": jnp.zeros((2, 4, 2, 3)), "encoder/layers/cross_o/bias": jnp.zeros((2, 4))}
+    config = OptimizerConfig(method="muon")
+    saved = init_state(old, config)
+    saved = saved.replace(opt_state=jax.tree.map(lambda x: x + 1, saved.opt_state))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save_state(1, {}, saved)
+    checkpoints.wait()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = init_state(current, config)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)
+    state = checkpoints.restore_state(1, like)
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(saved))
+    without = checkpoints.restore_state(1, like, optimizer=False)
+    assert set(without.params) == set(current)
+    np.testing.assert_array_equal(without.params["encoder/layers/q/kernel"], 1.0)
 
 
 def test_a_save_under_way_does_not_see_what_comes_after(tmp_path):

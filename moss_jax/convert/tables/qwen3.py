@@ -5,10 +5,10 @@ In our tree a plain Qwen3 is the text side of the layer-split model: `num_shared
 
 from moss_jax.convert.table import LINEAR, Row, Table, prefixed
 from moss_jax.convert.tables.transformer import layer_rows
-from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 
 
-def table(config: TransformerConfig) -> Table:
+def table(config: SpeechLMConfig) -> Table:
     """The name table of a plain Qwen3; where embeddings are tied, leave 'text/head/kernel' out of the tree."""
     rows = (
         Row("model.embed_tokens.weight", "text/embed/embedding"),

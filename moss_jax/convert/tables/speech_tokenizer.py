@@ -78,13 +78,13 @@ def table(config: SpeechTokenizerConfig) -> Table:
     out = heads_in(heads)
     layer = prefixed(
         (
-            Row("self_attn.q_proj.weight", "query/kernel", q),
-            Row("self_attn.q_proj.bias", "query/bias", bias),
-            Row("self_attn.k_proj.weight", "key/kernel", q),
-            Row("self_attn.v_proj.weight", "value/kernel", q),
-            Row("self_attn.v_proj.bias", "value/bias", bias),
-            Row("self_attn.out_proj.weight", "out/kernel", out),
-            Row("self_attn.out_proj.bias", "out/bias"),
+            Row("self_attn.q_proj.weight", "q/kernel", q),
+            Row("self_attn.q_proj.bias", "q/bias", bias),
+            Row("self_attn.k_proj.weight", "k/kernel", q),
+            Row("self_attn.v_proj.weight", "v/kernel", q),
+            Row("self_attn.v_proj.bias", "v/bias", bias),
+            Row("self_attn.out_proj.weight", "o/kernel", out),
+            Row("self_attn.out_proj.bias", "o/bias"),
             Row("self_attn_layer_norm.weight", "attention_norm/scale"),
             Row("self_attn_layer_norm.bias", "attention_norm/bias"),
             Row("fc1.weight", "up/kernel", LINEAR),

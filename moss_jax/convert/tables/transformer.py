@@ -8,7 +8,7 @@ from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, wit
 from moss_jax.convert.table import LINEAR, Row, Table, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
-from moss_jax.speech_lm.config import TransformerConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 
 SAME_KEY = (
     "hidden_size",
@@ -61,7 +61,7 @@ class ReleasedConfig:
     audio_pad_token_id: int | None = within(0, MAX_SIZE, None)
 
 
-def config_from_released(released: Mapping[str, Any], where: str) -> TransformerConfig:
+def config_from_released(released: Mapping[str, Any], where: str) -> SpeechLMConfig:
     """Our config from the keys of a released `config.json`; keys that we do not know are left alone.
 
     Raises:
@@ -80,10 +80,10 @@ def config_from_released(released: Mapping[str, Any], where: str) -> Transformer
         )
     ids = {ours: i for ours, theirs in ID_KEYS.items() if (i := getattr(config, theirs)) is not None}
     with located(where):
-        return TransformerConfig(**{ours: getattr(config, theirs) for ours, theirs in CONFIG_KEYS.items()}, **ids)
+        return SpeechLMConfig(**{ours: getattr(config, theirs) for ours, theirs in CONFIG_KEYS.items()}, **ids)
 
 
-def layer_rows(config: TransformerConfig) -> tuple[Row, ...]:
+def layer_rows(config: SpeechLMConfig) -> tuple[Row, ...]:
     """One Qwen3 layer, names and paths relative to the layer."""
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads
@@ -102,7 +102,7 @@ def layer_rows(config: TransformerConfig) -> tuple[Row, ...]:
     )
 
 
-def table(config: TransformerConfig) -> Table:
+def table(config: SpeechLMConfig) -> Table:
     """The name table of the released layer-split checkpoint."""
     rows = [
         Row("model.embed_tokens.weight", "text/embed/embedding"),

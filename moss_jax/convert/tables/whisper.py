@@ -10,13 +10,13 @@ from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads
 def table(heads: int) -> Table:
     """Its final projection is its table of units a second time, so it is carried along unused."""
     attention = (
-        Row("q_proj.weight", "query/kernel", heads_out(heads)),
-        Row("q_proj.bias", "query/bias", heads_bias(heads)),
-        Row("k_proj.weight", "key/kernel", heads_out(heads)),
-        Row("v_proj.weight", "value/kernel", heads_out(heads)),
-        Row("v_proj.bias", "value/bias", heads_bias(heads)),
-        Row("out_proj.weight", "out/kernel", heads_in(heads)),
-        Row("out_proj.bias", "out/bias"),
+        Row("q_proj.weight", "q/kernel", heads_out(heads)),
+        Row("q_proj.bias", "q/bias", heads_bias(heads)),
+        Row("k_proj.weight", "k/kernel", heads_out(heads)),
+        Row("v_proj.weight", "v/kernel", heads_out(heads)),
+        Row("v_proj.bias", "v/bias", heads_bias(heads)),
+        Row("out_proj.weight", "o/kernel", heads_in(heads)),
+        Row("out_proj.bias", "o/bias"),
     )
     layer = (
         *prefixed(attention, "self_attn."),

@@ -32,7 +32,7 @@ from moss_jax.errors import MossError
 from moss_jax.recipes.background import background_process
 from moss_jax.recipes.recipe import RecipeStep, Say, run_recipe
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
-from moss_jax.speech_lm.config import NANO, TransformerConfig
+from moss_jax.speech_lm.config import NANO, SpeechLMConfig
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.loop import train
 from moss_jax.train.run import BaseRun, load_run, override
@@ -228,7 +228,7 @@ def scaled(run: BaseRun, share: float) -> BaseRun:
     )
 
 
-def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: TransformerConfig = NANO) -> None:
+def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: SpeechLMConfig = NANO) -> None:
     """Writes a system with tokenizers and the language model's sizes, enough to make examples with.
 
     Args:
@@ -258,7 +258,7 @@ def make_system(folder: Path, *, language_model: Path, speech_decoder: Path) -> 
         _copy_room("speech_decoder", speech_decoder, part)
         (part / "voices").mkdir()
         system = SystemFolder(part)
-        config = system.config("transformer", TransformerConfig)
+        config = system.config("transformer", SpeechLMConfig)
         system.text_tokenizer(config)
         decoder = system.config("speech_decoder", SpeechDecoderConfig)
         codes = decoder.flow.codebook_size

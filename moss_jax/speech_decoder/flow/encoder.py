@@ -37,7 +37,7 @@ class RelativeAttention(nn.Module):
         heads = self.num_heads
         split = (heads, size // heads)
         axes = ("embed", "heads", None)
-        q, k, v = (Linear(split, axes, name=name)(x) for name in ("query", "key", "value"))
+        q, k, v = (Linear(split, axes, name=name)(x) for name in ("q", "k", "v"))
         bias_u, bias_v = (
             self.param(name, named(nn.initializers.normal(0.02), "heads", None), split, jnp.float32)
             for name in ("bias_u", "bias_v")
@@ -45,7 +45,7 @@ class RelativeAttention(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 0, (1, 2))
         position = self.param("position", named(init, *axes), (size, *split), jnp.float32)
         y = attend(q + bias_u, k, v, mask, past, relative(q + bias_v, position, turn), turn)
-        return Linear(size, ("heads", None, "embed"), in_dims=2, name="out")(y), (
+        return Linear(size, ("heads", None, "embed"), in_dims=2, name="o")(y), (
             k.transpose(0, 2, 1, 3),
             v.transpose(0, 2, 1, 3),
         )

@@ -98,9 +98,9 @@ class TransformerBlock(nn.Module):
         y = LayerNorm(name="attention_norm")(x)
         split = (config.num_heads, config.head_dim)
         axes = ("embed", "heads", None)
-        q, k, v = (Linear(split, axes, use_bias=False, name=name)(y) for name in ("query", "key", "value"))
+        q, k, v = (Linear(split, axes, use_bias=False, name=name)(y) for name in ("q", "k", "v"))
         y = attend(q, k, v, mask, past)
-        x = x + Linear(config.channels, ("heads", None, "embed"), in_dims=2, name="out")(y)
+        x = x + Linear(config.channels, ("heads", None, "embed"), in_dims=2, name="o")(y)
         y = gelu(Linear(config.intermediate_size, ("embed", "mlp"), name="up")(LayerNorm(name="mlp_norm")(x)))
         return x + Linear(config.channels, ("mlp", "embed"), name="down")(y), (
             k.transpose(0, 2, 1, 3),

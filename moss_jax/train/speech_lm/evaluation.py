@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
@@ -19,7 +19,7 @@ from moss_jax.train.speech_lm.step import make_eval_step
 class Evaluation:
     """The first `evaluate_batches` batches of `held_out`, of the size that the run trains with."""
 
-    def __init__(self, run: Run, config: TransformerConfig, mesh: Mesh):
+    def __init__(self, run: Run, config: SpeechLMConfig, mesh: Mesh):
         self._run = run
         self._feed = Feed(run.held_out, config, run, mesh)
         step = make_eval_step(config, run.stage, sources=len(self._feed.source_names))

@@ -19,7 +19,7 @@ from moss_jax.convert.files import copy_file, write_json
 from moss_jax.files import link_or_copy, replace_folder
 from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.gather import gather_to_host
 from moss_jax.train.run import Run
 from moss_jax.train.run_folder import resolve_init
@@ -30,7 +30,7 @@ Flat = dict[str, jax.Array]
 
 
 def export_system(
-    run: Run, config: TransformerConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
+    run: Run, config: SpeechLMConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
 ) -> None:
     """Writes the model as a system, whole or not at all, in place of one that is there. Every process calls it.
 

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moss_jax.speech_lm import TransformerConfig
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.speech_lm.lora import PREFIX
 from moss_jax.train.speech_lm.stages import Stage, stage_shapes
 
 # Dense bfloat16 FLOP/s of one device by a part of its name (`device_kind`), as the makers state them.
-PEAK = {
+PEAK_FLOPS = {
     "v6 lite": 918e12,
     "v6e": 918e12,
     "v5 lite": 197e12,
@@ -42,10 +42,10 @@ PEAK = {
 
 def peak_flops(kind: str) -> float | None:
     """FLOP/s of a device by its `device_kind`; None for one that is not known (a CPU)."""
-    return next((value for name, value in PEAK.items() if name in kind), None)
+    return next((value for name, value in PEAK_FLOPS.items() if name in kind), None)
 
 
-def token_flops(config: TransformerConfig, stage: Stage, attended: float) -> float:
+def token_flops(config: SpeechLMConfig, stage: Stage, attended: float) -> float:
     """FLOP of one training step for one token; `attended` is the mean number of rows that a row sees."""
     trainable, frozen = stage_shapes(config, stage)
     heads = config.num_attention_heads * config.head_dim
@@ -74,7 +74,7 @@ def token_flops(config: TransformerConfig, stage: Stage, attended: float) -> flo
     return total
 
 
-def step_flops(config: TransformerConfig, stage: Stage, tokens: int, context: int) -> float:
+def step_flops(config: SpeechLMConfig, stage: Stage, tokens: int, context: int) -> float:
     """FLOP of a step over `tokens` rows in sequences of `context` rows without packing."""
     return tokens * token_flops(config, stage, context / 2)
 

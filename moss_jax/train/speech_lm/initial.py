@@ -27,17 +27,21 @@ from moss_jax.convert.tables import transformer as released_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.sharding import shardings_for
-from moss_jax.speech_lm import TransformerConfig, model_axes, model_shapes
+from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
+from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.train.run import Run
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.stages import Stage, split_params
 from moss_jax.train.speech_lm.step import frozen_shardings, trainable_shardings
 
 RANDOM = "random"
 Parameters = Iterator[tuple[str, np.ndarray]]
+Flat = dict[str, jax.Array]
 
 
 def initial_params(
     source: str | Path,
-    config: TransformerConfig | None = None,
+    config: SpeechLMConfig | None = None,
     *,
     mesh: Mesh | None = None,
     dtype: Any = None,
@@ -45,7 +49,7 @@ def initial_params(
     codes: int = CODES,
     seed: int = 0,
     say: Say = lambda line: None,
-) -> tuple[TransformerConfig, dict[str, jax.Array]]:
+) -> tuple[SpeechLMConfig, dict[str, jax.Array]]:
     """The config and the flat parameters {path: array} of a model to train.
 
     Args:
@@ -85,13 +89,13 @@ def initial_params(
 def initial_split(
     source: str | Path,
     stage: Stage,
-    config: TransformerConfig | None = None,
+    config: SpeechLMConfig | None = None,
     *,
     mesh: Mesh | None = None,
     frozen_dtype: Any = None,
     seed: int = 0,
     **options: Any,
-) -> tuple[TransformerConfig, dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[SpeechLMConfig, dict[str, jax.Array], dict[str, jax.Array]]:
     """(config, trainable float32, frozen): `initial_params` with the same options, then `split_params`, on the mesh."""
     config, flat = initial_params(source, config, mesh=mesh, seed=seed, **options)
     trainable, frozen = split_params(flat, stage, frozen_dtype=frozen_dtype, seed=seed)
@@ -101,10 +105,39 @@ def initial_split(
     return config, trainable, frozen
 
 
+def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig, Flat, Flat]:
+    """(config, trainable, frozen) before the first step; the config computes as the run says.
+
+    Raises:
+        MossError: `init` is none of the known things, damaged, or not of the sizes that the run names.
+    """
+    codes = {}
+    if run.system and (Path(run.system) / "speech_tokenizer").is_dir():
+        # A Qwen3 gets an audio table for the codes of this speech tokenizer.
+        speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
+        codes = {"codes": speech_tokenizer.quantize_vocab_size}
+    config, trainable, frozen = initial_split(
+        resolve_init(run.init),
+        run.stage,
+        run.model,
+        mesh=mesh,
+        frozen_dtype=run.frozen_dtype,
+        seed=run.seed,
+        modality_layers=run.split,
+        say=say,
+        **codes,
+    )
+    system = Path(run.system or resolve_init(run.init))
+    if (system / SYSTEM).is_file():
+        SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
+    dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
+    return replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
+
+
 _NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3, whatever its own dtype
 
 
-def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[TransformerConfig, Parameters]:
+def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[SpeechLMConfig, Parameters]:
     """Config and parameters, in our layout, of whatever kind of folder this is."""
     if (folder / SYSTEM).is_file():
         folder = SystemFolder(folder).room("transformer")
@@ -113,7 +146,7 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
         raise MossError(f"{folder}: no config.json, expected a system, a Qwen3 or a released MOSS-Speech")
     data = read_json(path)
     if "text_vocab_size" in data:  # our own field
-        return read_config(TransformerConfig, data, str(path)), _ours(folder)
+        return read_config(SpeechLMConfig, data, str(path)), _ours(folder)
     if data.get("model_type") == "qwen3":
         return _qwen3(folder, modality_layers, codes, seed)
     if "num_shared_layers" in data:
@@ -133,7 +166,7 @@ def _ours(folder: Path) -> Parameters:
     return ((path, reader.read(path)) for path in reader.tensors)
 
 
-def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[TransformerConfig, Parameters]:
+def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[SpeechLMConfig, Parameters]:
     reader = open_tensors(folder)
     special = special_ids(folder / "tokenizer.json")
     config, vocab = split_config(folder, special, modality_layers, codes)
@@ -154,7 +187,7 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     return config, parameters()
 
 
-def _check_same(wanted: TransformerConfig, found: TransformerConfig, where: str | Path) -> None:
+def _check_same(wanted: SpeechLMConfig, found: SpeechLMConfig, where: str | Path) -> None:
     """Sizes and ids must agree; how to compute is the caller's."""
     free = dict.fromkeys(("attention", "remat", "dtype", "param_dtype", "max_position_embeddings"))
     wanted = vars(wanted) | free
@@ -163,7 +196,7 @@ def _check_same(wanted: TransformerConfig, found: TransformerConfig, where: str 
         raise MossError("\n  ".join([f"{where}: not the model of the config", *wrong]))
 
 
-def _shardings(config: TransformerConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+def _shardings(config: SpeechLMConfig, mesh: Mesh | None) -> dict[str, Sharding]:
     return {} if mesh is None else shardings_for(model_axes(config), model_shapes(config), mesh)
 
 
@@ -174,7 +207,7 @@ def _place(value: np.ndarray, sharding: Sharding | None, dtype: Any) -> jax.Arra
     return jax.make_array_from_callback(value.shape, sharding, lambda at: np.array(value[at], dtype, order="C"))
 
 
-def _random(config: TransformerConfig, dtype: Any, seed: int) -> Parameters:
+def _random(config: SpeechLMConfig, dtype: Any, seed: int) -> Parameters:
     """Unit scales, and everything else normal(0, 0.02), Qwen3's `initializer_range`."""
     for path, leaf in model_shapes(config).items():
         if path.endswith("scale"):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.speech_lm import TransformerConfig, model_axes, model_shapes
+from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
 from moss_jax.train.speech_lm.lora import PREFIX, Lora, adapter_axes, is_adapter, merged, new_adapters
 
 STACK = "shared/layers/"  # the stack of which a stage may train the last layers only
@@ -57,7 +57,7 @@ SHARED_ONLY = Stage("shared_only", ("shared/*",))
 SFT = Stage("sft", ("*",))
 
 
-def LAYERWISE(last: int) -> Stage:
+def layerwise(last: int) -> Stage:
     """Layer by layer from the back: both branches and the last `last` shared layers; tables and heads as well."""
     return Stage(f"layerwise_{last}", ("*",), last_shared_layers=last)
 
@@ -126,14 +126,14 @@ def join_params(
 
 
 def stage_shapes(
-    config: TransformerConfig, stage: Stage, frozen_dtype: Any = None
+    config: SpeechLMConfig, stage: Stage, frozen_dtype: Any = None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
     """(trainable, frozen) as flat {path: ShapeDtypeStruct}; nothing is allocated."""
     return jax.eval_shape(lambda p: split_params(p, stage, frozen_dtype=frozen_dtype), model_shapes(config))
 
 
 def stage_axes(
-    config: TransformerConfig, stage: Stage
+    config: SpeechLMConfig, stage: Stage
 ) -> tuple[dict[str, tuple[str | None, ...]], dict[str, tuple[str | None, ...]]]:
     """(trainable, frozen) as flat {path: logical axis names}, for `moss_jax.sharding.shardings_for`."""
     axes = model_axes(config)

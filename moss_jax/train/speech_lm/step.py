@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
 from moss_jax.sharding import constrain, fitting, shardings_for
-from moss_jax.speech_lm import LayerSplitModel, TransformerConfig
+from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 from moss_jax.speech_lm.model import Block, RMSNorm
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.lora import is_adapter, scaled
@@ -29,7 +29,7 @@ from moss_jax.train.speech_lm.stages import Stage, stage_axes, stage_shapes
 from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 
 Flat = dict[str, jax.Array]
-UNROLLED_LAYERS = 16
+MAX_UNROLLED_LAYERS = 16
 BATCH_AXES = {
     "grid": ("batch", "length", None),
     "positions": ("batch", "length"),
@@ -40,7 +40,7 @@ BATCH_AXES = {
 
 
 def hidden(
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     trainable: Flat,
     frozen: Flat,
     batch: Mapping[str, jax.Array],
@@ -75,13 +75,13 @@ def hidden(
     return {name: norm.apply({"params": params[name]["norm"]}, block(name, x)) for name in branches(config)}
 
 
-def branches(config: TransformerConfig) -> tuple[str, ...]:
+def branches(config: SpeechLMConfig) -> tuple[str, ...]:
     """The channels that this model predicts; a plain Qwen3 has text only."""
     return CHANNELS if config.audio_vocab_size else CHANNELS[:1]
 
 
 def batch_nll(
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     trainable: Flat,
     frozen: Flat,
     batch: Mapping[str, jax.Array],
@@ -99,7 +99,7 @@ def batch_nll(
 
 
 def batch_sums(
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     stage: Stage,
     trainable: Flat,
     frozen: Flat,
@@ -121,7 +121,7 @@ def batch_sums(
 
 
 def gradients(
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     stage: Stage,
     trainable: Flat,
     frozen: Flat,
@@ -142,14 +142,14 @@ def gradients(
     return _metrics(stage, counts, sums) | {"loss": loss}, grads
 
 
-def unrolled(config: TransformerConfig) -> bool:
+def unrolled(config: SpeechLMConfig) -> bool:
     """Whether `make_step` should unroll the layers here: on a CPU, and while they are so few that it compiles fast."""
     layers = config.num_shared_layers + config.num_modality_layers * len(branches(config))
-    return jax.default_backend() == "cpu" and layers <= UNROLLED_LAYERS
+    return jax.default_backend() == "cpu" and layers <= MAX_UNROLLED_LAYERS
 
 
 def make_step(
-    config: TransformerConfig,
+    config: SpeechLMConfig,
     stage: Stage,
     optimizer: OptimizerConfig,
     *,
@@ -191,7 +191,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1) -> Callable:
+def make_eval_step(config: SpeechLMConfig, stage: Stage, *, sources: int = 1) -> Callable:
     """The compiled `evaluate(trainable, frozen, batch) -> metrics`: the step's metrics of the loss alone.
 
     The [sources] sums and counts of several batches may be added up; the means may not.
@@ -207,18 +207,18 @@ def make_eval_step(config: TransformerConfig, stage: Stage, *, sources: int = 1)
     return evaluate
 
 
-def state_shardings(config: TransformerConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+def state_shardings(config: SpeechLMConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
     """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
     shapes = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), stage_shapes(config, stage)[0])
     return shardings_of(shapes, trainable_shardings(config, stage, mesh), mesh)
 
 
-def trainable_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+def trainable_shardings(config: SpeechLMConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
     """Flat {path: sharding} of the trainable parameters, adapters included."""
     return shardings_for(stage_axes(config, stage)[0], stage_shapes(config, stage)[0], mesh)
 
 
-def frozen_shardings(config: TransformerConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
+def frozen_shardings(config: SpeechLMConfig, stage: Stage, mesh: Mesh) -> dict[str, NamedSharding]:
     """Flat {path: sharding} of the frozen parameters."""
     return shardings_for(stage_axes(config, stage)[1], stage_shapes(config, stage)[1], mesh)
 
@@ -237,7 +237,7 @@ def _cast(params: Flat, dtype) -> Flat:
     return {path: value if is_adapter(path) else value.astype(dtype) for path, value in params.items()}
 
 
-def _counts(config: TransformerConfig, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _counts(config: SpeechLMConfig, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     weights = next_rows(batch)["weights"].sum((0, 1))
     return {name: weights[CHANNELS.index(name)] for name in branches(config)}
 

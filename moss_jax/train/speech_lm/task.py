@@ -16,7 +16,7 @@ from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.evaluation import Evaluation
 from moss_jax.train.speech_lm.export_system import export_system
 from moss_jax.train.speech_lm.flops import step_flops
-from moss_jax.train.speech_lm.start import starting_parameters
+from moss_jax.train.speech_lm.initial import starting_parameters
 from moss_jax.train.speech_lm.step import make_step, state_shardings, unrolled
 from moss_jax.train.state import TrainState, new_state
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars

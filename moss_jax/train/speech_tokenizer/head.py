@@ -42,13 +42,13 @@ class Layer(nn.Module):
 
     def _attention(self, prefix: str, x: jax.Array, memory: jax.Array, mask: jax.Array) -> jax.Array:
         heads = (self.config.encoder_attention_heads, self.config.head_dim)
-        query = Linear(heads, QKV, name=f"{prefix}query")(x) * self.config.head_dim**-0.5
-        key = Linear(heads, QKV, use_bias=False, name=f"{prefix}key")(memory)
-        value = Linear(heads, QKV, name=f"{prefix}value")(memory)
+        query = Linear(heads, QKV, name=f"{prefix}q")(x) * self.config.head_dim**-0.5
+        key = Linear(heads, QKV, use_bias=False, name=f"{prefix}k")(memory)
+        value = Linear(heads, QKV, name=f"{prefix}v")(memory)
         score = jnp.einsum("btnh,bsnh->bnts", query, key)
         weights = jax.nn.softmax(jnp.where(mask, score, -1e9))
         y = jnp.einsum("bnts,bsnh->btnh", weights, value)
-        return Linear(self.config.d_model, OUT, in_dims=2, name=f"{prefix}out")(y)
+        return Linear(self.config.d_model, OUT, in_dims=2, name=f"{prefix}o")(y)
 
 
 class Head(nn.Module):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dev.reference.stream import reference_stream
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
 from moss_jax.data.decoder_data import DECODER_DATA_FORMAT, SOURCE_FILE
@@ -178,8 +179,8 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     codes = np.arange(12)
     wave = decoder.decode(codes, voice)
     assert wave.shape == (12 * 1920,) and np.isfinite(wave).all() and np.abs(wave).max() > 1e-4
-    for mode in ("cached", "reference"):
-        stream = decoder.stream(voice, mode=mode)
+    for start in (SpeechDecoder.stream, reference_stream):
+        stream = start(decoder, voice)
         said = np.concatenate([stream.push(codes[:7]), stream.push(codes[7:]), stream.finish()])
         assert said.shape == wave.shape and np.isfinite(said).all()
 

@@ -14,7 +14,7 @@ from moss_jax.convert.language_model import import_language_model
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import TINY, TransformerConfig
+from moss_jax.speech_lm import TINY, SpeechLMConfig
 from moss_jax.train.speech_lm.initial import initial_params, initial_split
 from moss_jax.train.speech_lm.stages import STAGE_1
 from tests.convert.checkpoints import write_language_model, write_qwen3
@@ -50,7 +50,7 @@ def test_a_released_folder_a_system_and_its_transformer_folder(tmp_path):
     assert initial_params(system, wanted)[0] == wanted
     with pytest.raises(MossError, match=r"not the model of the config\n  num_shared_layers is 3, expected 2"):
         initial_params(system, replace(TINY, num_shared_layers=2))
-    assert read_config(TransformerConfig, read_json(system / "transformer" / "config.json"), "") == expected
+    assert read_config(SpeechLMConfig, read_json(system / "transformer" / "config.json"), "") == expected
 
 
 def test_random_parameters_and_their_split():

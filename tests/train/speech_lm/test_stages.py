@@ -11,13 +11,13 @@ from moss_jax.nn.tree import flatten
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, model_shapes
 from moss_jax.train.speech_lm.flops import peak_flops, token_flops
 from moss_jax.train.speech_lm.stages import (
-    LAYERWISE,
     SFT,
     SHARED_ONLY,
     STAGE_1,
     STAGE_2,
     Stage,
     join_params,
+    layerwise,
     split_params,
     stage_axes,
     stage_shapes,
@@ -37,11 +37,11 @@ def test_the_stages_of_the_released_size_train_as_many_parameters_as_the_paper_s
         trainable, frozen = stage_shapes(MOSS_SPEECH_8B, stage)
         assert count(trainable) == 9_095_694_336 and not frozen
     assert count(stage_shapes(MOSS_SPEECH_8B, SHARED_ONLY)[0]) == 6_174_285_824
-    trainable, frozen = stage_shapes(MOSS_SPEECH_8B, LAYERWISE(8))
+    trainable, frozen = stage_shapes(MOSS_SPEECH_8B, layerwise(8))
     assert count(frozen) == 24 * 192_946_432 and trainable["shared/layers/mlp/up/kernel"].shape[0] == 8
 
 
-@pytest.mark.parametrize("stage", [STAGE_1, STAGE_2, SHARED_ONLY, LAYERWISE(1), LAYERWISE(2), LAYERWISE(0)])
+@pytest.mark.parametrize("stage", [STAGE_1, STAGE_2, SHARED_ONLY, layerwise(1), layerwise(2), layerwise(0)])
 def test_joined_parts_are_the_parameters_bit_for_bit(stage):
     params = random_params()
     trainable, frozen = split_params(params, stage)
@@ -58,7 +58,7 @@ def test_a_pattern_without_a_match_and_other_wrong_stages():
     with pytest.raises(MossError, match="trains nothing"):
         split_params(random_params(), Stage("none", ()))
     with pytest.raises(MossError, match="3 shared layers, there are 2"):
-        split_params(random_params(), LAYERWISE(3))
+        split_params(random_params(), layerwise(3))
 
 
 def test_flops_of_the_stages():

@@ -12,7 +12,7 @@ from moss_jax.nn.tree import unflatten
 from moss_jax.speech_lm import LayerSplitModel
 from moss_jax.speech_lm.model import Block
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
-from moss_jax.train.speech_lm.stages import LAYERWISE, SHARED_ONLY, STAGE_1, STAGE_2, split_params, stage_shapes
+from moss_jax.train.speech_lm.stages import SHARED_ONLY, STAGE_1, STAGE_2, layerwise, split_params, stage_shapes
 from moss_jax.train.speech_lm.step import gradients, make_eval_step, make_step
 from moss_jax.train.state import TrainState, init_state
 from tests.train.small import SMALL, random_batch, random_params
@@ -59,7 +59,7 @@ def test_many_steps_of_stage_1_leave_every_frozen_byte():
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in start.values())
 
 
-@pytest.mark.parametrize("stage", [STAGE_1, SHARED_ONLY, LAYERWISE(1)])
+@pytest.mark.parametrize("stage", [STAGE_1, SHARED_ONLY, layerwise(1)])
 def test_a_stage_has_its_part_of_the_whole_gradient(full, stage):
     metrics, grads = gradients_of(stage)
     np.testing.assert_allclose(metrics["loss"], full[0]["loss"], rtol=1e-6)

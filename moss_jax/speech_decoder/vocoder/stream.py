@@ -14,7 +14,8 @@ import numpy as np
 from flax import struct
 
 from moss_jax.errors import MossError
-from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, sine_noise
+from moss_jax.speech_decoder.vocoder.config import VocoderConfig
+from moss_jax.speech_decoder.vocoder.model import HiFT, sine_noise
 
 
 @struct.dataclass
