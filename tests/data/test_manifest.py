@@ -63,7 +63,7 @@ BAD = [
     (b"\xff\xfe", "not UTF-8 text (byte 0)"),
     (b"[1]", "holds a JSON list, expected an object"),
     ({"audio": "a.wav", "txt": "x"}, "unknown: txt; expected id, audio"),
-    ({}, "is empty: it has neither audio, codes, text nor turns"),
+    ({}, "is empty: has neither audio, codes, text nor turns"),
     ({"audio": "b.wav"}, "audio b.wav: no such file"),
     ({"audio": "."}, "audio .: is a folder"),
     ({"audio": 3}, "audio is 3, expected a file name"),
@@ -75,27 +75,27 @@ BAD = [
     ({"audio": "a.wav", "text": 5}, "text is 5, expected a string"),
     ({"codes": []}, "codes is empty"),
     ({"codes": [1, 80]}, "codes: 80 is not a code of this model, expected 0 to 79"),
-    ({"codes": [1, True]}, "codes is not a list of whole numbers"),
+    ({"codes": [1, True]}, "codes is not a list of integers"),
     ({"codes": [1], "audio": "a.wav"}, "has audio and codes, expected one of them"),
     ({"audio": "a.wav"}, "has no words (their times), which the format interleaved needs"),
     ({"text": "x"}, "has no audio and no words"),
     ({**WORDS, "words": "x"}, 'words is "x", expected [[word, start, end], ...]'),
     ({**WORDS, "words": [["x", 0]]}, 'words[0] is ["x", 0], expected [word, start, end]'),
     ({**WORDS, "words": [["x", 0, float("nan")]]}, "NaN is not a finite number"),
-    ({**WORDS, "words": [["x", 0, 1], ["y", 2, 1.5]]}, "words[1]: 'y' is said from 2 to 1.5 s, expected 0 <= start"),
-    ({**WORDS, "words": [["x", 1, 2], ["y", 0.5, 2]]}, "times run backwards, 'y' 0.5 to 2 s after 'x' 1 to 2 s"),
+    ({**WORDS, "words": [["x", 0, 1], ["y", 2, 1.5]]}, "words[1]: 'y' has the times 2 to 1.5 s, expected 0 <= start"),
+    ({**WORDS, "words": [["x", 1, 2], ["y", 0.5, 2]]}, "times are not in order, 'y' 0.5 to 2 s follows 'x' 1 to 2 s"),
     ({**WORDS, "words": [["x", 0, 1], ["z", 1, 2]]}, "words[1]: 'z' is not in the text, in this order"),
     ({**WORDS, "id": ""}, "id is '', expected a string or a number"),
     ({"turns": []}, "turns is [], expected a list of turns"),
     ({"turns": [{"role": "assistant", "text": "x"}], "text": "y"}, "has text beside turns"),
-    ({"turns": [{"role": "user", "text": "x"}]}, "the last one is of user, expected the assistant's reply"),
+    ({"turns": [{"role": "user", "text": "x"}]}, "the last one is the user's, expected the assistant's"),
     ({"turns": [{"role": "nobody", "text": "x"}]}, "turns[0]: turn: role is 'nobody', expected one of"),
-    ({"turns": [{"role": "assistant"}]}, "turns[0]: has neither or both, expected either text or speech"),
+    ({"turns": [{"role": "assistant"}]}, "turns[0]: has neither or both of text and speech"),
     ({"turns": [{"role": "assistant", "text": ""}]}, "turns[0]: text is empty"),
     ({"turns": [{"role": "assistant", "audio": "b.wav"}]}, "turns[0]: audio b.wav: no such file"),
     (
         {"turns": [{"role": "user", "text": "x"}, {"role": "system", "text": "x"}, {"role": "assistant", "text": "x"}]},
-        "turns[1]: a system turn, expected it first",
+        "turns[1]: a system turn, expected only as the first turn",
     ),
 ]
 
@@ -149,7 +149,7 @@ def test_words_may_be_missing_where_they_are_aligned(folder):
 
 
 def test_files_that_are_no_manifests(tmp_path):
-    for name, content, message in (("none", None, "no such file"), ("empty", b"\n \n", "holds no document")):
+    for name, content, message in (("none", None, "no such file"), ("empty", b"\n \n", "has no document")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(MossError, match=message):
