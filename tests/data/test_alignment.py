@@ -77,7 +77,7 @@ def test_a_checkpoint_gives_every_word_a_time(checkpoint, monkeypatch):
     monkeypatch.setattr("moss_jax.data.alignment.WINDOW", 1.0)
     monkeypatch.setattr("moss_jax.data.alignment.MARGIN", 0.5)
     assert aligner.log_probs(wave).shape == whole.shape
-    with pytest.raises(MossError, match="knows none of the text's characters"):
+    with pytest.raises(MossError, match="has none of the text's characters"):
         aligner.words(wave, "你好")
 
 

@@ -184,10 +184,10 @@ def test_variants_differ_and_repeat(text_tokenizer):
 
 def test_documents_that_do_not_fit(text_tokenizer):
     one = [np.array([1], np.int32)]
-    with pytest.raises(MossError, match="has 1 codes, expected 2 at least"):
+    with pytest.raises(MossError, match="has 1 codes, expected at least 2"):
         maker(text_tokenizer, "continuation").example(Document(1, "a"), one)
     late = Document(1, "a", text="x", words=(Word("x", 5.0, 5.1),))
-    with pytest.raises(MossError, match=r"begins at 5 s, the recording ends at 0\.08 s"):
+    with pytest.raises(MossError, match=r"starts at 5 s, the recording ends at 0\.08 s"):
         maker(text_tokenizer, "interleaved").example(late, one)
 
 

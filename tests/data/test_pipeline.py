@@ -189,7 +189,7 @@ def test_an_epoch_has_every_row_once_and_the_next_one_another_order(two_sources)
         count = 0
         for _ in range(len(rows.plan(epoch))):
             row = rows[index]
-            assert rows.place(index)[0] == epoch
+            assert rows.locate(index)[0] == epoch
             for segment in range(1, row["segment_ids"].max() + 1):
                 segments.append(tuple(map(tuple, row["grid"][row["segment_ids"] == segment])))
             count += int((row["segment_ids"] > 0).sum())
@@ -273,7 +273,7 @@ def test_a_document_has_the_same_loss_packed_and_alone(params, tmp_path_factory,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size 6 does not divide by the 4 processes"),
+        ({"batch_size": 6, "process_count": 4}, "batch_size 6 is not a multiple of the 4 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
         ({"context": 1}, "context is 1, expected at least 2"),
         ({"workers": -1}, "workers is -1"),
@@ -288,7 +288,7 @@ def test_bad_mixtures(two_sources, tmp_path):
     folder = str(two_sources["short"][0])
     for sources, message in (
         ((), "no source"),
-        ((("a", folder, 0.0),), "weight 0.0, expected a number above 0"),
+        ((("a", folder, 0.0),), "weight 0.0, expected a number > 0"),
         ((("a", folder, 1.0), ("a", folder, 1.0)), "expected each once"),
     ):
         with pytest.raises(MossError, match=message):
@@ -309,7 +309,11 @@ def test_another_vocabulary_is_refused(mixture):
 def test_states_of_other_data_are_refused(mixture):
     opened = batches(mixture)
     other = batches(Mixture(mixture.sources, seed=9))
-    for state, message in ((other.get_state(), "other data, seed"), ("[]", "is none"), ('{"step": 1}', "is none")):
+    for state, message in (
+        (other.get_state(), "other data, seed"),
+        ("[]", "invalid data state"),
+        ('{"step": 1}', "invalid data state"),
+    ):
         with pytest.raises(MossError, match=message):
             opened.set_state(state)
     with pytest.raises(MossError, match="step -1"):

@@ -212,7 +212,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     assert {tuple("audio" in turn for turn in turns[1:3]) for turns in chats} == set(product((True, False), repeat=2))
     assert {len(turns) for turns in chats} >= {3, 5}
     assert main(["corpus", str(folder), "--nano"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_recording_has_its_level_noise_and_pauses():
