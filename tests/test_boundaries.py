@@ -35,18 +35,19 @@ ALLOWED = {
     "sharding": {"errors", "nn"},
     "text": {"errors", "documents", "files"},
     **{model: GROUND for model in sorted(MODELS)},
+    "components": GROUND | MODELS,
     "generate": GROUND | MODELS,
     "dialogue": GROUND | MODELS | {"generate"},
-    "convert": GROUND | MODELS | {"generate", "dialogue"},
-    "data": GROUND | MODELS | {"generate", "dialogue"},
-    "train": GROUND | MODELS | {"generate", "dialogue", "convert", "data"},
-    "evaluate": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
-    "compile": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train"},
-    "serve": GROUND | MODELS | {"generate", "dialogue"},
-    "recipes": GROUND | MODELS | {"generate", "dialogue", "convert", "data", "train", "evaluate"},
+    "convert": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "data": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "train": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data"},
+    "evaluate": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train"},
+    "compile": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train"},
+    "serve": GROUND | MODELS | {"components", "generate", "dialogue"},
+    "recipes": GROUND | MODELS | {"components", "generate", "dialogue", "convert", "data", "train", "evaluate"},
     "cli": GROUND
     | MODELS
-    | {"generate", "dialogue", "convert", "data", "train", "evaluate", "compile", "serve", "recipes"},
+    | {"components", "generate", "dialogue", "convert", "data", "train", "evaluate", "compile", "serve", "recipes"},
 }
 
 

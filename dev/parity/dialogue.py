@@ -7,7 +7,7 @@ import numpy as np
 
 from dev.parity.golden import Golden, Mismatch
 from dev.parity.transformer import read_config, split_params
-from moss_jax.convert.tables.transformer import ID_KEYS
+from moss_jax.convert.tables.speech_lm import ID_KEYS
 from moss_jax.dialogue import grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.documents import parse_json
@@ -87,7 +87,7 @@ def sampler(golden: Golden) -> dict:
             seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
             results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # as the file stores -inf
-            results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.narrow(scores, settings)[0])
+            results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.filter_logits(scores, settings)[0])
     return results
 
 

@@ -13,7 +13,7 @@ from moss_jax.documents import shown
 from moss_jax.errors import MossError
 
 T = TypeVar("T")
-ADDED = {"added": True}  # metadata of a field that older files lack; its default is what they meant
+ADDED_LATER = {"added": True}  # metadata of a field that older files lack; its default is what they meant
 MAX_INT = 2**63 - 1
 MAX_SIZE = 2**24  # of a width, a vocabulary, a context or a rate
 MAX_LAYERS = 1000

@@ -38,9 +38,9 @@ def add_arguments(parser):
 
 def run(args) -> int:
     from moss_jax.checkpoint import write_text
-    from moss_jax.compile.serving import Request, compile_function
+    from moss_jax.compile.serving import CompileRequest, compile_function
 
-    request = Request(
+    request = CompileRequest(
         args.function,
         args.size,
         args.topology,

@@ -50,7 +50,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """What to compile. The mesh axis left at 0 fills up: "tensor" for the language model, "data" for the codec,
     "sequence" for training."""
 
@@ -88,7 +88,7 @@ class Request:
 
 
 def compile_function(
-    request: Request, say: Callable[[str], None] = lambda line: None, every: float = 30.0
+    request: CompileRequest, say: Callable[[str], None] = lambda line: None, every: float = 30.0
 ) -> dict[str, Any]:
     """Compiles in a child process and returns what `measure` returns there.
 
@@ -131,7 +131,7 @@ def _progress(what: str, say: Callable[[str], None], every: float) -> Iterator[N
         thread.join()
 
 
-def measure(request: Request, dump: Path) -> dict[str, Any]:
+def measure(request: CompileRequest, dump: Path) -> dict[str, Any]:
     """Compiles in this process; GiB and collectives are those of one chip, sizes as the compiler states them.
 
     `dump` is the folder of the flag `xla_dump_to`: there lies the text of a program that jax itself cannot print.
@@ -188,7 +188,7 @@ def _text(compiled, dump: Path) -> str:
         return max(dump.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size).read_text()
 
 
-def _estimate(request: Request, chips: int, family: str) -> dict[str, Any]:
+def _estimate(request: CompileRequest, chips: int, family: str) -> dict[str, Any]:
     if request.function not in TRAINING:
         return {}
     from moss_jax.compile.training import estimate
@@ -295,7 +295,7 @@ def _bytes(shapes: str, kind: str, start: bool) -> int:
     return max(sizes) if start and kind != "all-reduce" else sum(sizes)
 
 
-def _mesh(request: Request):
+def _mesh(request: CompileRequest):
     import jax
     from jax.experimental import topologies
 
@@ -319,7 +319,7 @@ def _mesh(request: Request):
     return make_mesh(**sizes, devices=devices), re.split(r"[:=_]", request.topology)[0]
 
 
-def _transformer(request: Request):
+def _transformer(request: CompileRequest):
     from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY
 
     return {"8b": MOSS_SPEECH_8B, "tiny": TINY}[request.size]
@@ -337,7 +337,7 @@ def _placed(tree: Any, axes: Callable[[tuple, Any], tuple], mesh) -> Any:
     return jax.tree.map_with_path(place, tree)
 
 
-def _generation(request: Request, mesh):
+def _generation(request: CompileRequest, mesh):
     """Shapes with shardings of (parameters, GenerationState), and the config."""
     import jax
 
@@ -363,7 +363,7 @@ def _generation(request: Request, mesh):
     return config, unflatten(params), _placed(state, axes, mesh)
 
 
-def _prefill(request: Request, mesh):
+def _prefill(request: CompileRequest, mesh):
     import jax
     import jax.numpy as jnp
 
@@ -381,7 +381,7 @@ def _prefill(request: Request, mesh):
     return function, (params, state, *inputs, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def _decode(request: Request, mesh):
+def _decode(request: CompileRequest, mesh):
     import jax
     import jax.numpy as jnp
 
@@ -396,7 +396,7 @@ def _decode(request: Request, mesh):
     return function, (params, state, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def _codec_encode(request: Request, mesh):
+def _codec_encode(request: CompileRequest, mesh):
     import jax
     import jax.numpy as jnp
 
@@ -413,7 +413,7 @@ def _codec_encode(request: Request, mesh):
     return jax.jit(lambda *args: encode_padded(config, *args)), (params, *inputs)
 
 
-def _codec_decode(request: Request, mesh):
+def _codec_decode(request: CompileRequest, mesh):
     import jax
     import jax.numpy as jnp
 
@@ -452,7 +452,7 @@ def _codec_decode(request: Request, mesh):
     return jax.jit(run), (*params, *inputs)
 
 
-def _train_step(request: Request, mesh):
+def _train_step(request: CompileRequest, mesh):
     from moss_jax.compile.training import train_step
 
     return train_step(request, mesh)
@@ -469,7 +469,7 @@ BUILDERS = {
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(measure(Request(**json.loads(sys.argv[1])), Path(sys.argv[2]))))
+        print(json.dumps(measure(CompileRequest(**json.loads(sys.argv[1])), Path(sys.argv[2]))))
     except MossError as error:
         print(error)
         sys.exit(2)

@@ -50,7 +50,7 @@ def encode_manifests(
         raise MossError(f"manifests: {', '.join(map(str, paths))} do not have different names")
     entries = {path: _read_entries(path) for path in paths}
     recordings = list(dict.fromkeys(recording for path in paths for recording in _recordings(path, entries[path])))
-    tokenizer_folder = SystemFolder(model).room("speech_tokenizer")
+    tokenizer_folder = SystemFolder(model).component_folder("speech_tokenizer")
     with folder_lock(out):
         codes = _encode(recordings, tokenizer_folder, out / CODES_FILE, say, max_audio_bytes)
         for path in paths:

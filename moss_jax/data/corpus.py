@@ -22,9 +22,9 @@ from typing import Any
 from moss_jax.audio import load_audio, save_audio
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.data.espeak import speak
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 QUESTION_VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")
 ANSWER_SPEAKER = ("en-us+klatt3", 150, 50)  # voice, words per minute, pitch
@@ -243,7 +243,7 @@ def _conversation(
     if spoken_answer:
         audio = _synthesize(part, f"{name}-a", fact.answer, ANSWER_SPEAKER)["audio"]
         answer = {"role": "assistant", "audio": audio}
-    return [{"role": "system", "text": DEFAULT_SYSTEM["speech" if spoken_answer else "text"]}, question, answer]
+    return [{"role": "system", "text": DEFAULT_SYSTEM_PROMPT["speech" if spoken_answer else "text"]}, question, answer]
 
 
 def _copied(part: Path, recordings: Sequence[str | Path]) -> Iterator[dict[str, Any]]:

@@ -30,9 +30,10 @@ from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.progress import Say, silent
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
 if TYPE_CHECKING:
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -114,10 +115,8 @@ class _DecoderDataBuild(DatasetBuild):
         self.folder = SystemFolder(request.model)
         has_tokenizer = self._has_component("speech_tokenizer")
         has_decoder = self._has_component("speech_decoder")
-        self.tokenizer_config = self.folder.config("speech_tokenizer", SpeechTokenizerConfig) if has_tokenizer else None
-        self.decoder_config = (
-            self.folder.config("speech_decoder", SpeechDecoderConfig) if has_decoder else SpeechDecoderConfig()
-        )
+        self.tokenizer_config = self.folder.config(SPEECH_TOKENIZER) if has_tokenizer else None
+        self.decoder_config = self.folder.config(SPEECH_DECODER) if has_decoder else SpeechDecoderConfig()
         if self.tokenizer_config is not None and self.tokenizer_config.code_rate != self.decoder_config.code_rate:
             raise MossError(
                 f"{self.folder.path}: the speech tokenizer has {self.tokenizer_config.code_rate} codes per second, the "
@@ -133,7 +132,7 @@ class _DecoderDataBuild(DatasetBuild):
             "format": DECODER_DATA_FORMAT,
             "manifest": manifest.fingerprint(0, len(manifest)),
             "codes": tokenizer.quantize_vocab_size if tokenizer else None,
-            "speech_tokenizer": folder_digests(self.folder.room("speech_tokenizer")) if tokenizer else None,
+            "speech_tokenizer": folder_digests(self.folder.component_folder("speech_tokenizer")) if tokenizer else None,
             "mel_bins": flow.mel_bins,
             "hop": self.decoder_config.vocoder.hop,
             "sample_rate": self.decoder_config.sample_rate,
@@ -158,11 +157,11 @@ class _DecoderDataBuild(DatasetBuild):
     def speech_tokenizer(self) -> "SpeechTokenizer":
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"))
 
     @cached_property
     def speaker_params(self) -> Any:
-        return self.folder.speech_decoder()[1]["speaker"]
+        return self.folder.load(SPEECH_DECODER)[1]["speaker"]
 
     def recordings_of(self, document: Document) -> list[tuple[int, Path | TarMember]]:
         recordings = super().recordings_of(document)

@@ -19,16 +19,18 @@ import numpy as np
 from moss_jax.audio import MAX_BYTES, Recording, resample
 from moss_jax.checkpoint import atomic_file, write_text
 from moss_jax.checkpoint.system_folder import SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.data.build import DatasetBuild, ReadSound, file_digest, folder_digests
 from moss_jax.data.formats import Example, ExampleBuilder
 from moss_jax.data.manifest import Document, Manifest, TarMember, Word
 from moss_jax.data.store import Shard, seal, shard_name, vocabulary, write_shard
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.progress import Say, silent
-from moss_jax.speech_lm import SpeechLMConfig
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_lm.component import SPEECH_LM
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
+from moss_jax.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from moss_jax.data.alignment import CTCAligner
@@ -119,17 +121,17 @@ class _ExamplesBuild(DatasetBuild):
     def __init__(self, request: TokenizeRequest, say: Say):
         self.request = request
         self.folder = SystemFolder(request.model)
-        self.folder.check_codes()
-        self.config = self.folder.config("transformer", SpeechLMConfig)
+        check_codes(self.folder)
+        self.config = self.folder.config(SPEECH_LM)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
-        self.text_tokenizer = self.folder.text_tokenizer(self.config)
+        self.text_tokenizer = TextTokenizer.from_file(self.folder.text_tokenizer_path, self.config)
         manifest = Manifest(
             request.manifest, request.format, code_count=self.config.eosp_id, align=request.aligner is not None
         )
         self.encodes = manifest.has_audio and request.format != "text"
         if self.encodes:
-            tokenizer_config = self.folder.config("speech_tokenizer", SpeechTokenizerConfig)
+            tokenizer_config = self.folder.config(SPEECH_TOKENIZER)
             self.sample_rate = tokenizer_config.sample_rate
             self.code_rate = tokenizer_config.code_rate
         else:
@@ -157,9 +159,9 @@ class _ExamplesBuild(DatasetBuild):
         fields = asdict(self.request)
         settings = {name: fields[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
         if self.request.format == "chat" and not self.request.system:
-            settings["default_system"] = DEFAULT_SYSTEM
+            settings["default_system"] = DEFAULT_SYSTEM_PROMPT
         if self.encodes:
-            settings["speech_tokenizer"] = folder_digests(self.folder.room("speech_tokenizer"))
+            settings["speech_tokenizer"] = folder_digests(self.folder.component_folder("speech_tokenizer"))
         if self.request.aligner is not None:
             settings["aligner"] = str(self.request.aligner)
         return settings
@@ -170,7 +172,7 @@ class _ExamplesBuild(DatasetBuild):
 
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"), devices=jax.local_devices())
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"), devices=jax.local_devices())
 
     @cached_property
     def aligner(self) -> "CTCAligner":

@@ -35,7 +35,8 @@ from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_lm import SpeechLMConfig
-from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.text.chat_template import TURN_END
+from moss_jax.text.tokenizer import TextTokenizer
 
 CONTEXT = 10240  # rows; the longest examples that the released model was tuned on
 SMALLEST = 256  # columns; capacities are powers of two from here
@@ -274,7 +275,7 @@ class LanguageModel:
     def _closing(self, conversation: Conversation) -> np.ndarray:
         """The rows [N, 2] that are missing after the latest reply: the end of speech that was cut, the turn's end."""
         last = np.asarray(conversation.state.grid)[0, int(conversation.state.filled) - 1]
-        end = template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", self.text_tokenizer, self.config)
+        end = template_rows(TURN_END, self.text_tokenizer, self.config)
         if last[0] == self.config.im_end_id:
             return end[1:]
         mode = np.asarray(conversation.state.mode)[0]

@@ -13,14 +13,9 @@ import numpy as np
 
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT, TURN_END, check_reply, reply_start, turn_start
+from moss_jax.text.tokenizer import TextTokenizer
 
-REPLIES = ("speech", "text")
-# The system turn of a conversation that begins without one, in training and generation: that of the released driver.
-DEFAULT_SYSTEM = {
-    "speech": "You are a helpful voice assistant. Answer the user's questions with spoken responses.",
-    "text": "You are a helpful assistant. Answer the user's questions with text.",
-}
 # The one that the released processor inserts. The released driver never lets it come to that.
 COMPAT_SYSTEM = {
     "speech": "You are a helpful assistant. Respond with spoken outputs.",
@@ -57,9 +52,9 @@ def turn_rows(turn: Turn, text_tokenizer: TextTokenizer, config, compat: bool = 
         raise MossError(f"turn of {turn.role}: audio must be encoded to codes before it can enter a grid")
     return np.concatenate(
         [
-            template_rows(f"{SPECIAL_STRINGS['im_start_id']}{turn.role}\n", text_tokenizer, config),
+            template_rows(turn_start(turn.role), text_tokenizer, config),
             content,
-            template_rows(f"{SPECIAL_STRINGS['im_end_id']}\n", text_tokenizer, config),
+            template_rows(TURN_END, text_tokenizer, config),
         ]
     )
 
@@ -71,9 +66,7 @@ def template_rows(piece: str, text_tokenizer: TextTokenizer, config) -> np.ndarr
 
 def reply_header(reply: str, text_tokenizer: TextTokenizer, config) -> np.ndarray:
     """The rows that ask the assistant for a reply, "speech" or "text"; for speech the last one is (sosp, audio_pad)."""
-    _check_reply(reply)
-    opening = SPECIAL_STRINGS["sosp_id"] if reply == "speech" else ""
-    return template_rows(f"{SPECIAL_STRINGS['im_start_id']}assistant\n{opening}", text_tokenizer, config)
+    return template_rows(reply_start(reply), text_tokenizer, config)
 
 
 def with_default_system(turns: Sequence[Turn], reply: str, compat: bool = False) -> list[Turn]:
@@ -81,13 +74,13 @@ def with_default_system(turns: Sequence[Turn], reply: str, compat: bool = False)
 
     In `compat` it is the released processor's and comes after all turns, as that processor has it.
     """
-    _check_reply(reply)
+    check_reply(reply)
     turns = list(turns)
     if turns and turns[0].role == "system":
         return turns
     if compat:
         return [*turns, Turn("system", text=COMPAT_SYSTEM[reply])]
-    return [Turn("system", text=DEFAULT_SYSTEM[reply]), *turns]
+    return [Turn("system", text=DEFAULT_SYSTEM_PROMPT[reply]), *turns]
 
 
 def prompt_pieces(
@@ -104,11 +97,6 @@ def prompt_grid(
     """A new conversation (text and codes) and the request for a reply -> rows int32 [L, 2]."""
     turns = with_default_system(turns, reply, compat)
     return np.concatenate(prompt_pieces(turns, reply, text_tokenizer, config, compat))
-
-
-def _check_reply(reply: str) -> None:
-    if reply not in REPLIES:
-        raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
 
 
 def pad_left(grids: Sequence[np.ndarray], config) -> tuple[np.ndarray, np.ndarray]:

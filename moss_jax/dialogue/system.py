@@ -17,20 +17,24 @@ import numpy as np
 
 from moss_jax.arguments import check_seed, check_whole
 from moss_jax.audio import MAX_BYTES, Recording, as_recording, check_speech, read_audio, resample, save_audio
-from moss_jax.checkpoint.system_folder import NANO, SYSTEM, SystemFolder
+from moss_jax.checkpoint.component import MODEL_FILE
+from moss_jax.checkpoint.system_folder import NANO_FOLDER, SYSTEM_FILE, SystemFolder
 from moss_jax.dialogue.conversation import Conversation, LanguageModel
-from moss_jax.dialogue.grid import REPLIES, read_reply
-from moss_jax.dialogue.settings import DEFAULTS, DRAWING, chosen
+from moss_jax.dialogue.grid import read_reply
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.dialogue.voice import enrol, load_voice
 from moss_jax.errors import MossError, shown
 from moss_jax.files import is_file
 from moss_jax.generate.loop import GenerationSettings
 from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate.settings import DEFAULTS, RANDOM_SETTINGS, chosen
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
-from moss_jax.text.tokenizer import TextStream
+from moss_jax.text.chat_template import REPLIES
+from moss_jax.text.tokenizer import TextStream, TextTokenizer
 
 ROWS = 25  # of a reply between two reports of progress, or two pieces of streamed text
 SILENCE = np.zeros(0, np.float32)
@@ -97,7 +101,7 @@ class ReplyStream:
 
 
 def generation_settings(**sampling: Any) -> GenerationSettings:
-    """Settings of both channels from keywords, the names in `moss_jax.dialogue.settings.SAMPLING`.
+    """Settings of both channels from keywords, the names in `moss_jax.generate.settings.SAMPLING`.
 
     What is not given has the released driver's value. Raises MossError for an unknown name or a value out of range.
     """
@@ -133,10 +137,10 @@ class System:
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
-        """This system's default of each setting in `moss_jax.dialogue.settings.SAMPLING`: the released driver's, or
+        """This system's default of each setting in `moss_jax.generate.settings.SAMPLING`: the released driver's, or
         what system.json has under "sampling". Raises MossError when that is not valid."""
         own = self.folder.settings.get("sampling", {})
-        where = self.folder.path / SYSTEM
+        where = self.folder.path / SYSTEM_FILE
         if not isinstance(own, dict):
             raise MossError(f"{where}: sampling is {shown(own)}, expected an object with some of {', '.join(DEFAULTS)}")
         try:
@@ -156,12 +160,13 @@ class System:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        config, params = self.folder.transformer(self._mesh)
-        return LanguageModel(config, params, self.folder.text_tokenizer(config), self._context, self._mesh)
+        config, params = self.folder.load(SPEECH_LM, self._mesh)
+        text_tokenizer = TextTokenizer.from_file(self.folder.text_tokenizer_path, config)
+        return LanguageModel(config, params[MODEL_FILE], text_tokenizer, self._context, self._mesh)
 
     @cached_property
     def speech_tokenizer(self) -> SpeechTokenizer:
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"))
 
     @cached_property
     def speech_decoder(self) -> SpeechDecoder:
@@ -169,7 +174,7 @@ class System:
 
     @cached_property
     def _decoder_parts(self):
-        return self.folder.speech_decoder()
+        return self.folder.load(SPEECH_DECODER)
 
     def encode(self, recordings: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
         """Recordings (wave float32 [samples], rate in Hz) -> speech codes int32 [N] each."""
@@ -206,7 +211,7 @@ class System:
             raise error if isinstance(recording, tuple) else MossError(f"{recording}: {error}") from error
 
     @property
-    def enrols(self) -> bool:
+    def can_enrol(self) -> bool:
         """Whether the system can take a voice from a recording: it has a speaker network."""
         config, parts = self._decoder_parts
         return config.speaker is not None and "speaker" in parts
@@ -225,7 +230,7 @@ class System:
                     return zero, []
                 return zero, ["no voice was given and the system has no default one: speaking with the zero voice"]
             if not isinstance(voice, str):
-                where = self.folder.path / SYSTEM
+                where = self.folder.path / SYSTEM_FILE
                 raise MossError(f"{where}: default_voice is {shown(voice)}, expected the name of a voice, or null")
         if str(voice) in self.folder.voices():
             return load_voice(self.folder.voice_path(str(voice)), config), []
@@ -459,7 +464,7 @@ class System:
 
 
 def load(
-    folder: str | Path = NANO,
+    folder: str | Path = NANO_FOLDER,
     *,
     context: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -498,7 +503,7 @@ def _without_effect(settings: GenerationSettings, reply: str, seed: int, samplin
     """A notice for what was given and changes nothing, because the reply is greedy."""
     if not settings.text.greedy:
         return []
-    notices = [f"{name} has no effect: the reply is greedy" for name in DRAWING if name in sampling]
+    notices = [f"{name} has no effect: the reply is greedy" for name in RANDOM_SETTINGS if name in sampling]
     if seed and reply == "speech":
         notices.append("the seed changes only the noise in the voice: the reply is greedy")
     elif seed:

@@ -11,8 +11,8 @@ import numpy as np
 from moss_jax.audio.features import MEL_24K, MelConfig, mel_24k
 from moss_jax.audio.wave import resample
 from moss_jax.checkpoint import open_tensors, save_tensors
-from moss_jax.dialogue.settings import DEFAULTS
 from moss_jax.errors import MossError
+from moss_jax.generate.settings import DEFAULTS
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import check_voice

@@ -281,9 +281,9 @@ def run(
     """The analysis of a system, and of controls with the same codes, into a new folder: similarity.json and .png.
 
     Args:
-        model: `moss_jax.evaluate.model.Model`.
+        model: `moss_jax.evaluate.model.EvaluatedModel`.
         file: {"audio": FILE or "codes": [...], "text": ...} a line.
-        controls: (name, Model) of other systems with as many codes, such as one that was made from a plain Qwen3.
+        controls: (name, EvaluatedModel) of other systems with as many codes, such as one made from a plain Qwen3.
         heatmaps: also heatmap-NAME.png of the first so many sentences.
 
     Returns:

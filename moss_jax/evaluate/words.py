@@ -11,14 +11,14 @@ from moss_jax.text.words import UNSPACED_CHARACTER, normalized_words
 ARTICLES = {"a", "an", "the"}
 
 
-def joined(first: str, second: str) -> str:
+def continuation(first: str, second: str) -> str:
     """What `second` is when it goes on from `first`: with a space in front where the language writes one."""
     if not first or first[-1].isspace() or second[:1].isspace() or UNSPACED_CHARACTER.match(second):
         return second
     return f" {second}"
 
 
-def answered(reply: str, answers: Sequence[str]) -> bool:
+def contains_answer(reply: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in the reply, word for word; articles do not count."""
     said = _without_articles(reply)
     for answer in map(_without_articles, answers):

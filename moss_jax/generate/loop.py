@@ -20,9 +20,9 @@ import numpy as np
 from flax import struct
 
 from moss_jax.dialogue.grid import positions_of
-from moss_jax.dialogue.settings import DEFAULTS
 from moss_jax.generate import sampling
 from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate.settings import DEFAULTS
 from moss_jax.generate.state_machine import AUDIO, RUNNING, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
 from moss_jax.speech_lm import KVCache, LayerSplitModel, SpeechLMConfig, init_cache
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moss_jax.dialogue.settings import DEFAULTS
+from moss_jax.generate.settings import DEFAULTS
 
 
 @struct.dataclass
@@ -45,7 +45,7 @@ def penalise(logits: jax.Array, seen: jax.Array, forbidden: jax.Array, penalty: 
     return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
-def narrow(scores: jax.Array, settings: ChannelSettings) -> jax.Array:
+def filter_logits(scores: jax.Array, settings: ChannelSettings) -> jax.Array:
     """Scores [B, V] -> logits [B, V] of the distribution to draw from: temperature, then top-k (every entry equal to
     the k-th stays), then top-p (the smallest set whose mass reaches p, at least one; of equal entries the lowest id
     first)."""
@@ -73,7 +73,7 @@ def draw(scores: jax.Array, keys: jax.Array, settings: ChannelSettings) -> jax.A
     """Scores [B, V] and one key per row [B] -> ids int32 [B]. Greedy takes the lowest id among equals."""
     if settings.greedy:
         return scores.argmax(-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, narrow(scores, settings)).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, filter_logits(scores, settings)).astype(jnp.int32)
 
 
 def request_keys(seed: int, requests: jax.Array | int) -> jax.Array:

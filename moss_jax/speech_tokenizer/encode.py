@@ -12,13 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moss_jax.audio.features import log_mel_16k
 from moss_jax.audio.wave import segments
-from moss_jax.checkpoint import load_tree
-from moss_jax.checkpoint.config_io import read_config
-from moss_jax.documents import read_json
+from moss_jax.checkpoint.component import MODEL_FILE
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.sharding import make_mesh
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.speech_tokenizer.encoder import Encoder, encoder_shapes
+from moss_jax.speech_tokenizer.encoder import Encoder
 from moss_jax.speech_tokenizer.stream import START_PEAK, WaveStream, checked
 
 MAX_SEGMENTS = 128  # in one call, as in the reference
@@ -76,11 +75,8 @@ class SpeechTokenizer:
         Raises:
             MossError: something is missing there, unreadable, or does not fit together.
         """
-        config = read_config(
-            SpeechTokenizerConfig, read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
-        )
-        # The mathematics is float32, whatever the file holds.
-        return cls(config, load_tree(folder, encoder_shapes(config), dtype=np.float32), devices=devices)
+        config, params = SPEECH_TOKENIZER.load(folder)
+        return cls(config, params[MODEL_FILE], devices=devices)
 
     def stream(self, *, chunk: int = 5, start_peak: float = START_PEAK) -> WaveStream:
         """A stream of samples in, codes out; see there."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moss_jax.documents import located, parse_object, read_text, shown
 from moss_jax.errors import MossError
@@ -15,6 +15,24 @@ SPECIAL_STRINGS = {
     "sosp_id": "<|object_ref_start|>",
     "modality_pad_id": "<think>",
 }  # config field -> the string that the stock vocabulary has at this id
+
+
+class SpecialIds(Protocol):
+    """The config of a language model, as far as its text tokenizer must agree with it."""
+
+    @property
+    def text_vocab_size(self) -> int: ...
+    @property
+    def endoftext_id(self) -> int: ...
+    @property
+    def im_start_id(self) -> int: ...
+    @property
+    def im_end_id(self) -> int: ...
+    @property
+    def sosp_id(self) -> int: ...
+    @property
+    def modality_pad_id(self) -> int: ...
+
 
 NOT_ONE = "not a tokenizer.json of the `tokenizers` library"
 
@@ -89,10 +107,18 @@ class TextTokenizer:
         self.size = 1 + max(self._with_specials.get_vocab(with_added_tokens=True).values())
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "TextTokenizer":
-        return cls(read_text(path), str(path))
+    def from_file(cls, path: str | Path, config: SpecialIds | None = None) -> "TextTokenizer":
+        """Reads a `tokenizer.json`, and with a `config` checks it against that model's ids, see `check`.
 
-    def check(self, config, where: str = "text tokenizer") -> None:
+        Raises:
+            MossError: the file is missing or damaged, or does not fit the model.
+        """
+        tokenizer = cls(read_text(path), str(path))
+        if config is not None:
+            tokenizer.check(config, str(path))
+        return tokenizer
+
+    def check(self, config: SpecialIds, where: str = "text tokenizer") -> None:
         """Raises MossError when the special strings do not have the ids of the model's config, or ids do not fit."""
         for field, string in SPECIAL_STRINGS.items():
             found = self._with_specials.token_to_id(string)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from moss_jax.checkpoint.config_io import ADDED
+from moss_jax.checkpoint.config_io import ADDED_LATER
 from moss_jax.errors import MossError
 
 METHODS = ("adamw", "muon")
@@ -38,7 +38,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  # largest global gradient norm; None: no clipping
-    method: str = field(default="adamw", metadata=ADDED)  # one of METHODS
+    method: str = field(default="adamw", metadata=ADDED_LATER)  # one of METHODS
 
     def __post_init__(self):
         problems = []

@@ -6,12 +6,13 @@ import pytest
 
 from moss_jax.checkpoint import load_tree, open_tensors, save_tree
 from moss_jax.checkpoint.old_names import old_path
-from moss_jax.checkpoint.system_folder import NANO, SystemFolder
-from moss_jax.convert.stream import exported
+from moss_jax.checkpoint.system_folder import NANO_FOLDER, SystemFolder
+from moss_jax.convert.stream import exported_tensors
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.flow.model import flow_shapes
 from moss_jax.speech_tokenizer.config import NANO as TOKENIZER
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -27,27 +28,28 @@ def test_only_projections_had_other_names():
 
 
 def test_the_bundled_system_has_old_names_and_loads():
-    file = NANO / "speech_tokenizer" / "model.safetensors"
+    file = NANO_FOLDER / "speech_tokenizer" / "model.safetensors"
     stored = open_tensors(file)
     assert "layers/query/kernel" in stored.tensors
-    params = flatten(SpeechTokenizer.load(NANO / "speech_tokenizer").params)
+    params = flatten(SpeechTokenizer.load(NANO_FOLDER / "speech_tokenizer").params)
     assert set(params) == set(encoder_shapes(TOKENIZER))
     np.testing.assert_array_equal(params["layers/q/kernel"], stored.read("layers/query/kernel").astype(np.float32))
-    config, parts = SystemFolder(NANO).speech_decoder()
+    config, parts = SystemFolder(NANO_FOLDER).load(SPEECH_DECODER)
     assert set(flatten(parts["flow"])) == set(flow_shapes(config.flow))
-    assert set(flatten(parts["vocoder"])) == set(open_tensors(NANO / "speech_decoder" / "vocoder.safetensors").tensors)
+    vocoder = open_tensors(NANO_FOLDER / "speech_decoder" / "vocoder.safetensors")
+    assert set(flatten(parts["vocoder"])) == set(vocoder.tensors)
 
 
 def test_a_system_with_old_names_is_exported():
-    config, _ = SystemFolder(NANO).speech_decoder()
+    config, _ = SystemFolder(NANO_FOLDER).load(SPEECH_DECODER)
     cases = (
         ("speech_tokenizer/model", tokenizer_table.table(TOKENIZER), encoder_shapes(TOKENIZER), "layers/value/kernel"),
         ("speech_decoder/flow", flow_table.table(config.flow), flow_shapes(config.flow), "encoder/norm/scale"),
     )
     for stem, table, shapes, path in cases:
-        stored = open_tensors(NANO / f"{stem}.safetensors")
+        stored = open_tensors(NANO_FOLDER / f"{stem}.safetensors")
         assert path in stored.tensors
-        source = exported(stored, table, shapes)
+        source = exported_tensors(stored, table, shapes)
         assert set(source.tensors) == set(table.shapes(shapes))
         name = next(str(entry.names.flat[-1]) for entry in table.entries(shapes) if old_path(entry.path) == path)
         assert source.read(name).shape == source.tensors[name].shape

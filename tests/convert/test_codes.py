@@ -10,9 +10,10 @@ import pytest
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
+from moss_jax.components import check_codes
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.random_system import SIZES, write_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
 
@@ -32,7 +33,7 @@ def other(tmp_path_factory):
     """A system with a codec of its own, and voices."""
     folder = tmp_path_factory.mktemp("other") / "system"
     folder.mkdir()
-    tiny = SIZES["tiny"]
+    tiny = SYSTEM_SIZES["tiny"]
     sizes = replace(
         tiny,
         transformer=replace(tiny.transformer, audio_vocab_size=128, eosp_id=OTHER, audio_pad_id=OTHER - 1),
@@ -80,7 +81,7 @@ def test_the_codec_of_a_system_is_taken_over(other, started):
     assert json.loads((started / "system.json").read_text()) == {"format": "moss-jax-1", "default_voice": "anna"}
     config = read_transformer_config(started)
     assert (config.eosp_id, config.audio_vocab_size) == (OTHER, 128)
-    SystemFolder(started).check_codes()
+    check_codes(SystemFolder(started))
 
 
 def test_a_codec_taken_over_is_exported_like_the_original(random, released, qwen, tmp_path):
@@ -208,7 +209,7 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
 def test_every_pair_of_components_is_compared(random, tmp_path, room):
     folder = shutil.copytree(random, tmp_path / "system")
     SystemFolder(folder).check_codes()
-    config = write_config(SIZES["tiny"].decoder)
+    config = write_config(SYSTEM_SIZES["tiny"].decoder)
     if room != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
         (folder / "speech_decoder" / "config.json").write_text(json.dumps(config))
@@ -218,18 +219,18 @@ def test_every_pair_of_components_is_compared(random, tmp_path, room):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_vocab_size": OTHER}))
         shutil.rmtree(folder / "transformer")
     with pytest.raises(MossError, match="different numbers of speech codes"):
-        SystemFolder(folder).check_codes()
+        check_codes(SystemFolder(folder))
 
 
 def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     folder = shutil.copytree(random, tmp_path / "system")
     path = folder / "transformer" / "config.json"
-    config = replace(SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
+    config = replace(SYSTEM_SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
     path.write_text(json.dumps(write_config(config)))
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.checkpoint.system_folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
-    SystemFolder(Path(NANO)).check_codes()
+    check_codes(SystemFolder(Path(NANO_FOLDER)))

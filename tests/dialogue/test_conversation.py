@@ -13,13 +13,14 @@ from safetensors.numpy import save_file
 from moss_jax.data.formats import ExampleBuilder
 from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel, capacity_for
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM, prompt_grid
+from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
 from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_lm import TINY
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 CHANNEL = ChannelSettings(temperature=0.7, top_k=8)
 SETTINGS = GenerationSettings(text=CHANNEL, audio=CHANNEL, max_new_tokens=12)
@@ -48,7 +49,7 @@ def test_kept_caches_change_nothing(model):
         assert len(conversation.rows)
     # The last reply again, from the rows of everything before it.
     grids = np.asarray(conversation.state.grid)[0, : conversation.begin]
-    whole = Turn("system", text=DEFAULT_SYSTEM["speech"])
+    whole = Turn("system", text=DEFAULT_SYSTEM_PROMPT["speech"])
     first = prompt_grid([whole, TEXT], "speech", model.text_tokenizer, TINY)
     np.testing.assert_array_equal(grids[: len(first)], first)
     state = new_state(TINY, 1, 256)
@@ -67,7 +68,7 @@ def test_turns_are_closed_as_the_template_has_it(model):
     written = conversation.rows[:, 0]
     conversation, _ = model.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
     rows = np.asarray(conversation.state.grid)[0, : int(conversation.state.filled)]
-    turns = [Turn("system", text=DEFAULT_SYSTEM["speech"]), TEXT, Turn("assistant", codes=spoken), TEXT]
+    turns = [Turn("system", text=DEFAULT_SYSTEM_PROMPT["speech"]), TEXT, Turn("assistant", codes=spoken), TEXT]
     expected = prompt_grid(turns, "text", model.text_tokenizer, TINY)
     np.testing.assert_array_equal(rows[: len(expected)], expected)
     written = written[:-1] if written[-1] == TINY.im_end_id else written
@@ -91,7 +92,9 @@ def test_twenty_turns_in_a_full_context(model):
         sizes.append(sum(array.nbytes for array in jax.live_arrays()))
         compiled.append((prefill._cache_size(), decode_chunk._cache_size()))
         assert int(conversation.state.filled) <= model.context
-        system = prompt_grid([Turn("system", text=DEFAULT_SYSTEM["speech"])], "text", model.text_tokenizer, TINY)[:-11]
+        system = prompt_grid(
+            [Turn("system", text=DEFAULT_SYSTEM_PROMPT["speech"])], "text", model.text_tokenizer, TINY
+        )[:-11]
         np.testing.assert_array_equal(np.asarray(conversation.state.grid)[0, : len(system)], system)
     assert len(notices) > 3
     assert all("is full: the oldest" in notice for notice in notices)

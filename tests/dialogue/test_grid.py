@@ -38,7 +38,7 @@ def test_the_default_system_turn_is_first_and_in_compat_that_of_the_processor_is
     ours = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY), text_tokenizer)
     theirs = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY, compat=True), text_tokenizer)
     default, processor = (
-        f"<|im_start|>system\n{texts['text']}<|im_end|>\n" for texts in (grid.DEFAULT_SYSTEM, grid.COMPAT_SYSTEM)
+        f"<|im_start|>system\n{texts['text']}<|im_end|>\n" for texts in (grid.DEFAULT_SYSTEM_PROMPT, grid.COMPAT_SYSTEM)
     )
     user = "<|im_start|>user\nHi<|im_end|>\n"
     opening = "<|im_start|>assistant\n"

@@ -39,7 +39,7 @@ def main():
     from moss_jax.sharding import make_mesh, shardings_for
     from moss_jax.speech_lm import TINY, LayerSplitModel
     from moss_jax.text.tokenizer import TextTokenizer
-    from tests.dialogue.conftest import random_params, tokenizer_json
+    from tests.tiny_speech_lm import random_params, tokenizer_json
 
     jax.config.update("jax_default_matmul_precision", "highest")
     tokenizer = TextTokenizer(tokenizer_json(TINY))

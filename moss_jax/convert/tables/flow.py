@@ -1,6 +1,17 @@
 """The name table of flow.pt, flow-chunk-5.pt and flow-chunk-25.pt: 1121 tensors and two counters."""
 
-from moss_jax.convert.table import CONV1D, CONV1X1, LINEAR, SAME, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import (
+    CONV1D,
+    CONV1X1,
+    LINEAR,
+    SAME,
+    NameTable,
+    Row,
+    heads_bias,
+    heads_in,
+    heads_out,
+    prefixed,
+)
 from moss_jax.speech_decoder.flow.config import FlowConfig
 
 
@@ -88,9 +99,9 @@ def estimator_rows(config: FlowConfig, estimator: str = "estimator/", time: str 
     return tuple(rows)
 
 
-def table(config: FlowConfig) -> Table:
+def table(config: FlowConfig) -> NameTable:
     """The released file; paths are those of `FlowModel`. The training counters are carried along."""
-    return Table(
+    return NameTable(
         (
             Row("input_embedding.weight", "codes/embedding"),
             *_linear("spk_embed_affine_layer", "speaker"),

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within
-from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import CONV1D, LINEAR, NameTable, Row, heads_bias, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 
 @dataclass(frozen=True)
-class ReleasedConfig:
+class ReleasedTokenizerConfig:
     """The keys of the released codec's config.json that are used."""
 
     d_model: int = within(1, MAX_SIZE)
@@ -42,7 +42,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
     for key, value in fixed.items():
         if released.get(key, value) != value:
             raise MossError(f"{where}: {key} is {shown(released[key])}, this encoder has {value!r}")
-    config = read_config(ReleasedConfig, released, where, foreign=True)
+    config = read_config(ReleasedTokenizerConfig, released, where, foreign=True)
     layers = config.quantize_position
     if config.pooling_position not in (None, layers):
         raise MossError(f"{where}: pooling_position is {config.pooling_position}, expected quantize_position, {layers}")
@@ -69,7 +69,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
         )
 
 
-def table(config: SpeechTokenizerConfig) -> Table:
+def table(config: SpeechTokenizerConfig) -> NameTable:
     """Layers after the quantiser, the moving averages of codebook training and all that is not of the encoder are
     carried along unused."""
     heads = config.encoder_attention_heads
@@ -117,4 +117,4 @@ def table(config: SpeechTokenizerConfig) -> Table:
         r"encoder\.layer_norm\.(weight|bias)",
         rf"encoder\.layers\.(?!({used})\.)\d+\..*",
     )
-    return Table(prefixed(rows, "encoder."), carried)
+    return NameTable(prefixed(rows, "encoder."), carried)

@@ -4,10 +4,10 @@ The layers of its encoder are divided: the first ones stand before the quantiser
 after it; `convert.whisper` calls those "model.encoder.after.0." before this table reads them.
 """
 
-from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import CONV1D, LINEAR, NameTable, Row, heads_bias, heads_in, heads_out, prefixed
 
 
-def table(heads: int) -> Table:
+def table(heads: int) -> NameTable:
     """Its final projection is its table of units a second time, so it is carried along unused."""
     attention = (
         Row("q_proj.weight", "q/kernel", heads_out(heads)),
@@ -45,7 +45,7 @@ def table(heads: int) -> Table:
         *_norm("layer_norm", "head/decoder_norm"),
     )
     rows = (*prefixed(encoder, "model.encoder."), *prefixed(decoder, "model.decoder."))
-    return Table(rows, (r"proj_out\.weight",))
+    return NameTable(rows, (r"proj_out\.weight",))
 
 
 def _norm(name: str, path: str) -> tuple[Row, Row]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moss_jax.checkpoint.config_io import ADDED, check_sizes
+from moss_jax.checkpoint.config_io import ADDED_LATER, check_sizes
 from moss_jax.errors import MossError
 
 
@@ -62,10 +62,10 @@ class FlowConfig:
     euler_steps: int = 10
     guidance: float = 0.7  # classifier-free guidance rate: v = (1 + g) v_conditional - g v_unconditional
     noise_frames: int = 15000  # mel frames of the fixed noise buffer: the longest prompt and speech together
-    mel_mean: float = field(default=0.0, metadata=ADDED)  # the flow works on (mel - mel_mean) / mel_std
-    mel_std: float = field(default=1.0, metadata=ADDED)
+    mel_mean: float = field(default=0.0, metadata=ADDED_LATER)  # the flow works on (mel - mel_mean) / mel_std
+    mel_std: float = field(default=1.0, metadata=ADDED_LATER)
     # What the estimator says: the velocity, or what the encoder's mel lacks, from which the velocity follows.
-    predicts: Literal["velocity", "mel"] = field(default="velocity", metadata=ADDED)
+    predicts: Literal["velocity", "mel"] = field(default="velocity", metadata=ADDED_LATER)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from math import prod
 
-from moss_jax.checkpoint.config_io import ADDED, check_sizes
+from moss_jax.checkpoint.config_io import ADDED_LATER, check_sizes
 from moss_jax.errors import MossError
 
 
@@ -32,7 +32,7 @@ class VocoderConfig:
     magnitude_limit: float = 100.0  # of the predicted STFT
     audio_limit: float = 0.99  # largest absolute sample
     # The predicted phase is any angle; False: the sine of what is predicted, in radians.
-    free_phase: bool = field(default=False, metadata=ADDED)
+    free_phase: bool = field(default=False, metadata=ADDED_LATER)
     weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
 
     def __post_init__(self):

@@ -10,10 +10,11 @@ import numpy as np
 
 from moss_jax.checkpoint import save_tree
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
 from moss_jax.files import link_or_copy, replace_folder
 from moss_jax.progress import Say
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.gather import gather_to_host
 from moss_jax.train.run_folder import resolve_init
@@ -49,13 +50,13 @@ def export_parts(
     source = run.system or (run.init if run.init != "random" else None)
     source = source and Path(resolve_init(source))
     with replace_folder(folder) as part:
-        if source and (source / SYSTEM).is_file():
+        if source and (source / SYSTEM_FILE).is_file():
             shutil.copytree(source, part, copy_function=link_or_copy, dirs_exist_ok=True)
         else:
-            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+            write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
         room = part / "speech_decoder"
         if (room / "config.json").is_file():
-            config = merged(SystemFolder(part).config("speech_decoder", SpeechDecoderConfig))
+            config = merged(SystemFolder(part).config(SPEECH_DECODER))
             (room / "config.json").unlink()
         room.mkdir(exist_ok=True)
         for old in room.glob(f"{pattern}.safetensors*"):

@@ -22,6 +22,7 @@ from moss_jax.data.decoder_data import DecoderDataset
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.progress import Say
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
 from moss_jax.speech_decoder.vocoder import HiFT, vocoder_shapes
@@ -68,9 +69,9 @@ class SpeechDecoderTask:
         run = self._run
         found = None
         if run.init != RANDOM:
-            found = SystemFolder(resolve_init(run.init)).config("speech_decoder", SpeechDecoderConfig)
+            found = SystemFolder(resolve_init(run.init)).config(SPEECH_DECODER)
         elif run.model is None:
-            found = SystemFolder(resolve_init(run.system)).config("speech_decoder", SpeechDecoderConfig)
+            found = SystemFolder(resolve_init(run.system)).config(SPEECH_DECODER)
         if run.model is None:
             return found
         if found is not None and self._trained(found) != self._trained(run.model):

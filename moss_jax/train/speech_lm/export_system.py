@@ -14,7 +14,7 @@ import numpy as np
 
 from moss_jax.checkpoint import TensorWriter
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.files import link_or_copy, replace_folder
 from moss_jax.nn.tree import flatten
@@ -77,7 +77,7 @@ def parameters(stage: Stage, trainable: Flat, frozen: Flat, dtype: Any) -> Itera
 def _add_rest(run: Run, folder: Path, say: Say) -> None:
     """Everything of a system but the language model, from the run's `system` or from what it started with."""
     source = Path(run.system or resolve_init(run.init))
-    if (source / SYSTEM).is_file():
+    if (source / SYSTEM_FILE).is_file():
         for path in sorted(source.iterdir()):
             if path.name == "transformer" or path.name.startswith("."):
                 continue
@@ -86,7 +86,7 @@ def _add_rest(run: Run, folder: Path, say: Say) -> None:
             else:
                 copy_file(path, folder / path.name)
         return
-    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    write_json(folder / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
     (folder / "voices").mkdir()
     if (source / "tokenizer.json").is_file():
         copy_file(source / "tokenizer.json", folder / "text_tokenizer" / "tokenizer.json")

@@ -14,6 +14,7 @@ from moss_jax.data import Mixture
 from moss_jax.data.decoder_data import DECODER_DATA_FORMAT, SOURCE_FILE
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder import config as decoder_config
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow import config as flow_config
 from moss_jax.speech_decoder.voice import Voice
@@ -170,7 +171,7 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     assert loop.train(override(half, ["steps=4"]), lambda line: None) == loop.DONE
     assert entries(half) == entries(run) and entries(run, "evaluations.jsonl")[0]["mel_distance"] > 0
     folder = SystemFolder(Path(run.folder) / "exports" / "4")
-    config, parts = folder.speech_decoder()
+    config, parts = folder.load(SPEECH_DECODER)
     assert config == MODEL and set(parts) == {"flow", "vocoder"}
     exported = Path(flow.folder, "exports/6/speech_decoder/flow.safetensors").read_bytes()
     assert (folder.path / "speech_decoder" / "flow.safetensors").read_bytes() == exported

@@ -46,7 +46,7 @@ SAMPLING: dict[str, Setting] = {
     "min_new_tokens": Setting(0, 0, MAX_INT, whole=True),
 }
 DEFAULTS = {name: setting.default for name, setting in SAMPLING.items()}
-DRAWING = ("temperature", "top_p", "top_k")  # the settings that have no effect on a greedy reply
+RANDOM_SETTINGS = ("temperature", "top_p", "top_k")  # the settings that have no effect on a greedy reply
 
 
 def check_sampling(given: Mapping[str, Any]) -> dict[str, float | int | bool]:
@@ -74,7 +74,7 @@ def chosen(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = check_sampling(given)
     settings = DEFAULTS | check_sampling(own) | given
-    if "greedy" not in given and any(name in given for name in DRAWING):
+    if "greedy" not in given and any(name in given for name in RANDOM_SETTINGS):
         settings["greedy"] = False
     most = settings["max_new_tokens"]
     if settings["min_new_tokens"] > most:
