@@ -16,8 +16,8 @@ from moss_jax.data.espeak import speak
 from moss_jax.data.manifest import Manifest
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import corpus, domain
-from moss_jax.recipes.nano.domain import PHRASINGS, RESERVED, RESERVED_VOICES, SOCIAL, VOICES
-from moss_jax.recipes.nano.items import FOLDER, SETS, make_items, read_items, speak_items
+from moss_jax.recipes.nano.domain import PHRASINGS, RESERVED_PHRASING, RESERVED_VOICES, SOCIAL, VOICES
+from moss_jax.recipes.nano.items import FOLDER, SETS, make_items, read_items, synthesize_items
 from moss_jax.speech_lm.config import NANO
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
@@ -63,22 +63,22 @@ def test_a_reserved_phrasing_has_no_word_of_its_own():
         return {word.strip(".,?").lower() for text in texts for word in text.split()}
 
     for phrasings in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()):
-        others = [p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED]]
-        assert vocabulary([phrasings[RESERVED]]) <= vocabulary(others)
+        others = [p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED_PHRASING]]
+        assert vocabulary([phrasings[RESERVED_PHRASING]]) <= vocabulary(others)
 
 
 def test_phrasings_for_training_alone_join_known_words_anew():
     def vocabulary(texts):
         return {word.strip(".,?").lower() for text in texts for word in text.split()}
 
-    known = vocabulary([p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED]])
+    known = vocabulary([p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED_PHRASING]])
     assert domain.MORE_PHRASINGS.keys() == PHRASINGS.keys()
     for kind, more in domain.MORE_PHRASINGS.items():
         assert len({*more, *PHRASINGS[kind]}) == len(more) + len(PHRASINGS[kind])
         assert vocabulary(more) <= known | vocabulary(SOCIAL.values())
     asked = {question.text for question in domain.trained_questions()}
-    assert not asked & reserved_texts() and not asked & {q.text for q in domain.questions() if q.kept}
-    assert {q.text for q in domain.questions() if not q.kept} < asked
+    assert not asked & reserved_texts() and not asked & {q.text for q in domain.questions() if q.held_out}
+    assert {q.text for q in domain.questions() if not q.held_out} < asked
 
 
 def test_second_turns_speak_of_the_answer_before():
@@ -94,13 +94,13 @@ def test_second_turns_speak_of_the_answer_before():
 def test_nothing_that_is_kept_is_said_in_training():
     texts = trained_texts()
     voices = {utterance.voice for utterance in PLAN.utterances}
-    assert voices == {*VOICES, domain.ANSWERS[0]}
+    assert voices == {*VOICES, domain.ANSWER_SPEAKER[0]}
     assert not texts & reserved_texts()
-    kept = {q.text for q in domain.questions() if q.kept}
-    assert len(kept) > 3000 and not texts & kept
+    held_out = {q.text for q in domain.questions() if q.held_out}
+    assert len(held_out) > 3000 and not texts & held_out
     # Documents and the answering voice's other sentences hold questions in their middle.
     long = [u.text for u in PLAN.utterances if u.text.count(" ") > 8]
-    few = [text for text in kept if "capital" in text or "colour" in text]
+    few = [text for text in held_out if "capital" in text or "colour" in text]
     assert not any(text in several for several in long for text in few)
 
 
@@ -111,7 +111,7 @@ def test_nothing_that_is_tested_is_trained():
     for group, items in made.items():
         for item in items:
             if group == "sentences":
-                assert domain.kept_answer(item.answers[0])
+                assert domain.answer_is_held_out(item.answers[0])
             elif group in ("voices", "both", "two-turn", "new-subject"):
                 assert item.voice in RESERVED_VOICES
             else:
@@ -120,7 +120,7 @@ def test_nothing_that_is_tested_is_trained():
                 assert item.questions[0] not in texts
             if group in ("phrasings", "both"):
                 assert item.questions[0] in reserved
-    codec = {PLAN.utterances[PLAN.answers[text]].text for text in PLAN.answers if not domain.kept_answer(text)}
+    codec = {PLAN.utterances[PLAN.answers[text]].text for text in PLAN.answers if not domain.answer_is_held_out(text)}
     assert not codec & {item.answers[0] for item in made["sentences"]}
 
 
@@ -138,12 +138,12 @@ def test_the_items_are_frozen():
 
 
 def test_rows_of_words_have_every_word_and_no_phrasing():
-    rows = [PLAN.utterances[place] for place in PLAN.rows]
-    assert {row.voice for row in rows} == set(VOICES) and all(row.use == "question" for row in rows)
-    said = {word.lower() for row in rows for word in row.text.strip(".").split()}
+    word_lists = [PLAN.utterances[place] for place in PLAN.word_lists]
+    assert {row.voice for row in word_lists} == set(VOICES) and all(row.use == "question" for row in word_lists)
+    said = {word.lower() for row in word_lists for word in row.text.strip(".").split()}
     asked = {word.strip(",.?").lower() for q in domain.questions() for word in q.text.split()}
     assert asked <= said
-    assert not {row.text for row in rows} & {q.text for q in domain.questions()}
+    assert not {row.text for row in word_lists} & {q.text for q in domain.questions()}
 
 
 def test_the_text_tokenizer_has_every_word():
@@ -165,11 +165,11 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     said = []
     monkeypatch.setattr(corpus, "ProcessPoolExecutor", Here)
 
-    def speak_until(text, *speaker):
+    def speak_until(text, *draw_speaker):
         said.append(text)
         if len(said) == 30:
             raise KeyboardInterrupt
-        return speak(text, *speaker)
+        return speak(text, *draw_speaker)
 
     monkeypatch.setattr(corpus, "speak", speak_until)
     plan = corpus.plan_corpus(scale=0.001)
@@ -203,10 +203,10 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     for line in (folder / "tokenizer.jsonl").read_text().splitlines():
         entry = json.loads(line)
         wave, rate = load_audio(folder / entry["audio"])
-        assert rate in (16000, 24000) and -2e-3 < len(wave) / rate - entry["words"][-1][2] < corpus.PAUSES[1] + 2e-3
+        assert rate in (16000, 24000) and -2e-3 < len(wave) / rate - entry["words"][-1][2] < corpus.PAUSE_RANGE[1] + 2e-3
     said_often = Counter(json.loads(line)["text"] for line in (folder / "tts.jsonl").read_text().splitlines())
     few = {*SOCIAL.values(), *(f.answer for f in domain.facts() if f.kind in ("capital", "colour"))}
-    assert all(count == (corpus.OFTEN if text in few else 1) for text, count in said_often.items())
+    assert all(count == (corpus.RARE_ANSWER_REPEATS if text in few else 1) for text, count in said_often.items())
     assert few & said_often.keys()
     chats = [json.loads(line)["turns"] for line in (folder / "chat.jsonl").read_text().splitlines()]
     assert {tuple("audio" in turn for turn in turns[1:3]) for turns in chats} == set(product((True, False), repeat=2))
@@ -219,19 +219,19 @@ def test_a_recording_has_its_level_noise_and_pauses():
     rate = 16000
     time = np.arange(16000) / 16000
     tone = (0.1 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
-    room = corpus.RecordingConditions(level=-20, above_noise=30, before=0.1, after=0.25)
-    wave = room.record(tone, rate, seed=1)
+    conditions = corpus.RecordingConditions(level=-20, signal_to_noise=30, before=0.1, after=0.25)
+    wave = conditions.record(tone, rate, seed=1)
     assert wave.dtype == np.float32 and len(wave) == 16000 + 1600 + 4000
     noise = wave - np.pad(0.1 * tone, (1600, 4000))
     for part in (noise[:1600], noise[1600:17600], noise[17600:]):  # as loud in the pauses as below the speech
         assert 20 * np.log10(part.std() / (0.1 * tone).std()) == pytest.approx(-30, abs=2)
-    np.testing.assert_array_equal(wave, room.record(tone, rate, seed=1))
+    np.testing.assert_array_equal(wave, conditions.record(tone, rate, seed=1))
     assert (
         np.abs(corpus.RecordingConditions(40, 50).record(tone, rate, seed=1)).max() == 1
     )  # clipped, as a recording is
-    rooms = [PLAN.utterances[dialogue.asked].room for dialogue in PLAN.singles]
-    assert 0.45 < sum(room is not None for room in rooms) / len(rooms) < 0.55
-    assert all(PLAN.utterances[place].room is None for place in (*PLAN.answers.values(), *PLAN.extras))
+    rooms = [PLAN.utterances[dialogue.utterance].conditions for dialogue in PLAN.one_turn]
+    assert 0.45 < sum(conditions is not None for conditions in rooms) / len(rooms) < 0.55
+    assert all(PLAN.utterances[place].conditions is None for place in (*PLAN.answers.values(), *PLAN.extras))
 
 
 @pytest.mark.slow
@@ -244,10 +244,10 @@ def test_conversations_change_their_subject_and_fit_the_model(tmp_path):
         for line in (tmp_path / "corpus" / f"{name}.jsonl").read_text().splitlines()
     }
     chats = [json.loads(line)["turns"] for line in (tmp_path / "corpus" / "chat.jsonl").read_text().splitlines()]
-    talks = [turns[1:] for turns in chats if len(turns) > 3]
+    long_conversations = [turns[1:] for turns in chats if len(turns) > 3]
     right = {question.text: question.fact for question in domain.trained_questions()}
     changed = longer = 0
-    for talk in talks:
+    for talk in long_conversations:
         told = [turn.get("text") or lines[turn["audio"]]["text"] for turn in talk]
         rows = sum(
             6 + 12.5 * (lines[turn["audio"]]["words"][-1][2] if "audio" in turn else 0.08 * len(text.split()))
@@ -289,17 +289,17 @@ class Here:
 
 def test_items_are_said_once(tmp_path):
     items = read_items("two-turn")[:2]
-    (first, second) = speak_items("two-turn", tmp_path, items)
+    (first, second) = synthesize_items("two-turn", tmp_path, items)
     assert len(first["questions"]) == len(first["answers"]) == 2
     assert load_audio(first["questions"][1])[1] == 16000 and load_audio(second["answers"][0])[1] == 24000
     before = first["questions"][0].stat().st_mtime_ns
-    assert speak_items("two-turn", tmp_path, items) == [first, second]
+    assert synthesize_items("two-turn", tmp_path, items) == [first, second]
     assert first["questions"][0].stat().st_mtime_ns == before
 
 
 def test_manifests_with_codes(tmp_path, capsys):
     """Each recording is encoded once, as it would be alone, and not again."""
-    init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
+    init_random(tmp_path / "tiny", "tiny", synthesize=lambda line: None)
     (tmp_path / "corpus").mkdir()
     for name in ("a", "b"):
         save_audio(tmp_path / "corpus" / f"{name}.wav", *speak(f"What is {name}?")[:2])

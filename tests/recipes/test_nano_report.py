@@ -51,16 +51,16 @@ def test_what_counts_as_the_right_answer():
 
 def test_the_judge_hears_the_answering_voice(judge):
     items = read_items("sentences")[::40] + read_items("voices")[::60]
-    heard = [judge.hear(*speak(item.answers[0], *domain.ANSWERS)[:2]) for item in items]
+    heard = [judge.hear(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
     assert not any(each.refused for each in heard)
     assert sum(each.says(item.answers[0]) for each, item in zip(heard, items, strict=True)) >= len(items) - 1
-    wave, rate, _ = speak(items[0].answers[0], *domain.ANSWERS)
+    wave, rate, _ = speak(items[0].answers[0], *domain.ANSWER_SPEAKER)
     assert judge.hear(wave, rate) == judge.hear(0.3 * wave, rate) == heard[0]  # whatever was heard before
 
 
 def test_the_judge_refuses_what_is_no_speech(judge):
     draw = np.random.default_rng(0)
-    wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWERS)
+    wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWER_SPEAKER)
     noise = draw.standard_normal(2 * 16000).astype(np.float32)
     tone = np.sin(np.arange(2 * 16000) / 20).astype(np.float32)
     for sound in (0.1 * noise, 1e-4 * noise, 0.3 * tone, np.zeros(16000, np.float32), noise[:100]):

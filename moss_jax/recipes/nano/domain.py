@@ -15,8 +15,8 @@ from functools import lru_cache
 from moss_jax.data.corpus import CAPITALS, NUMBERS
 from moss_jax.data.corpus import COLOURS as MINIATURE_COLOURS
 
-MOST = 20  # no number in a question or an answer is above it
-STEPS = 5  # the most that a second turn adds or takes away
+MAX_NUMBER = 20  # no number in a question or an answer is above it
+MAX_FOLLOW_UP_STEP = 5  # the most that a second turn adds or takes away
 COLOURS = {"coffee" if thing == "chocolate" else thing: colour for thing, colour in MINIATURE_COLOURS.items()}
 # Voices of espeak-ng that ask, accent and formants; the last three are kept for tests.
 VOICES = (
@@ -34,7 +34,7 @@ VOICES = (
     "en-us+m6",
 )
 RESERVED_VOICES = ("en-us+f3", "en+m7", "en-gb-scotland+m4")
-ANSWERS = ("en-us+klatt3", 150, 50)  # the voice that answers: name, words a minute, pitch
+ANSWER_SPEAKER = ("en-us+klatt3", 150, 50)  # the voice that answers: name, words a minute, pitch
 # of those who ask
 WORDS_PER_MINUTE = (125, 190)
 PITCH = (25, 75)
@@ -369,7 +369,7 @@ FOLLOW_UPS = {
         "Can you repeat that again?",
     ),
 }
-RESERVED = -1  # of the phrasings
+RESERVED_PHRASING = -1  # of the phrasings
 
 
 @dataclass(frozen=True)
@@ -390,8 +390,8 @@ def sentence(text: str) -> str:
 @lru_cache(maxsize=1)
 def facts() -> tuple[Fact, ...]:
     """All of the domain: 231 sums, 231 differences, 10 capitals, 8 colours, 840 comparisons, 1000 digits, 5 social."""
-    numbers = range(MOST + 1)
-    known = [_sum(a, b) for a in numbers for b in numbers if a + b <= MOST]
+    numbers = range(MAX_NUMBER + 1)
+    known = [_sum(a, b) for a in numbers for b in numbers if a + b <= MAX_NUMBER]
     known += [_difference(a, b) for a in numbers for b in numbers if b <= a]
     known += [Fact("capital", (country,), f"The capital of {country} is {city}.") for country, city in CAPITALS.items()]
     known += [Fact("colour", (thing,), sentence(f"{thing} is {colour}.")) for thing, colour in COLOURS.items()]
@@ -437,10 +437,10 @@ class DomainQuestion:
     @property
     def reserved(self) -> bool:
         """Whether its phrasing is kept for tests."""
-        return self.phrasing == PHRASINGS[self.fact.kind][RESERVED]
+        return self.phrasing == PHRASINGS[self.fact.kind][RESERVED_PHRASING]
 
     @property
-    def kept(self) -> bool:
+    def held_out(self) -> bool:
         """Whether it is for tests. A social turn has no question beside its phrasing, so that only the reserved is."""
         return self.reserved or (self.fact.kind not in SOCIAL and _share(f"question {self.text}") < 1 / 8)
 
@@ -458,7 +458,7 @@ def trained_questions() -> tuple[DomainQuestion, ...]:
         question
         for fact in facts()
         for phrasing in (*PHRASINGS[fact.kind], *MORE_PHRASINGS[fact.kind])
-        if not (question := DomainQuestion(fact, phrasing)).kept
+        if not (question := DomainQuestion(fact, phrasing)).held_out
     )
 
 
@@ -475,12 +475,12 @@ def follow_ups(fact: Fact, reserved: bool) -> Iterator[FollowUp]:
     """The second turns that make sense after the answer to `fact`, in the reserved phrasing or in the others."""
 
     def phrased(kind: str, asked: tuple[str, ...], answer: str) -> Iterator[FollowUp]:
-        for phrasing in FOLLOW_UPS[kind][RESERVED:] if reserved else FOLLOW_UPS[kind][:RESERVED]:
+        for phrasing in FOLLOW_UPS[kind][RESERVED_PHRASING:] if reserved else FOLLOW_UPS[kind][:RESERVED_PHRASING]:
             yield FollowUp(kind, sentence(phrasing.format(*asked)), answer)
 
     if fact.result is not None:
-        for step in range(1, STEPS + 1):
-            if fact.result + step <= MOST:
+        for step in range(1, MAX_FOLLOW_UP_STEP + 1):
+            if fact.result + step <= MAX_NUMBER:
                 yield from phrased("plus", (NUMBERS[step],), _sum(fact.result, step).answer)
             if fact.result >= step:
                 yield from phrased("minus", (NUMBERS[step],), _difference(fact.result, step).answer)
@@ -498,7 +498,7 @@ def answers() -> tuple[str, ...]:
     return tuple(dict.fromkeys(fact.answer for fact in facts()))
 
 
-def kept_answer(text: str) -> bool:
+def answer_is_held_out(text: str) -> bool:
     """Whether the speech tokenizer and the decoder never hear this answer in training: one in ten of the numbers'."""
     plenty = text not in SOCIAL.values() and not any(
         text == fact.answer for fact in facts() if fact.kind in ("capital", "colour")
@@ -506,7 +506,7 @@ def kept_answer(text: str) -> bool:
     return plenty and _share(f"answer {text}") < 1 / 10
 
 
-def speaker(draw: random.Random, voices: tuple[str, ...] = VOICES) -> tuple[str, int, int]:
+def draw_speaker(draw: random.Random, voices: tuple[str, ...] = VOICES) -> tuple[str, int, int]:
     """Who asks: voice, words a minute, pitch."""
     return draw.choice(voices), draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH)
 

@@ -24,8 +24,8 @@ from moss_jax.data.corpus import write_manifest
 from moss_jax.documents import parse_object, read_lines
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import domain
-from moss_jax.recipes.nano.corpus import Utterance, say
-from moss_jax.recipes.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, DomainQuestion
+from moss_jax.recipes.nano.corpus import Utterance, synthesize
+from moss_jax.recipes.nano.domain import ANSWER_SPEAKER, RESERVED_VOICES, SOCIAL, VOICES, DomainQuestion
 
 FOLDER = Path(__file__).with_name("items")
 SETS = {
@@ -37,7 +37,7 @@ SETS = {
     "new-subject": "a second question on its own, unseen voices",
     "sentences": "unseen answers, for the codec",
 }
-AMOUNTS = {
+QUESTION_COUNTS = {
     "voices": {
         "sum": 90,
         "difference": 90,
@@ -144,7 +144,7 @@ class Item:
 def make_items(seed: int = 0) -> dict[str, list[Item]]:
     """{set: its items}; a function of the seed and the domain alone."""
     made = {}
-    for name, amounts in AMOUNTS.items():
+    for name, amounts in QUESTION_COUNTS.items():
         draw = random.Random(f"nano items {name} {seed}")
         reserved_phrasing = name in ("phrasings", "both")
         voices = VOICES if name in ("phrasings", "seen") else RESERVED_VOICES
@@ -157,8 +157,10 @@ def make_items(seed: int = 0) -> dict[str, list[Item]]:
             for i, (question, other) in enumerate(zip(picked, others, strict=True))
         ]
     kind = {fact.answer: fact.kind for fact in domain.facts()}
-    kept = [text for text in domain.answers() if domain.kept_answer(text)]
-    made["sentences"] = [Item(f"sentences-{i:04d}", kind[text], (), (text,), *ANSWERS) for i, text in enumerate(kept)]
+    held_out = [text for text in domain.answers() if domain.answer_is_held_out(text)]
+    made["sentences"] = [
+        Item(f"sentences-{i:04d}", kind[text], (), (text,), *ANSWER_SPEAKER) for i, text in enumerate(held_out)
+    ]
     return made
 
 
@@ -170,7 +172,7 @@ def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) 
     elif kind in SOCIAL:  # a social turn is its phrasing: trained phrasings are heard from other speakers
         own = [question for question in own if not question.reserved]
     else:
-        own = [question for question in own if question.kept and not question.reserved]
+        own = [question for question in own if question.held_out and not question.reserved]
     picked: list[DomainQuestion] = []
     while len(picked) < amount:
         picked += draw.sample(own, len(own))
@@ -195,7 +197,7 @@ def _item(
     elif other is not None:
         questions.append(other.text)
         answers.append(other.fact.answer)
-    return Item(name, question.fact.kind, tuple(questions), tuple(answers), *domain.speaker(draw, tuple(voices)))
+    return Item(name, question.fact.kind, tuple(questions), tuple(answers), *domain.draw_speaker(draw, tuple(voices)))
 
 
 def read_items(group: str, folder: Path = FOLDER) -> list[Item]:
@@ -211,7 +213,7 @@ def write_items(folder: Path) -> None:
         write_text(folder / f"{group}.jsonl", "".join(json.dumps(item.to_json()) + "\n" for item in items))
 
 
-def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[str, list[Path]]]:
+def synthesize_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[str, list[Path]]]:
     """Says items of a set into FOLDER/GROUP; what is there already is not said again.
 
     FOLDER/GROUP.jsonl is a manifest of what is asked (of the sentences: said), with its text.
@@ -229,7 +231,7 @@ def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[st
                 _spoken(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
                 for turn, text in enumerate(texts)
             ]
-            for use, speaker, texts in (("question", asker, item.questions), ("answer", ANSWERS, item.answers))
+            for use, speaker, texts in (("question", asker, item.questions), ("answer", ANSWER_SPEAKER, item.answers))
         }
         spoken.append(paths)
         said = zip(item.questions or item.answers, paths["questions"] or paths["answers"], strict=True)
@@ -240,7 +242,7 @@ def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[st
 
 def _spoken(folder: Path, place: str, utterance: Utterance) -> Path:
     if not (folder / place).exists():
-        say(folder, place, utterance)
+        synthesize(folder, place, utterance)
     return folder / place
 
 

@@ -50,7 +50,7 @@ def grammar() -> str:
     def either(texts: Iterable[str]) -> str:
         return " | ".join(dict.fromkeys(" ".join(normalized_words(text)) for text in texts))
 
-    numbers = domain.NUMBERS[: domain.MOST + 1]
+    numbers = domain.NUMBERS[: domain.MAX_NUMBER + 1]
     rules = {
         "digit": either(numbers[:10]),
         "number": f"<digit> | {either(numbers[10:])}",

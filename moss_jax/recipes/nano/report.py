@@ -28,7 +28,7 @@ from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown_table, write_table
 from moss_jax.recipes.nano.corpus import RecordingConditions
-from moss_jax.recipes.nano.items import FOLDER, SETS, Item, read_items, speak_items
+from moss_jax.recipes.nano.items import FOLDER, SETS, Item, read_items, synthesize_items
 from moss_jax.recipes.nano.judge import NanoJudge
 from moss_jax.text.words import normalized_words
 
@@ -39,10 +39,10 @@ UNTRAINED = 100  # items of that control
 STREAMED = 200  # items that are answered one by one, in one piece and streamed
 SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
 # How else some questions are recorded, and how that is told; they are answered in writing, which no judge has to hear.
-ROOMS = {
-    "quiet": ("15 dB quieter", RecordingConditions(level=-15, above_noise=60)),
-    "noisy": ("in noise, 30 dB below the voice", RecordingConditions(level=0, above_noise=30)),
-    "slow": ("a second before and after", RecordingConditions(level=0, above_noise=40, before=1, after=1)),
+CONDITIONS = {
+    "quiet": ("15 dB quieter", RecordingConditions(level=-15, signal_to_noise=60)),
+    "noisy": ("in noise, 30 dB below the voice", RecordingConditions(level=0, signal_to_noise=30)),
+    "slow": ("a second before and after", RecordingConditions(level=0, signal_to_noise=40, before=1, after=1)),
 }
 IN_ROOMS = 100  # items, spread over the set
 # the sets whose answers go through the codec alone
@@ -103,7 +103,9 @@ class _Work:
         self.items = {group: _spread(read_items(group), limit) for group in SETS if group in sets}
 
     def run(self, replies_only: bool) -> None:
-        self.spoken = {group: speak_items(group, self.folder / "items", items) for group, items in self.items.items()}
+        self.spoken = {
+            group: synthesize_items(group, self.folder / "items", items) for group, items in self.items.items()
+        }
         if not replies_only:
             self._parts()
         for group in self.items:
@@ -114,7 +116,7 @@ class _Work:
             self._untrained()
             self._each("stream", RESYNTHESIS, self._stream, STREAMED)
         if not replies_only and RESYNTHESIS in self.items and "st" in self.ways:
-            for name in ROOMS:
+            for name in CONDITIONS:
                 self._replies(self.model, name, RESYNTHESIS, "st", self._recorded(name))
 
     def _parts(self) -> None:
@@ -137,7 +139,7 @@ class _Work:
 
     def _recorded(self, name: str) -> Pairs:
         """Some questions of the unseen voices, recorded in a room."""
-        _, room = ROOMS[name]
+        _, room = CONDITIONS[name]
         place = self.folder / "items" / f"{RESYNTHESIS}-{name}"
         place.mkdir(parents=True, exist_ok=True)
         recorded = []
@@ -376,7 +378,7 @@ def _rows(found: Mapping, work: _Work) -> Iterator[dict[str, Any]]:
         for way in work.ways:
             if (way, group) in found:
                 yield accuracy_row(f"{TOLD[way[0]]}->{TOLD[way[1]]}, {SETS[group]}", right(way, group))
-    for name, (told, _) in ROOMS.items():
+    for name, (told, _) in CONDITIONS.items():
         if (name, RESYNTHESIS) in found:
             yield accuracy_row(f"S->T, {SETS[RESYNTHESIS]}, {told}", right(name, RESYNTHESIS))
     if ("untrained", RESYNTHESIS) in found:
