@@ -17,7 +17,7 @@ from moss_jax.data.manifest import Manifest
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import corpus, domain
 from moss_jax.recipes.nano.domain import PHRASINGS, RESERVED_PHRASING, RESERVED_VOICES, SOCIAL, VOICES
-from moss_jax.recipes.nano.items import FOLDER, SETS, make_items, read_items, synthesize_items
+from moss_jax.recipes.nano.items import ITEMS_FOLDER, SETS, make_items, read_items, synthesize_items
 from moss_jax.speech_lm.config import NANO
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
@@ -63,7 +63,8 @@ def test_a_reserved_phrasing_has_no_word_of_its_own():
         return {word.strip(".,?").lower() for text in texts for word in text.split()}
 
     for phrasings in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()):
-        others = [p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED_PHRASING]]
+        everything = (*PHRASINGS.values(), *domain.FOLLOW_UPS.values())
+        others = [phrasing for of_kind in everything for phrasing in of_kind[:RESERVED_PHRASING]]
         assert vocabulary([phrasings[RESERVED_PHRASING]]) <= vocabulary(others)
 
 
@@ -71,7 +72,8 @@ def test_phrasings_for_training_alone_join_known_words_anew():
     def vocabulary(texts):
         return {word.strip(".,?").lower() for text in texts for word in text.split()}
 
-    known = vocabulary([p for all_of in (*PHRASINGS.values(), *domain.FOLLOW_UPS.values()) for p in all_of[:RESERVED_PHRASING]])
+    everything = (*PHRASINGS.values(), *domain.FOLLOW_UPS.values())
+    known = vocabulary([phrasing for of_kind in everything for phrasing in of_kind[:RESERVED_PHRASING]])
     assert domain.MORE_PHRASINGS.keys() == PHRASINGS.keys()
     for kind, more in domain.MORE_PHRASINGS.items():
         assert len({*more, *PHRASINGS[kind]}) == len(more) + len(PHRASINGS[kind])
@@ -126,7 +128,7 @@ def test_nothing_that_is_tested_is_trained():
 
 def test_the_items_are_frozen():
     made = make_items()
-    assert made.keys() == SETS.keys() == {path.stem for path in FOLDER.glob("*.jsonl")}
+    assert made.keys() == SETS.keys() == {path.stem for path in ITEMS_FOLDER.glob("*.jsonl")}
     for group in SETS:
         assert read_items(group) == made[group]
     least = {"voices": 400, "phrasings": 200, "both": 100, "seen": 200, "two-turn": 120, "sentences": 200}
@@ -203,7 +205,8 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     for line in (folder / "tokenizer.jsonl").read_text().splitlines():
         entry = json.loads(line)
         wave, rate = load_audio(folder / entry["audio"])
-        assert rate in (16000, 24000) and -2e-3 < len(wave) / rate - entry["words"][-1][2] < corpus.PAUSE_RANGE[1] + 2e-3
+        pause = len(wave) / rate - entry["words"][-1][2]
+        assert rate in (16000, 24000) and -2e-3 < pause < corpus.PAUSE_RANGE[1] + 2e-3
     said_often = Counter(json.loads(line)["text"] for line in (folder / "tts.jsonl").read_text().splitlines())
     few = {*SOCIAL.values(), *(f.answer for f in domain.facts() if f.kind in ("capital", "colour"))}
     assert all(count == (corpus.RARE_ANSWER_REPEATS if text in few else 1) for text, count in said_often.items())

@@ -51,11 +51,11 @@ def test_what_counts_as_the_right_answer():
 
 def test_the_judge_hears_the_answering_voice(judge):
     items = read_items("sentences")[::40] + read_items("voices")[::60]
-    heard = [judge.hear(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
+    heard = [judge.recognize(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
     assert not any(each.refused for each in heard)
     assert sum(each.says(item.answers[0]) for each, item in zip(heard, items, strict=True)) >= len(items) - 1
     wave, rate, _ = speak(items[0].answers[0], *domain.ANSWER_SPEAKER)
-    assert judge.hear(wave, rate) == judge.hear(0.3 * wave, rate) == heard[0]  # whatever was heard before
+    assert judge.recognize(wave, rate) == judge.recognize(0.3 * wave, rate) == heard[0]  # whatever was heard before
 
 
 def test_the_judge_refuses_what_is_no_speech(judge):
@@ -64,11 +64,11 @@ def test_the_judge_refuses_what_is_no_speech(judge):
     noise = draw.standard_normal(2 * 16000).astype(np.float32)
     tone = np.sin(np.arange(2 * 16000) / 20).astype(np.float32)
     for sound in (0.1 * noise, 1e-4 * noise, 0.3 * tone, np.zeros(16000, np.float32), noise[:100]):
-        assert judge.hear(sound, 16000).refused
+        assert judge.recognize(sound, 16000).refused
     # Right words at a pace that nobody speaks at.
-    assert "long" in judge.hear(*speak("Seven plus five is twelve.", "en-us+klatt3", 80, 50)[:2]).refused
-    assert judge.hear(np.concatenate([wave] * 3), rate).refused
-    assert judge.hear(np.pad(wave, 5 * rate), rate) == Recognition("seven plus five is twelve")
+    assert "long" in judge.recognize(*speak("Seven plus five is twelve.", "en-us+klatt3", 80, 50)[:2]).refused
+    assert judge.recognize(np.concatenate([wave] * 3), rate).refused
+    assert judge.recognize(np.pad(wave, 5 * rate), rate) == Recognition("seven plus five is twelve")
     level, spread, begin, end = measure(np.pad(wave, 5 * rate), rate)
     assert (level, spread, begin - 5, end - 5) == pytest.approx(measure(wave, rate), abs=0.03)
 
