@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import SystemFolder
+from moss_jax.checkpoint.system_folder import NANO_FOLDER, SystemFolder
 from moss_jax.cli import main
 from moss_jax.components import check_codes
 from moss_jax.convert import system
@@ -132,12 +132,12 @@ def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched
         system.convert_qwen3(qwen, tmp_path / "two", quiet, 2, mismatched)
 
 
-@pytest.mark.parametrize("room", ["speech_tokenizer", "speech_decoder"])
-def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, room, capsys):
+@pytest.mark.parametrize("component", ["speech_tokenizer", "speech_decoder"])
+def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, component, capsys):
     folder = shutil.copytree(other, tmp_path / "half")
-    shutil.rmtree(folder / room)
+    shutil.rmtree(folder / component)
     assert main(["convert", "--from-qwen3", str(qwen), "--codec", str(folder), "-o", str(tmp_path / "out")]) == 2
-    assert f"has no {room}/config.json" in capsys.readouterr().err
+    assert f"has no {component}/config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -205,15 +205,15 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
         system.export_released(mismatched, tmp_path / "out", quiet)
 
 
-@pytest.mark.parametrize("room", ["transformer", "speech_tokenizer", "speech_decoder"])
-def test_every_pair_of_components_is_compared(random, tmp_path, room):
+@pytest.mark.parametrize("component", ["transformer", "speech_tokenizer", "speech_decoder"])
+def test_every_pair_of_components_is_compared(random, tmp_path, component):
     folder = shutil.copytree(random, tmp_path / "system")
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
     config = write_config(SYSTEM_SIZES["tiny"].decoder)
-    if room != "speech_decoder":
+    if component != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
         (folder / "speech_decoder" / "config.json").write_text(json.dumps(config))
-        shutil.rmtree(folder / ("speech_tokenizer" if room == "transformer" else "transformer"))
+        shutil.rmtree(folder / ("speech_tokenizer" if component == "transformer" else "transformer"))
     else:
         path = folder / "speech_tokenizer" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_vocab_size": OTHER}))
@@ -231,6 +231,5 @@ def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
     check_codes(SystemFolder(Path(NANO_FOLDER)))
