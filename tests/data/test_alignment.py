@@ -42,7 +42,7 @@ def test_the_path_is_the_best_of_all(frames, tokens, seed, blank):
 
 
 def test_nothing_to_align():
-    with pytest.raises(MossError, match="nothing to align"):
+    with pytest.raises(MossError, match="no token to align"):
         forced_alignment(np.zeros((4, 3)), [], 0)
 
 

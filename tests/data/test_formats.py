@@ -195,5 +195,5 @@ def test_examples_are_checked():
     grid, weights = formats.text([1, 2], TINY)
     with pytest.raises(MossError, match="its first row has a loss weight"):
         Example(grid, np.ones_like(weights)).check()
-    with pytest.raises(MossError, match=r"expected int32 and float32 \[N, 2\]"):
+    with pytest.raises(MossError, match=r"expected int32 and float32 \[T, 2\]"):
         Example(grid.astype(np.int64), weights).check()

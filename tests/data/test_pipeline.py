@@ -289,7 +289,7 @@ def test_bad_mixtures(two_sources, tmp_path):
     for sources, message in (
         ((), "no source"),
         ((("a", folder, 0.0),), "weight 0.0, expected a number > 0"),
-        ((("a", folder, 1.0), ("a", folder, 1.0)), "expected each once"),
+        ((("a", folder, 1.0), ("a", folder, 1.0)), "expected different names"),
     ):
         with pytest.raises(MossError, match=message):
             Mixture(sources)

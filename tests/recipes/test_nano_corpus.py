@@ -163,7 +163,7 @@ def test_the_text_tokenizer_has_every_word():
 
 
 def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 12)
+    monkeypatch.setattr(corpus, "UTTERANCES_PER_CHUNK", 12)
     said = []
     monkeypatch.setattr(corpus, "ProcessPoolExecutor", Here)
 
@@ -182,7 +182,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     with pytest.raises(KeyboardInterrupt):
         corpus.make_nano_corpus(folder, 0.001)
     assert not folder.exists()
-    with pytest.raises(MossError, match="of another seed or scale"):
+    with pytest.raises(MossError, match="made with another seed or scale"):
         corpus.make_nano_corpus(folder, 0.001, seed=1)
     assert main(["corpus", str(folder), "--nano", "--scale", "0.001"]) == 0
     assert len(said) - 30 == len(plan.utterances) - 24 and not part.exists()  # two chunks of twelve were whole
@@ -302,7 +302,7 @@ def test_items_are_said_once(tmp_path):
 
 def test_manifests_with_codes(tmp_path, capsys):
     """Each recording is encoded once, as it would be alone, and not again."""
-    init_random(tmp_path / "tiny", "tiny", synthesize=lambda line: None)
+    init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
     (tmp_path / "corpus").mkdir()
     for name in ("a", "b"):
         save_audio(tmp_path / "corpus" / f"{name}.wav", *speak(f"What is {name}?")[:2])

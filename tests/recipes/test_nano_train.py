@@ -57,9 +57,9 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1
     config.write_text(json.dumps(values))
-    with pytest.raises(MossError, match="its flow knows 255 codes, the language model 256"):
+    with pytest.raises(MossError, match="its flow has 255 codes, the language model 256"):
         make_system(tmp_path / "other", **parts)
-    with pytest.raises(MossError, match="has no speech_tokenizer"):
+    with pytest.raises(MossError, match="has no folder speech_tokenizer"):
         make_base(tmp_path / "another", tmp_path / "text_tokenizer.json", tmp_path)
     assert not (tmp_path / "other").exists() and not (tmp_path / "another").exists()
 
