@@ -15,6 +15,7 @@ from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, plan_corpus, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_lm.config import NANO
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.run import Run
@@ -52,7 +53,7 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
-    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
+    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").config(SPEECH_LM)
     config = tmp_path / "tiny" / "speech_decoder" / "config.json"
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1
