@@ -1,8 +1,8 @@
-"""Nano's speech tokenizer: 1.1 million parameters, 256 codes, learnt from the recognition of words.
+"""Nano's speech tokenizer: 1.1 million parameters, 256 codes, trained by word recognition.
 
   moss-jax train --config moss_jax/recipes/nano/configs/speech_tokenizer.py
 
-About 22 minutes on two cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
+About 22 minutes on two cores. The word error rate on held-out clips is in evaluations.jsonl; the export is
 nano/runs/speech_tokenizer/exports/STEP/speech_tokenizer.
 """
 

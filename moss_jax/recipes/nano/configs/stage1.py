@@ -1,8 +1,8 @@
-"""Nano's stage 1: the text model split in two branches; it is frozen, what is new for speech learns.
+"""Nano's stage 1: the text model is split into two branches and frozen; the new parameters for speech are trained.
 
 moss-jax train --config moss_jax/recipes/nano/configs/stage1.py
 
-About 4 minutes on two cores. The held-out loss of text stays what it was to the last digit.
+About 4 minutes on two cores. The held-out loss of text does not change at all.
 """
 
 from moss_jax.data import Mixture

@@ -1,8 +1,9 @@
-"""Nano's vocoder: mel -> speech, from the recordings of `moss_jax/recipes/nano/configs/flow.py`.
+"""Nano's vocoder: mel -> waveform, trained on the same recordings as `moss_jax/recipes/nano/configs/flow.py`.
 
   moss-jax train --config moss_jax/recipes/nano/configs/vocoder.py
 
-After the flow, whose export gets this one's weights. About 11 minutes on two cores, without discriminators.
+Runs after the flow; its export is the flow's with the weights of this vocoder. About 11 minutes on two cores, without
+discriminators.
 """
 
 from moss_jax.data import Mixture
