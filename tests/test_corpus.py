@@ -1,4 +1,4 @@
-"""The corpus of spoken facts: what is said is what is written, and words lie where the sound says so."""
+"""The corpus of spoken facts: recordings match their texts, and word times match the recordings."""
 
 import json
 from itertools import pairwise

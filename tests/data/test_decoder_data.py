@@ -1,4 +1,4 @@
-"""`moss-jax tokenize --format decoder`: what it writes, going on after an end, the order of batches, bad input."""
+"""`moss-jax tokenize --format decoder`: the data set, resuming, the order of batches, bad input."""
 
 import json
 import pickle
@@ -61,7 +61,7 @@ def config(system):
     return SystemFolder(system).config(SPEECH_DECODER)
 
 
-def test_what_is_written(data, corpus, system, config):
+def test_the_data_set(data, corpus, system, config):
     found = DecoderDataset(data, config, codes=True)
     assert len(found) == 4 and len(list(data.glob("shard-*"))) == 3 and not data.with_name("data.part").exists()
     tokenizer = SpeechTokenizer.load(system / "speech_tokenizer")
@@ -86,7 +86,7 @@ def test_what_is_written(data, corpus, system, config):
     np.testing.assert_allclose(found.about["mel_deviation"], mels.std(), rtol=1e-4)
 
 
-def test_frames_of_f0_stand_where_those_of_the_mel_do():
+def test_frames_of_f0_have_the_times_of_mel_frames():
     """A tone that stops at sample 9600: the last whole frame with it is centred before that."""
     time = np.arange(14400) / 24000
     wave = np.where(time < 0.4, 0.3 * np.sin(2 * np.pi * 200 * time), 0).astype(np.float32)
@@ -94,7 +94,7 @@ def test_frames_of_f0_stand_where_those_of_the_mel_do():
     assert len(f0) == 30 and abs(f0[10] - 200) < 3 and (f0[24:] == 0).all()
 
 
-def test_it_goes_on_where_it_was(system, corpus, data, monkeypatch, capsys):
+def test_an_interrupted_build_is_resumed(system, corpus, data, monkeypatch, capsys):
     out = corpus / "again"
     calls = []
     request = DecoderDataRequest(corpus / "voice.jsonl", system, out, 2)
@@ -167,13 +167,13 @@ def test_without_a_speech_tokenizer_it_serves_the_vocoder(system, corpus, config
         FlowRows(tmp_path / "data", config, 0, 0, codes=8)
 
 
-def test_bad_lines_are_told(system, corpus, tmp_path):
+def test_bad_lines_are_reported(system, corpus, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
     (tmp_path / "bad.jsonl").write_text('{"audio": "bad.wav"}\n{"text": "no sound"}\n{"codes": [1]}\n')
     with pytest.raises(MossError) as error:
         build_decoder_data(DecoderDataRequest(tmp_path / "bad.jsonl", system, tmp_path / "data"))
-    told = str(error.value)
-    assert "line 1:" in told and "lines 2 to 3: has no recording" in told
+    message = str(error.value)
+    assert "line 1:" in message and "lines 2 to 3: has no recording" in message
 
 
 def test_shards_after_one_with_a_bad_line_are_complete(system, corpus, tmp_path):

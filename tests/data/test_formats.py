@@ -77,20 +77,20 @@ def test_asr_and_tts(text_tokenizer):
     user, reply, end = (
         rows_of(text_tokenizer, piece) for piece in ("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n")
     )
-    said = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
+    reply = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
     written = [(i, NONE) for i in text_tokenizer.encode("Hi")]
-    prompt = len(user + said + end + reply)
+    prompt = len(user + reply + end + reply)
     example = maker(text_tokenizer, "asr").example(document, codes)
     same(
         (example.grid, example.loss_weights),
-        user + said + end + reply + written + end,
+        user + reply + end + reply + written + end,
         [O] * prompt + [T] * len(written) + [T] + [O] * (len(end) - 1),
     )
     example = maker(text_tokenizer, "tts").example(document, codes)
     prompt = len(user + written + end + reply)
     same(
         (example.grid, example.loss_weights),
-        user + written + end + reply + said + end,
+        user + written + end + reply + reply + end,
         [O] * prompt + [O, A, A, A, T] + [O] * (len(end) - 1),
     )
 
@@ -117,9 +117,9 @@ def test_a_chat_begins_as_generation_does_and_every_reply_is_scored(text_tokeniz
     first = prompt_grid(turns[:1], "speech", text_tokenizer, TINY)
     fallback = len(prompt_grid(turns, "text", text_tokenizer, TINY)) - len(prompt)
     assert fallback == 0 and first[-1].tolist() == [SOSP, NONE]
-    told = maker(text_tokenizer, "chat", system="X").example(document, codes)
+    message = maker(text_tokenizer, "chat", system="X").example(document, codes)
     expected = prompt_grid([Turn("system", text="X"), *turns], "text", text_tokenizer, TINY)
-    assert (told.grid[: len(expected)] == expected).all()
+    assert (message.grid[: len(expected)] == expected).all()
 
 
 @st.composite
@@ -154,7 +154,7 @@ def test_cuts_lie_on_words_and_lose_nothing(transcript, seed):
         placed += piece.count("w")
         if end < count:
             assert seconds >= 2.9
-            # Longer than 6 s only where no boundary lies between 3 and 6 s.
+            # Longer than 6 s only where there is no boundary between 3 and 6 s.
             near = [m for m in middles if 3.1 <= (m - begin) / 12.5 <= 5.9]
             assert seconds <= 6.1 or not near
         assert len(inside) >= piece.count("w") - 2

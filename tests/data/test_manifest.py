@@ -1,4 +1,4 @@
-"""Manifests: what is good is read, and every bad line is told by its number."""
+"""Manifests: good lines are read, and every bad line is reported by number."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def folder(tmp_path):
     soundfile.write(buffer, np.zeros(1600), 16000, format="FLAC")
     with tarfile.open(tmp_path / "part.tar", "w") as tar:
         entry = tarfile.TarInfo("talks/7.flac")
-        entry.size = buffer.tell()
+        entry.size = len(buffer.getvalue())
         buffer.seek(0)
         tar.addfile(entry, buffer)
     return tmp_path
@@ -100,26 +100,26 @@ BAD = [
 ]
 
 
-def test_all_bad_lines_are_told_at_once(folder):
+def test_all_bad_lines_are_reported_at_once(folder):
     good = {**WORDS, "words": [["x", 0, 1], ["y", 1, 2]], "id": "same"}
     path = write(folder, good, *(line for line, _ in BAD), good)
     with pytest.raises(MossError) as error:
         Manifest(path, "interleaved", code_count=80)
-    first, *told = str(error.value).split("\n")
+    first, *message = str(error.value).split("\n")
     assert first == f"{path}: {len(BAD) + 1} bad lines of {len(BAD) + 2}"
     expected = [*(problem for _, problem in BAD), "the id 'same' is already that of line 1"]
-    assert [line for line in told if not line.startswith("  line ")] == []
-    assert len(told) == len(expected)
-    for number, (line, problem) in enumerate(zip(told, expected, strict=True), 2):
+    assert [line for line in message if not line.startswith("  line ")] == []
+    assert len(message) == len(expected)
+    for number, (line, problem) in enumerate(zip(message, expected, strict=True), 2):
         assert line.startswith(f"  line {number}: ") and problem in line, (line, problem)
 
 
-def test_what_neighbours_have_in_common_is_told_once(folder):
+def test_consecutive_lines_with_one_problem_share_an_entry(folder):
     lines = [{"text": "x"}, {"audio": "a.wav"}, {"text": "x"}, {"text": "x"}, {"text": "x"}, b"{"]
     with pytest.raises(MossError) as error:
         Manifest(write(folder, *lines), "speech")
-    told = [line.split(":")[0] for line in str(error.value).split("\n")[1:]]
-    assert told == ["  line 1", "  lines 3 to 5", "  line 6"] and "5 bad lines of 6" in str(error.value)
+    message = [line.split(":")[0] for line in str(error.value).split("\n")[1:]]
+    assert message == ["  line 1", "  lines 3 to 5", "  line 6"] and "5 bad lines of 6" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,14 @@ def test_nothing_is_dropped_or_doubled(lengths, context, seed):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 80))
 def test_a_block_is_packed_as_plain_best_fit_does_it(sizes, context):
     rows, count = pack_block(np.array(sizes), context)
-    rooms: list[int] = []
+    free_spaces: list[int] = []
     for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = [(room, row) for row, room in enumerate(rooms) if room >= sizes[piece]]
-        row = min(fits)[1] if fits else len(rooms)
-        rooms = rooms if fits else [*rooms, context]
-        rooms[row] -= sizes[piece]
+        fits = [(free_space, row) for row, free_space in enumerate(free_spaces) if free_space >= sizes[piece]]
+        row = min(fits)[1] if fits else len(free_spaces)
+        free_spaces = free_spaces if fits else [*free_spaces, context]
+        free_spaces[row] -= sizes[piece]
         assert rows[piece] == row
-    assert count == len(rooms)
+    assert count == len(free_spaces)
 
 
 @pytest.mark.parametrize("mean", [60, 500, 4000])

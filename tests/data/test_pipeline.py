@@ -148,7 +148,7 @@ def first_steps(mixture):
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), min_size=1, max_size=4))
-def test_a_restored_state_goes_on_exactly(mixture, first_steps, jumps):
+def test_a_restored_state_continues_exactly(mixture, first_steps, jumps):
     opened = batches(mixture)
     for step, more in jumps:
         before = batches(mixture)

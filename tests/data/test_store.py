@@ -1,4 +1,4 @@
-"""Data sets on disk: what is written comes back, and damage is told."""
+"""Data sets on disk: what is written is read again, and damage is reported."""
 
 import json
 import pickle
@@ -65,7 +65,7 @@ def test_damage_is_reported(two_sources, tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cut_shard_is_told_when_it_is_read(two_sources, tmp_path, workers):
+def test_a_truncated_shard_is_reported_when_it_is_read(two_sources, tmp_path, workers):
     folder = tmp_path / "data"
     shutil.copytree(two_sources["short"][0], folder)
     shard = folder / SHARD

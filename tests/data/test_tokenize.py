@@ -1,4 +1,4 @@
-"""`moss-jax tokenize` on a tiny system: the same data set in one go, in pieces, after a kill and on more devices."""
+"""`moss-jax tokenize` on a tiny system: the same data set at once, in shares, after a kill and on several devices."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def corpus(tmp_path_factory):
             }
             if number == 4:
                 entry = tarfile.TarInfo(name)
-                entry.size = buffer.tell()
+                entry.size = len(buffer.getvalue())
                 buffer.seek(0)
                 tar.addfile(entry, buffer)
                 line["shard"] = "part.tar"
@@ -281,11 +281,11 @@ def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corp
     (folder / "speech.jsonl").write_text("\n".join([*lines[:5], json.dumps(late), *lines[6:]]) + "\n")
     out = tmp_path / "data"
     assert main(command(folder, system, out, "--shard-documents", "4")) == 2
-    first, *told = capsys.readouterr().err.splitlines()
+    first, *entries = capsys.readouterr().err.splitlines()
     assert first.endswith("3 bad lines of 10") and not out.exists()
-    assert [line.split(":")[0].strip() for line in told] == ["line 2", "line 6", "line 9"]
-    assert "1.flac: not an audio file" in told[0] and "8.wav: cut short" in told[2]
-    assert "the last one ends at" in told[1]
+    assert [line.split(":")[0].strip() for line in entries] == ["line 2", "line 6", "line 9"]
+    assert "1.flac: not an audio file" in entries[0] and "8.wav: cut short" in entries[2]
+    assert "the last one ends at" in entries[1]
     for name, data in good.items():
         (folder / name).write_bytes(data)
     (folder / "speech.jsonl").write_text("\n".join(lines) + "\n")
@@ -319,7 +319,7 @@ def test_bad_requests(corpus, system, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
-def test_places_that_are_taken(corpus, system, tmp_path, capsys):
+def test_folders_that_exist_already(corpus, system, tmp_path, capsys):
     arguments = command(corpus, system, tmp_path / "data", format="text")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("do not lose")
@@ -344,11 +344,11 @@ def test_shards_with_another_default_system_turn_are_not_mixed(system, tmp_path,
     monkeypatch.setattr("moss_jax.data.tokenize._ExamplesBuild.make_shard", interrupted)
     assert main(line) == 2
     monkeypatch.undo()
-    (begun,) = (tmp_path / "data.part").glob("*.json")
-    about = json.loads(begun.read_text())
+    (settings_file,) = (tmp_path / "data.part").glob("*.json")
+    about = json.loads(settings_file.read_text())
     assert ("default_system" in about["settings"]) is not bool(flags)
     about["settings"].pop("default_system", None)
-    begun.write_text(json.dumps(about))
+    settings_file.write_text(json.dumps(about))
     capsys.readouterr()
     assert main(line) == (0 if flags else 2)
     assert flags or "was started with another model or other settings" in capsys.readouterr().err
@@ -367,8 +367,8 @@ def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
     assert "the language model has 200, the speech tokenizer has 256" in capsys.readouterr().err
 
 
-def test_a_place_without_room(corpus, system, tmp_path):
-    """Nothing appears; with room the same command goes on. A limit on the size of files stands for a full disk."""
+def test_a_full_disk(corpus, system, tmp_path):
+    """No data set appears, and with more space the same command resumes. A limit on file sizes simulates a full disk."""
     (corpus / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(300)))
     arguments = command(corpus, system, tmp_path / "data", format="text", manifest="long.jsonl")
     code = (
@@ -395,12 +395,12 @@ def test_word_times_by_alignment(corpus, system, checkpoint, tmp_path, capsys):
     for number, line in enumerate(lines):
         spoken = examples[number].grid[:, 0] == config.modality_pad_id
         text = read_text_tokenizer(system).decode(examples[number].grid[~spoken, 0])
-        said = [word for word in line["text"].split() if word not in text.split()]
-        assert set(text.split()) <= set(line["text"].split()) and bool(said) == bool(spoken.any())
+        spoken_words = [word for word in line["text"].split() if word not in text.split()]
+        assert set(text.split()) <= set(line["text"].split()) and bool(spoken_words) == bool(spoken.any())
 
 
-def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
-    """Half of the shards have their last names already, and nothing is described."""
+def test_interrupted_while_the_data_set_is_completed(corpus, system, whole, tmp_path):
+    """Half of the shards have their final names already, and there is no description."""
     arguments = command(corpus, system, tmp_path / "data", "--variants", "2", "--shard-documents", "4")
 
     def half_way(folder, shards, known, about):

@@ -1,4 +1,4 @@
-"""Nano's domain: nothing that is kept for tests gets into training, and the corpus is what its plan says."""
+"""Nano's domain: nothing that is held out is trained on, and the corpus has the content of its plan."""
 
 import json
 from collections import Counter
@@ -83,7 +83,7 @@ def test_phrasings_for_training_alone_join_known_words_anew():
     assert {q.text for q in domain.questions() if not q.held_out} < asked
 
 
-def test_second_turns_speak_of_the_answer_before():
+def test_second_turns_refer_to_the_answer_before():
     (seven,) = (f for f in domain.facts() if f.kind == "sum" and f.asked == ("seven", "five"))
     found = {f.text: f.answer for f in domain.follow_ups(seven, reserved=False)}
     assert found["And plus one?"] == "Twelve plus one is thirteen."
@@ -93,7 +93,7 @@ def test_second_turns_speak_of_the_answer_before():
         assert all(f.answer in answers for f in domain.follow_ups(fact, reserved=False))
 
 
-def test_nothing_that_is_kept_is_said_in_training():
+def test_nothing_that_is_held_out_is_spoken_in_training():
     texts = trained_texts()
     voices = {utterance.voice for utterance in PLAN.utterances}
     assert voices == {*VOICES, domain.ANSWER_SPEAKER[0]}
@@ -131,20 +131,20 @@ def test_the_items_are_frozen():
     assert made.keys() == SETS.keys() == {path.stem for path in ITEMS_FOLDER.glob("*.jsonl")}
     for group in SETS:
         assert read_items(group) == made[group]
-    least = {"voices": 400, "phrasings": 200, "both": 100, "seen": 200, "two-turn": 120, "sentences": 200}
-    assert all(len(made[group]) >= count for group, count in least.items())
+    minimum_counts = {"voices": 400, "phrasings": 200, "both": 100, "seen": 200, "two-turn": 120, "sentences": 200}
+    assert all(len(made[group]) >= count for group, count in minimum_counts.items())
     names = [item.name for items in made.values() for item in items]
     assert len(set(names)) == len(names)
     with pytest.raises(MossError, match="items 'x': unknown"):
         read_items("x")
 
 
-def test_rows_of_words_have_every_word_and_no_phrasing():
+def test_word_lists_have_every_word_and_no_phrasing():
     word_lists = [PLAN.utterances[place] for place in PLAN.word_lists]
     assert {row.voice for row in word_lists} == set(VOICES) and all(row.use == "question" for row in word_lists)
-    said = {word.lower() for row in word_lists for word in row.text.strip(".").split()}
+    spoken = {word.lower() for row in word_lists for word in row.text.strip(".").split()}
     asked = {word.strip(",.?").lower() for q in domain.questions() for word in q.text.split()}
-    assert asked <= said
+    assert asked <= spoken
     assert not {row.text for row in word_lists} & {q.text for q in domain.questions()}
 
 
@@ -162,16 +162,16 @@ def test_the_text_tokenizer_has_every_word():
         assert len(ids) == len(text.replace(",", " ,").replace(".", " .").replace("?", " ?").split())
 
 
-def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+def test_an_interrupted_corpus_is_resumed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "UTTERANCES_PER_CHUNK", 12)
-    said = []
-    monkeypatch.setattr(corpus, "ProcessPoolExecutor", Here)
+    spoken = []
+    monkeypatch.setattr(corpus, "ProcessPoolExecutor", InProcessPool)
 
-    def speak_until(text, *draw_speaker):
-        said.append(text)
-        if len(said) == 30:
+    def speak_until(text, *speaker):
+        spoken.append(text)
+        if len(spoken) == 30:
             raise KeyboardInterrupt
-        return speak(text, *draw_speaker)
+        return speak(text, *speaker)
 
     monkeypatch.setattr(corpus, "speak", speak_until)
     plan = corpus.plan_corpus(scale=0.001)
@@ -185,7 +185,7 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
     with pytest.raises(MossError, match="made with another seed or scale"):
         corpus.make_nano_corpus(folder, 0.001, seed=1)
     assert main(["corpus", str(folder), "--nano", "--scale", "0.001"]) == 0
-    assert len(said) - 30 == len(plan.utterances) - 24 and not part.exists()  # two chunks of twelve were whole
+    assert len(spoken) - 30 == len(plan.utterances) - 24 and not part.exists()  # two chunks of twelve were whole
     formats = {
         "tokenizer": "asr",
         "tokenizer-valid": "interleaved",
@@ -207,10 +207,10 @@ def test_a_corpus_is_whole_and_goes_on_where_it_was_stopped(tmp_path, capsys, mo
         wave, rate = load_audio(folder / entry["audio"])
         pause = len(wave) / rate - entry["words"][-1][2]
         assert rate in (16000, 24000) and -2e-3 < pause < corpus.PAUSE_RANGE[1] + 2e-3
-    said_often = Counter(json.loads(line)["text"] for line in (folder / "tts.jsonl").read_text().splitlines())
+    text_counts = Counter(json.loads(line)["text"] for line in (folder / "tts.jsonl").read_text().splitlines())
     few = {*SOCIAL.values(), *(f.answer for f in domain.facts() if f.kind in ("capital", "colour"))}
-    assert all(count == (corpus.RARE_ANSWER_REPEATS if text in few else 1) for text, count in said_often.items())
-    assert few & said_often.keys()
+    assert all(count == (corpus.RARE_ANSWER_REPEATS if text in few else 1) for text, count in text_counts.items())
+    assert few & text_counts.keys()
     chats = [json.loads(line)["turns"] for line in (folder / "chat.jsonl").read_text().splitlines()]
     assert {tuple("audio" in turn for turn in turns[1:3]) for turns in chats} == set(product((True, False), repeat=2))
     assert {len(turns) for turns in chats} >= {3, 5}
@@ -232,14 +232,18 @@ def test_a_recording_has_its_level_noise_and_pauses():
     assert (
         np.abs(corpus.RecordingConditions(40, 50).record(tone, rate, seed=1)).max() == 1
     )  # clipped, as a recording is
-    rooms = [PLAN.utterances[dialogue.utterance].conditions for dialogue in PLAN.one_turn]
-    assert 0.45 < sum(conditions is not None for conditions in rooms) / len(rooms) < 0.55
+    conditions_of_questions = [PLAN.utterances[dialogue.utterance].conditions for dialogue in PLAN.one_turn]
+    assert (
+        0.45
+        < sum(conditions is not None for conditions in conditions_of_questions) / len(conditions_of_questions)
+        < 0.55
+    )
     assert all(PLAN.utterances[place].conditions is None for place in (*PLAN.answers.values(), *PLAN.extras))
 
 
 @pytest.mark.slow
 def test_conversations_change_their_subject_and_fit_the_model(tmp_path):
-    """Every answer in a conversation is right, at the place where it stands."""
+    """Every answer in a conversation is right where it is given."""
     corpus.make_nano_corpus(tmp_path / "corpus", 0.006)
     lines = {
         json.loads(line)["audio"]: json.loads(line)
@@ -250,26 +254,28 @@ def test_conversations_change_their_subject_and_fit_the_model(tmp_path):
     long_conversations = [turns[1:] for turns in chats if len(turns) > 3]
     right = {question.text: question.fact for question in domain.trained_questions()}
     changed = longer = 0
-    for talk in long_conversations:
-        told = [turn.get("text") or lines[turn["audio"]]["text"] for turn in talk]
+    for turns_of_talk in long_conversations:
+        texts = [turn.get("text") or lines[turn["audio"]]["text"] for turn in turns_of_talk]
         rows = sum(
             6 + 12.5 * (lines[turn["audio"]]["words"][-1][2] if "audio" in turn else 0.08 * len(text.split()))
-            for turn, text in zip(talk, told, strict=True)
+            for turn, text in zip(turns_of_talk, texts, strict=True)
         )
-        assert [turn["role"] for turn in talk] == ["user", "assistant"] * (len(talk) // 2) and rows < NANO_ROWS
+        assert [turn["role"] for turn in turns_of_talk] == ["user", "assistant"] * (
+            len(turns_of_talk) // 2
+        ) and rows < NANO_ROWS
         fact = None
-        for asked, answer in zip(told[::2], told[1::2], strict=True):
+        for asked, answer in zip(texts[::2], texts[1::2], strict=True):
             if asked in right:
                 changed += fact is not None
                 fact = right[asked]
                 assert answer == fact.answer
             else:
                 assert (asked, answer) in {(f.text, f.answer) for f in domain.follow_ups(fact, reserved=False)}
-        longer += len(talk) > 4
+        longer += len(turns_of_talk) > 4
     assert changed > 5 and longer > 5
 
 
-class Here:
+class InProcessPool:
     """A pool of processes that is this process."""
 
     def __init__(self, processes, context, initializer):
@@ -290,7 +296,7 @@ class Here:
         pass
 
 
-def test_items_are_said_once(tmp_path):
+def test_items_are_synthesised_once(tmp_path):
     items = read_items("two-turn")[:2]
     (first, second) = synthesize_items("two-turn", tmp_path, items)
     assert len(first["questions"]) == len(first["answers"]) == 2
@@ -329,10 +335,10 @@ def test_manifests_with_codes(tmp_path, capsys):
 
 
 def test_bad_requests(tmp_path, capsys):
-    for words, told in (
+    for words, texts in (
         (["--nano", "--scale", "0"], "scale is 0"),
         (["--scale", "2"], "--scale goes with --nano"),
         (["--nano", "--utterances", "3"], "--nano goes without"),
     ):
         assert main(["corpus", str(tmp_path / "x"), *words]) == 2
-        assert told in capsys.readouterr().err
+        assert texts in capsys.readouterr().err

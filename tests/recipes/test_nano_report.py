@@ -1,4 +1,4 @@
-"""The judge hears what is said and nothing else; the report runs on any system and goes on where it was stopped."""
+"""The judge recognises speech and nothing else; the report runs on any system and is resumed after an interruption."""
 
 import json
 import re
@@ -49,16 +49,18 @@ def test_what_counts_as_the_right_answer():
     assert expected_seconds("hello how can i help you") > expected_seconds("grass is green") > 0.5
 
 
-def test_the_judge_hears_the_answering_voice(judge):
+def test_the_judge_recognises_the_answering_voice(judge):
     items = read_items("sentences")[::40] + read_items("voices")[::60]
-    heard = [judge.recognize(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
-    assert not any(each.refused for each in heard)
-    assert sum(each.says(item.answers[0]) for each, item in zip(heard, items, strict=True)) >= len(items) - 1
+    results = [judge.recognize(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
+    assert not any(each.refused for each in results)
+    assert sum(each.says(item.answers[0]) for each, item in zip(results, items, strict=True)) >= len(items) - 1
     wave, rate, _ = speak(items[0].answers[0], *domain.ANSWER_SPEAKER)
-    assert judge.recognize(wave, rate) == judge.recognize(0.3 * wave, rate) == heard[0]  # whatever was heard before
+    assert (
+        judge.recognize(wave, rate) == judge.recognize(0.3 * wave, rate) == results[0]
+    )  # independent of earlier calls
 
 
-def test_the_judge_refuses_what_is_no_speech(judge):
+def test_the_judge_refuses_sound_without_speech(judge):
     draw = np.random.default_rng(0)
     wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWER_SPEAKER)
     noise = draw.standard_normal(2 * 16000).astype(np.float32)
@@ -73,7 +75,7 @@ def test_the_judge_refuses_what_is_no_speech(judge):
     assert (level, spread, begin - 5, end - 5) == pytest.approx(measure(wave, rate), abs=0.03)
 
 
-def test_the_judge_says_what_it_lacks(monkeypatch):
+def test_the_judge_needs_pocketsphinx(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
@@ -155,9 +157,9 @@ def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     before = (tmp_path / "out" / "results.jsonl").read_text()
     assert main(words) == 0 and (tmp_path / "out" / "results.jsonl").read_text() == before
     model = EvaluatedModel(tmp_path / "tiny", batch_size=2)
-    told = report.run(model, tmp_path / "few", sets=("voices",), ways=("ss", "tt"), limit=2, replies_only=True)
+    table_text = report.run(model, tmp_path / "few", sets=("voices",), ways=("ss", "tt"), limit=2, replies_only=True)
     lines = (tmp_path / "few" / "results.jsonl").read_text().splitlines()[1:]
-    assert {json.loads(line)["part"] for line in lines} == {"ss", "tt"} and "S->S, unseen voices" in told
+    assert {json.loads(line)["part"] for line in lines} == {"ss", "tt"} and "S->S, unseen voices" in table_text
     capsys.readouterr()
     assert main([*words[:6], "--sets", "nobody"]) == 2
     assert "sets: nobody, expected some of voices" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The nano recipe: sizes, configs that fit together, and a quick run of the whole."""
+"""The nano recipe: sizes, configs that fit together, and a quick run of all steps."""
 
 import json
 from itertools import pairwise
@@ -65,7 +65,7 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     assert not (tmp_path / "other").exists() and not (tmp_path / "another").exists()
 
 
-def test_arms_make_as_many_updates():
+def test_all_arms_make_the_same_number_of_updates():
     for seed in (0, 2):
         runs = {arm: ablation.runs_of(arm, seed, 1 / 3) for arm in ablation.ARMS}
         assert [[run.stage.name for run in own] for own in runs.values()] == [
@@ -109,8 +109,8 @@ def test_the_whole_recipe_quickly(tmp_path, monkeypatch, capsys):
     """From nothing to a system that can be asked; and nothing is made twice."""
     monkeypatch.chdir(tmp_path)
     assert main(["train-nano", "--quick", "--no-report"]) == 0
-    told = capsys.readouterr().err
-    assert "[11/11] system: done in" in told
+    output = capsys.readouterr().err
+    assert "[11/11] system: done in" in output
     assert main(["chat", "--model", "nano/system", "--text", "Hello.", "-o", "answer.wav"]) == 0
     assert (tmp_path / "answer.wav").stat().st_size > 0
     capsys.readouterr()

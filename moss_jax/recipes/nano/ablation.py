@@ -96,7 +96,7 @@ def text_kept(folder: Path, limit: int | None = None) -> tuple[int, int]:
     rows = [text_rows(encode(f"{item.questions[0]} {item.answers[0]}"), config) for item in items]
     size = padded_length(max(map(len, rows)))
     right = 0
-    predict = jax.jit(partial(_most_likely_ids, config=config))
+    predict = jax.jit(partial(_greedy_ids, config=config))
     for first in range(0, len(rows), model.scorer.batch_size):
         batch = rows[first : first + model.scorer.batch_size]
         predictions = np.asarray(model.scorer.apply(predict, batch, size))
@@ -105,7 +105,7 @@ def text_kept(folder: Path, limit: int | None = None) -> tuple[int, int]:
     return right, len(rows)
 
 
-def _most_likely_ids(params: Any, grid: jax.Array, *, config: SpeechLMConfig) -> jax.Array:
+def _greedy_ids(params: Any, grid: jax.Array, *, config: SpeechLMConfig) -> jax.Array:
     """The most likely next text id of each row: grid int32 [B, T, 2] -> int32 [B, T]."""
     positions = jnp.broadcast_to(jnp.arange(grid.shape[1]), grid.shape[:2])
     return LayerSplitModel(config).apply({"params": params}, grid, positions)[0].argmax(-1)
