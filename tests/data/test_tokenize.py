@@ -368,7 +368,7 @@ def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
 
 
 def test_a_full_disk(corpus, system, tmp_path):
-    """No data set appears, and with more space the same command resumes. A limit on file sizes simulates a full disk."""
+    """No data set appears; with more space the same command resumes. A limit on file sizes simulates a full disk."""
     (corpus / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(300)))
     arguments = command(corpus, system, tmp_path / "data", format="text", manifest="long.jsonl")
     code = (

@@ -26,7 +26,7 @@ NAMES = ("corpus", "text", "split", "system")
 
 
 class RecipeRun:
-    """A recipe whose steps write a file each; `trouble` says what happens to a step the next time it is made."""
+    """A recipe whose steps write a file each; `failure` has what happens to a step the next time it runs."""
 
     def __init__(self, folder):
         self.folder = folder
