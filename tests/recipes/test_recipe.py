@@ -195,7 +195,7 @@ def test_a_background_step_that_stops_stops_the_recipe(tmp_path, code):
     assert recipe.run() == 0 and set(recipe.made) >= {"flow", "vocoder", "system"} and "corpus" not in recipe.made
 
 
-@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), MossError("no"), 75])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MossError("no"), 75])
 def test_background_steps_are_stopped_when_the_recipe_ends(tmp_path, failure):
     recipe = BackgroundSteps(tmp_path / "nano", flow=(time.sleep, 60))
     recipe.failure = {"split": failure}
