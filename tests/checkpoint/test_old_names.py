@@ -12,9 +12,9 @@ from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
+from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER as TOKENIZER
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.flow.model import flow_shapes
-from moss_jax.speech_tokenizer.config import NANO as TOKENIZER
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
 

@@ -18,11 +18,11 @@ from moss_jax.errors import MossError
 from moss_jax.recipes.nano import corpus, domain
 from moss_jax.recipes.nano.domain import PHRASINGS, RESERVED_PHRASING, RESERVED_VOICES, SOCIAL, VOICES
 from moss_jax.recipes.nano.items import ITEMS_FOLDER, SETS, make_items, read_items, synthesize_items
-from moss_jax.speech_lm.config import NANO
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 
-NANO_ROWS = NANO.max_position_embeddings - 25  # the system turn has the rest
+NANO_ROWS = LANGUAGE_MODEL.max_position_embeddings - 25  # the system turn has the rest
 PLAN = corpus.plan_corpus()
 
 

@@ -13,10 +13,10 @@ from moss_jax.convert.random_system import SYSTEM_SIZES, init_random
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, plan_corpus, text_tokenizer
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.component import SPEECH_LM
-from moss_jax.speech_lm.config import NANO
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.run import Run
 
@@ -25,9 +25,9 @@ LANGUAGE = ("text", "stage1", "stage2", "sft")
 
 
 def test_size_and_ids():
-    size = sum(int(np.prod(leaf.shape)) for leaf in model_shapes(NANO).values())
+    size = sum(int(np.prod(leaf.shape)) for leaf in model_shapes(LANGUAGE_MODEL).values())
     assert 2.5e6 < size < 4e6
-    assert {name: getattr(NANO, name) for name in TEXT_IDS} == TEXT_IDS
+    assert {name: getattr(LANGUAGE_MODEL, name) for name in TEXT_IDS} == TEXT_IDS
 
 
 def test_each_run_begins_where_another_ended():
@@ -49,7 +49,9 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
     (tmp_path / "text_tokenizer.json").write_text(text_tokenizer(plan_corpus(scale=0.001)))
     make_base(tmp_path / "base", tmp_path / "text_tokenizer.json", tmp_path / "tiny")
-    assert TextTokenizer.from_file(SystemFolder(tmp_path / "base").text_tokenizer_path, NANO).decode([*range(65, 68)])
+    assert TextTokenizer.from_file(SystemFolder(tmp_path / "base").text_tokenizer_path, LANGUAGE_MODEL).decode(
+        [*range(65, 68)]
+    )
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
@@ -74,7 +76,11 @@ def test_all_arms_make_the_same_number_of_updates():
             ["stage2", "stage2", "sft"],
         ]
         assert len({tuple((run.steps, run.data) for run in own) for own in runs.values()}) == 1
-        assert [own[0].split for own in runs.values()] == [NANO.num_modality_layers, NANO.num_modality_layers, 0]
+        assert [own[0].split for own in runs.values()] == [
+            LANGUAGE_MODEL.num_modality_layers,
+            LANGUAGE_MODEL.num_modality_layers,
+            0,
+        ]
         assert {own[0].init for own in runs.values()} == {"nano/qwen3"}
         assert all(b.init == a.folder for own in runs.values() for a, b in pairwise(own))
         everything = [run for own in runs.values() for run in own]

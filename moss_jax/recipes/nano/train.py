@@ -30,10 +30,11 @@ from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
 from moss_jax.progress import Progress, Say
 from moss_jax.recipes.background import StartProcess, background_process
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
 from moss_jax.recipes.recipe import RecipeStep, run_recipe
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_lm.component import SPEECH_LM
-from moss_jax.speech_lm.config import NANO, SpeechLMConfig
+from moss_jax.speech_lm.config import SpeechLMConfig
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.loop import train
@@ -248,7 +249,9 @@ def scaled(run: BaseRun, share: float) -> BaseRun:
     )
 
 
-def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: SpeechLMConfig = NANO) -> None:
+def make_base(
+    folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config: SpeechLMConfig = LANGUAGE_MODEL
+) -> None:
     """Writes a system with both tokenizers and the language model's config, which is enough to make examples.
 
     Args:

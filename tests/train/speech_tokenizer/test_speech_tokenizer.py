@@ -268,11 +268,11 @@ def test_bad_input_is_one_line(whole, settings, says):
 
 
 def test_nano_has_its_size():
-    from moss_jax.speech_tokenizer.config import NANO
+    from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER
     from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
-    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(NANO).values()) < 1.5e6
-    assert NANO.code_rate == 12.5
+    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(SPEECH_TOKENIZER).values()) < 1.5e6
+    assert SPEECH_TOKENIZER.code_rate == 12.5
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ SYSTEM is the export of the speech tokenizer's run. About 8 minutes on two cores
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_decoder.config import NANO
+from moss_jax.recipes.nano.sizes import SPEECH_DECODER
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.run import FlowRun
@@ -17,7 +17,7 @@ STEPS = 2000
 RUN = FlowRun(
     name="nano-flow",
     folder="nano/runs/flow",
-    model=NANO,
+    model=SPEECH_DECODER,
     system="nano/runs/speech_tokenizer",
     # A single voice needs neither prompt nor guidance. In such a short training the encoder needs a loss of its own.
     objective=FlowObjective(drop=0.0, prompt=0.0, chunks=(0, 5), prior=1.0),

@@ -8,7 +8,7 @@ on two cores.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_lm.config import NANO
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.stages import Stage
@@ -18,7 +18,7 @@ RUN = Run(
     name="nano-text",
     folder="nano/runs/text",
     init="random",
-    model=NANO,
+    model=LANGUAGE_MODEL,
     system="nano/base",
     stage=Stage("text", ("shared/*", "text/*"), audio_weight=0.0),
     optimizer=OptimizerConfig(

@@ -7,7 +7,7 @@ discriminators.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_decoder.config import NANO
+from moss_jax.recipes.nano.sizes import SPEECH_DECODER
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_decoder.run import VocoderRun
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective
@@ -16,7 +16,7 @@ STEPS = 4000
 RUN = VocoderRun(
     name="nano-vocoder",
     folder="nano/runs/vocoder",
-    model=NANO,
+    model=SPEECH_DECODER,
     system="nano/runs/flow",
     objective=VocoderObjective(mel=15.0, stft=10.0, f0=0.05, true_f0=0.5),
     optimizer=OptimizerConfig(
