@@ -30,9 +30,9 @@ ALLOWED = {
     "compile_cache": set(),
     "progress": set(),
     "audio": {"errors", "files"},
-    "nn": {"errors", "documents"},
+    "nn": {"errors", "documents", "sharding"},
     "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
-    "sharding": {"errors", "nn"},
+    "sharding": {"errors"},
     "text": {"errors", "documents", "files"},
     **{model: GROUND for model in sorted(MODELS)},
     "components": GROUND | MODELS,
@@ -87,7 +87,8 @@ OWN_JSON = {
     "data/build.py",
     "text/byte_level.py",
     "recipes/nano/ablation.py",
-    "compile/serving.py",
+    "compile/process.py",
+    "compile/measure.py",
 }
 
 
