@@ -11,6 +11,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOSS_JAX_CACHE") or DEFAULT_CACHE).expanduser()
 
 
+def compiled_folder() -> str | None:
+    """The folder in which JAX stores compiled programs; None: it stores none."""
+    import jax
+
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # options of jax.config have no types
+
+
 def enable_compile_cache() -> None:
     """Stores compiled programs in the cache folder, so that the next process does not compile them again.
 
@@ -18,5 +25,5 @@ def enable_compile_cache() -> None:
     """
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not compiled_folder():
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -93,8 +93,8 @@ def align_words(
         delimiter: the token between words, used if it is in `ids`.
         seconds: of a frame.
     """
-    tokens = []
-    owners = []
+    tokens: list[int] = []
+    owners: list[int] = []  # the word of each token, -1 for delimiters
     for owner, word in enumerate(words):
         spelled = [ids[form] for letter in word if (form := _known_form(letter, ids)) is not None]
         if spelled and tokens and delimiter in ids:
@@ -111,11 +111,11 @@ def align_words(
     times: dict[int, list[float]] = {}
     for owner, begin, stop in zip(owners, start * seconds, end * seconds, strict=True):
         times.setdefault(owner, [float(begin), 0.0])[1] = float(stop)
-    aligned = []
-    last = 0.0
+    aligned: list[Word] = []
     for owner, word in enumerate(words):
-        begin, last = times.get(owner, (last, last))
-        aligned.append(Word(word, begin, last))
+        previous_end = aligned[-1].end if aligned else 0.0
+        start_time, end_time = times.get(owner, (previous_end, previous_end))
+        aligned.append(Word(word, start_time, end_time))
     return aligned
 
 

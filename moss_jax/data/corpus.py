@@ -201,11 +201,11 @@ def _pairs(
     for i, question in enumerate(questions):
         fact = facts_by_word[question["answers"][0]]
         wrong = draw.choice([other for other in known if other.kind == fact.kind and other.answer != fact.answer])
-        endings = [fact.answer, wrong.answer]
+        endings: list[str | dict[str, str]] = [fact.answer, wrong.answer]
         if question["group"] == "spoken":
             endings = [
                 {"audio": _synthesize(part, f"eval-{i:05d}-{name}", text, ANSWER_SPEAKER)["audio"]}
-                for name, text in zip(("right", "wrong"), endings, strict=True)
+                for name, text in (("right", fact.answer), ("wrong", wrong.answer))
             ]
         answer = draw.randrange(2)
         yield {

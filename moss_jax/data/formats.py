@@ -22,6 +22,9 @@ from moss_jax.text.tokenizer import SPECIAL_STRINGS, TextTokenizer
 PIECE_SECONDS = (3.0, 6.0)  # the shortest and longest piece of an interleaved document
 CUT_SHARE = (0.25, 0.75)  # range of the share of a continued document that is the prompt
 
+Codes = Sequence[np.ndarray | None]  # of each turn of a document, or of its recording; None: a written turn
+Rows = tuple[np.ndarray, np.ndarray]  # grid int32 [T, 2] and loss weights float32 [T, 2]
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -67,34 +70,32 @@ def target_weights(grid: np.ndarray, config: SpeechLMConfig, begin: int = 1) -> 
     return weights
 
 
-def text(ids: Sequence[int], config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
+def text(ids: Sequence[int], config: SpeechLMConfig) -> Rows:
     """A written document: its ids, endoftext."""
     return _all_scored([text_rows(ids, config)], config)
 
 
-def speech(codes: np.ndarray, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
+def speech(codes: np.ndarray, config: SpeechLMConfig) -> Rows:
     """A spoken document: sosp, codes, eosp, endoftext."""
     return _all_scored([speech_rows(codes, config)], config)
 
 
-def interleaved(
-    pieces: Sequence[Sequence[int] | np.ndarray], config: SpeechLMConfig, spoken_first: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: SpeechLMConfig, spoken_first: bool) -> Rows:
     """Pieces of one document in order, codes and text ids in turn; endoftext."""
     rows = [
-        speech_rows(piece, config) if (place % 2 == 0) == spoken_first else text_rows(piece, config)
+        speech_rows(piece, config) if (place % 2 == 0) == spoken_first else text_rows(list(piece), config)
         for place, piece in enumerate(pieces)
     ]
     return _all_scored(rows, config)
 
 
-def continuation(codes: np.ndarray, cut: int, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
+def continuation(codes: np.ndarray, cut: int, config: SpeechLMConfig) -> Rows:
     """A spoken document whose first `cut` codes are the prompt; the other codes, eosp and endoftext are scored."""
     grid, _ = speech(codes, config)
     return grid, target_weights(grid, config, 1 + cut)
 
 
-def chat(turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
+def chat(turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: SpeechLMConfig) -> Rows:
     """A conversation in which the assistant's replies and the im_end after each are scored.
 
     Nothing else is: neither the sosp that opens a spoken reply (at inference it is in the prompt), nor the line break
@@ -115,7 +116,7 @@ def chat(turns: Sequence[Turn], text_tokenizer: TextTokenizer, config: SpeechLMC
     return grid, target_weights(grid, config) * np.concatenate(scored)[:, None].astype(np.float32)
 
 
-def _all_scored(rows: list[np.ndarray], config: SpeechLMConfig) -> tuple[np.ndarray, np.ndarray]:
+def _all_scored(rows: list[np.ndarray], config: SpeechLMConfig) -> Rows:
     grid = np.concatenate([*rows, text_rows([config.endoftext_id], config)])
     return grid, target_weights(grid, config)
 
@@ -141,7 +142,7 @@ class ExampleBuilder:
     seed: int = 0
     system: str | None = None
 
-    def example(self, document: Document, codes: Sequence[np.ndarray | None], variant: int = 0) -> Example:
+    def example(self, document: Document, codes: Codes, variant: int = 0) -> Example:
         """One variant of a document.
 
         Args:
@@ -158,39 +159,42 @@ class ExampleBuilder:
         digest = hashlib.blake2b(f"{self.seed}/{variant}/{document.name}".encode(), digest_size=16).digest()
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
-    def _text(self, document, codes, random):
-        return text(self.text_tokenizer.encode(document.text), self.config)
+    def _text(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        return text(self._encode(document.text), self.config)
 
-    def _speech(self, document, codes, random):
-        return speech(codes[0], self.config)
+    def _speech(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        return speech(_only(codes), self.config)
 
-    def _interleaved(self, document, codes, random):
-        pieces = cut_interleaved(document.text, document.words, len(codes[0]), self.code_rate, random)
+    def _interleaved(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        assert document.text is not None and document.words is not None  # the manifest was checked for them
+        recording = _only(codes)
+        pieces = cut_interleaved(document.text, document.words, len(recording), self.code_rate, random)
         spoken_first = bool(random.integers(2))
         contents = [
-            codes[0][begin:end] if (place % 2 == 0) == spoken_first else self.text_tokenizer.encode(words)
+            recording[begin:end] if (place % 2 == 0) == spoken_first else self._encode(words)
             for place, (words, begin, end) in enumerate(pieces)
         ]
         return interleaved(contents, self.config, spoken_first)
 
-    def _continuation(self, document, codes, random):
-        count = len(codes[0])
+    def _continuation(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        recording = _only(codes)
+        count = len(recording)
         if count < 2:
             raise MossError(f"its recording has {count} codes, expected at least 2, to cut it in two")
         cut = int(np.clip(round(count * random.uniform(*CUT_SHARE)), 1, count - 1))
-        return continuation(codes[0], cut, self.config)
+        return continuation(recording, cut, self.config)
 
-    def _asr(self, document, codes, random):
-        return self._pair(Turn("user", codes=codes[0]), Turn("assistant", text=document.text))
+    def _asr(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        return self._pair(Turn("user", codes=_only(codes)), Turn("assistant", text=document.text))
 
-    def _tts(self, document, codes, random):
-        return self._pair(Turn("user", text=document.text), Turn("assistant", codes=codes[0]))
+    def _tts(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
+        return self._pair(Turn("user", text=document.text), Turn("assistant", codes=_only(codes)))
 
-    def _pair(self, *turns: Turn):
+    def _pair(self, *turns: Turn) -> Rows:
         system = [Turn("system", text=self.system)] if self.system else []
-        return chat([*system, *turns], self.text_tokenizer, self.config)
+        return self._conversation([*system, *turns])
 
-    def _chat(self, document, codes, random):
+    def _chat(self, document: Document, codes: Codes, random: np.random.Generator) -> Rows:
         turns = [
             turn if turn_codes is None else Turn(turn.role, codes=turn_codes)
             for turn, turn_codes in zip(document.turns, codes, strict=True)
@@ -199,12 +203,33 @@ class ExampleBuilder:
             turns.insert(0, Turn("system", text=self.system))
         spoken = next(turn for turn in reversed(turns) if turn.role == "assistant").codes is not None
         turns = with_default_system(turns, "speech" if spoken else "text")
+        return self._conversation(turns)
+
+    def _conversation(self, turns: Sequence[Turn]) -> Rows:
+        assert self.text_tokenizer is not None, f"the format {self.format} needs a text tokenizer"
         return chat(turns, self.text_tokenizer, self.config)
 
+    def _encode(self, text: str | None) -> list[int]:
+        assert text is not None  # the manifest was checked for it
+        assert self.text_tokenizer is not None, f"the format {self.format} needs a text tokenizer"
+        return self.text_tokenizer.encode(text)
 
-_FORMATS: dict[str, Callable] = {
-    name: getattr(ExampleBuilder, f"_{name}")
-    for name in ("text", "speech", "interleaved", "continuation", "asr", "tts", "chat")
+
+def _only(codes: Codes) -> np.ndarray:
+    """The codes of a document with one recording."""
+    recording = codes[0]
+    assert recording is not None
+    return recording
+
+
+_FORMATS: dict[str, Callable[[ExampleBuilder, Document, Codes, np.random.Generator], Rows]] = {
+    "text": ExampleBuilder._text,
+    "speech": ExampleBuilder._speech,
+    "interleaved": ExampleBuilder._interleaved,
+    "continuation": ExampleBuilder._continuation,
+    "asr": ExampleBuilder._asr,
+    "tts": ExampleBuilder._tts,
+    "chat": ExampleBuilder._chat,
 }
 
 

@@ -206,7 +206,8 @@ class Manifest:
                 text = _text(entry)
                 if (sound is None) == (text is None):
                     raise MossError("has neither or both of text and speech (audio or codes), expected one of them")
-                turns.append(Turn(entry.get("role"), text=text or ""))  # which checks the role
+                role: Any = entry.get("role")
+                turns.append(Turn(role, text=text or ""))  # which checks the role
                 sounds.append(sound)
             except MossError as error:
                 raise MossError(f"turns[{place}]: {error}") from error

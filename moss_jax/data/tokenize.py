@@ -318,7 +318,7 @@ class _ExamplesBuild(DatasetBuild):
 
 def _write_journal(folder: Path, encoded: dict[str, _EncodedDocument]) -> None:
     """Writes a file FOLDER/DIGEST.npz of codes and aligned words; DIGEST is that of the first document in it."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     index = []
     for digest, document in encoded.items():
         has_codes = [codes is not None for codes in document.codes]

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import jax
 
+from moss_jax.compile_cache import compiled_folder
 from moss_jax.errors import MossError
 from moss_jax.progress import Say
 from moss_jax.train.host_memory import keep_freed_memory
@@ -133,7 +134,7 @@ def background_process(function: StepFunction, name: str) -> StartProcess | None
         return None
 
     def start() -> BaseProcess:
-        arguments = (function, name, cores, jax.config.jax_compilation_cache_dir)
+        arguments = (function, name, cores, compiled_folder())
         process = multiprocessing.get_context("spawn").Process(target=_process_main, args=arguments, daemon=True)
         process.start()
         return process

@@ -66,8 +66,8 @@ def runs_of(arm: str, seed: int, share: float, configs: Path = CONFIGS) -> list[
         stage1 = dataclasses.replace(stage1, split=0)
     runs = []
     before = stage1.init
-    for name, run in (("stage1", stage1), ("stage2", stage2), ("sft", sft)):
-        run = scaled(run, share)
+    for name, whole_run in (("stage1", stage1), ("stage2", stage2), ("sft", sft)):
+        run = scaled(whole_run, share)
         assert isinstance(run, Run)
         folder = str(ABLATION_FOLDER / f"{arm}-{seed}" / name)
         data = dataclasses.replace(run.data, seed=seed)

@@ -40,7 +40,7 @@ Record = Mapping[str, Any]  # a line of results.jsonl
 Records = Mapping[tuple[str, str], Mapping[str, Record]]  # (part, set) -> item name -> its record
 UNTRAINED_ITEMS = 100  # of the control with random weights
 STREAMED_ITEMS = 200  # that are answered one at a time, as a whole and streamed
-SAMPLING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
+SAMPLING: dict[str, Any] = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 64}
 # Other recording conditions and their titles in the report. Answers are written, so that no judge is needed.
 CONDITIONS = {
     "quiet": ("15 dB quieter", RecordingConditions(level=-15, signal_to_noise=60)),
@@ -202,6 +202,7 @@ class _Evaluation:
                 first_sound = time.perf_counter() - start
             waves.append(piece.wave)
         elapsed = time.perf_counter() - start
+        assert stream.reply is not None  # the stream has ended
         codes = stream.reply.codes
         common = min(len(codes), len(whole.codes))
         different = int((codes[:common] != whole.codes[:common]).sum()) + abs(len(codes) - len(whole.codes))
