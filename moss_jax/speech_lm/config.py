@@ -9,7 +9,6 @@ __all__ = [
     "ATTENTION",
     "DTYPES",
     "MOSS_SPEECH_8B",
-    "NANO",
     "QWEN3_8B",
     "REMAT",
     "TINY",
