@@ -77,20 +77,20 @@ def test_asr_and_tts(text_tokenizer):
     user, reply, end = (
         rows_of(text_tokenizer, piece) for piece in ("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n")
     )
-    reply = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
+    spoken = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
     written = [(i, NONE) for i in text_tokenizer.encode("Hi")]
-    prompt = len(user + reply + end + reply)
+    prompt = len(user + spoken + end + reply)
     example = maker(text_tokenizer, "asr").example(document, codes)
     same(
         (example.grid, example.loss_weights),
-        user + reply + end + reply + written + end,
+        user + spoken + end + reply + written + end,
         [O] * prompt + [T] * len(written) + [T] + [O] * (len(end) - 1),
     )
     example = maker(text_tokenizer, "tts").example(document, codes)
     prompt = len(user + written + end + reply)
     same(
         (example.grid, example.loss_weights),
-        user + written + end + reply + reply + end,
+        user + written + end + reply + spoken + end,
         [O] * prompt + [O, A, A, A, T] + [O] * (len(end) - 1),
     )
 
