@@ -17,8 +17,8 @@ from moss_jax.errors import MossError
 IMPOSSIBLE = -np.inf
 MAX_CELLS = 4e8  # frames times states of one alignment, each of which takes a byte
 # Seconds of a window of the acoustic model, and of the context that it gets in addition on each side.
-WINDOW = 30.0
-MARGIN = 2.0
+WINDOW_SECONDS = 30.0
+CONTEXT_SECONDS = 2.0
 WORD_DELIMITER = "|"  # the token of wav2vec 2.0 checkpoints
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts without spaces: a character is a word
 
@@ -161,13 +161,13 @@ class CTCAligner:
 
     def log_probs(self, wave: np.ndarray) -> np.ndarray:
         """float32 [samples] at `sample_rate` -> float32 [T, V]; long waves are processed in overlapping windows."""
-        core = round(WINDOW * self.sample_rate / self._samples_per_frame)  # frames
-        margin = round(MARGIN * self.sample_rate / self._samples_per_frame)
+        core = round(WINDOW_SECONDS * self.sample_rate / self._samples_per_frame)  # frames
+        context = round(CONTEXT_SECONDS * self.sample_rate / self._samples_per_frame)
         parts = []
         total = max(1, len(wave) // self._samples_per_frame)
         for begin in range(0, total, core):
-            first = max(0, begin - margin)
-            piece = wave[first * self._samples_per_frame : (begin + core + margin) * self._samples_per_frame]
+            first = max(0, begin - context)
+            piece = wave[first * self._samples_per_frame : (begin + core + context) * self._samples_per_frame]
             inputs = self._features(piece, sampling_rate=self.sample_rate, return_tensors="pt").to(self._device)
             with self._torch.inference_mode():
                 logits = self._model(**inputs).logits[0].float()

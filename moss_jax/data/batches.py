@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import grain
 
 # Without worker processes: threads that prepare batches while the device computes, and batches prepared ahead.
-READ_THREADS = 2
-READ_AHEAD = 4
+GRAIN_READ_THREADS = 2
+GRAIN_READ_AHEAD = 4
 WORKER_READ_AHEAD = 2  # batches prepared ahead by each worker process
 
 
@@ -59,7 +59,7 @@ class StepBatches:
         import grain
 
         if not self._workers:
-            return self._batches[step:].to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))
+            return self._batches[step:].to_iter_dataset(grain.ReadOptions(GRAIN_READ_THREADS, GRAIN_READ_AHEAD))
         mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=WORKER_READ_AHEAD)
         return self._batches[step:].to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)

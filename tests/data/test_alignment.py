@@ -74,8 +74,8 @@ def test_a_checkpoint_gives_every_word_a_time(checkpoint, monkeypatch):
     whole = aligner.log_probs(wave)
     assert whole.shape == (149, 29) and np.allclose(np.exp(whole).sum(1), 1, atol=1e-4)
     # In windows there are as many frames, and those far from the edges are nearly the same.
-    monkeypatch.setattr("moss_jax.data.alignment.WINDOW", 1.0)
-    monkeypatch.setattr("moss_jax.data.alignment.MARGIN", 0.5)
+    monkeypatch.setattr("moss_jax.data.alignment.WINDOW_SECONDS", 1.0)
+    monkeypatch.setattr("moss_jax.data.alignment.CONTEXT_SECONDS", 0.5)
     assert aligner.log_probs(wave).shape == whole.shape
     with pytest.raises(MossError, match="has none of the text's characters"):
         aligner.words(wave, "你好")

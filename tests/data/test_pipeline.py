@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dev.bench import Options
 from dev.bench import data as bench
 from moss_jax.data import Mixture, open_batches, write_examples
-from moss_jax.data.batches import READ_AHEAD, READ_THREADS
+from moss_jax.data.batches import GRAIN_READ_AHEAD, GRAIN_READ_THREADS
 from moss_jax.data.pipeline import PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
@@ -111,7 +111,7 @@ def test_each_process_reads_only_its_share(mixture, monkeypatch):
             rows.examples.about["process"] = index
         take(share, 2)
         share.close()
-        ahead = 2 + READ_AHEAD + READ_THREADS + 1  # batches that may have been read
+        ahead = 2 + GRAIN_READ_AHEAD + GRAIN_READ_THREADS + 1  # batches that may have been read
         needed, allowed = (
             {place for step in range(steps) for place in places(share, step, index, 4)} for steps in (2, ahead)
         )
