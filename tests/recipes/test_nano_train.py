@@ -14,11 +14,11 @@ from moss_jax.errors import MossError
 from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, plan_corpus, text_tokenizer
 from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
-from moss_jax.recipes.nano.train import Recipe, make_base, make_system
+from moss_jax.recipes.nano.train import CONFIGS, Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.text.tokenizer import TextTokenizer
-from moss_jax.train.run import Run
+from moss_jax.train.run import BaseRun, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGE = ("text", "stage1", "stage2", "sft")
@@ -65,6 +65,13 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     with pytest.raises(MossError, match="has no folder speech_tokenizer"):
         make_base(tmp_path / "another", tmp_path / "text_tokenizer.json", tmp_path)
     assert not (tmp_path / "other").exists() and not (tmp_path / "another").exists()
+
+
+def test_the_package_has_a_config_for_every_training_run():
+    names = {path.stem for path in CONFIGS.glob("*.py")}
+    assert names == {"speech_tokenizer", "flow", "vocoder", *LANGUAGE}
+    assert names <= {step.name for step in Recipe().steps()}
+    assert all(isinstance(Recipe().run_config(name), BaseRun) for name in names)
 
 
 def test_all_arms_make_the_same_number_of_updates():
