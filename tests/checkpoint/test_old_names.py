@@ -14,9 +14,9 @@ from moss_jax.errors import MossError
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
+from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER as TOKENIZER
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.flow.model import flow_shapes
-from moss_jax.speech_tokenizer.config import NANO as TOKENIZER
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
 

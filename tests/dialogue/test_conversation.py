@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from moss_jax.data.formats import Maker
+from moss_jax.data.formats import ExampleBuilder
 from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel
 from moss_jax.dialogue.grid import prompt_grid
@@ -290,7 +290,7 @@ def test_training_and_generation_begin_alike(model, reply):
     answered = Turn("assistant", codes=[1, 2]) if reply == "speech" else Turn("assistant", text="yes")
     document = Document(1, "a", turns=(TEXT, answered))
     codes = [None, answered.codes]
-    trained = Maker("chat", TINY, model.text_tokenizer).example(document, codes).grid
+    trained = ExampleBuilder("chat", TINY, model.text_tokenizer).example(document, codes).grid
     prompt = prompt_grid([TEXT], reply, model.text_tokenizer, TINY)
     np.testing.assert_array_equal(trained[: len(prompt)], prompt)
     conversation, _ = model.begin([TEXT], reply, SETTINGS)
