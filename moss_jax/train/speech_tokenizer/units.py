@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from moss_jax.data.words import words
 from moss_jax.documents import located, read_text
 from moss_jax.errors import MossError
 from moss_jax.text.tokenizer import build_tokenizer
+from moss_jax.text.words import normalized_words
 
 BLANK = 0  # of CTC; with the attention head it begins and ends a transcript
 UNKNOWN = 1
@@ -46,7 +46,7 @@ class Units:
         return ("" if self._characters else " ").join(self.names[number] for number in numbers)
 
     def _pieces(self, text: str) -> Sequence[str]:
-        return " ".join(words(text)) if self._characters else words(text)
+        return " ".join(normalized_words(text)) if self._characters else normalized_words(text)
 
 
 class WhisperUnits:
