@@ -24,7 +24,7 @@ from tests.train import tiny
         ([(0, 3), (6, 12)], 12, ([0, 2, 3], 4)),
     ],
 )
-def test_rows_are_blocks_as_large_as_can_be(spans, rows, expected):
+def test_rows_are_divided_into_the_largest_blocks(spans, rows, expected):
     indices, count = feed.blocks(spans, rows)
     assert (indices, count) == expected
     size = rows // count
@@ -33,7 +33,7 @@ def test_rows_are_blocks_as_large_as_can_be(spans, rows, expected):
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_the_devices_get_the_global_batch(tmp_path, monkeypatch, count):
+def test_the_devices_receive_the_global_batch(tmp_path, monkeypatch, count):
     """However it is opened: as a whole or block by block."""
     data = tiny.write_data(tmp_path / "data")
     run = load_run(tiny.write_config(tmp_path / "run.py", data, tmp_path / "run"))

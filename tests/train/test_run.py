@@ -19,7 +19,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_config_is_a_run_that_json_holds(path, tmp_path):
+def test_every_config_survives_json(path, tmp_path):
     run = load_run(path)
     (tmp_path / "run.json").write_text(run_text(run))
     assert read_run(tmp_path) == run
@@ -111,7 +111,7 @@ def test_data_is_set_on_the_command_line():
         ("profile=(5, 3)", "profile is (5, 3)"),
     ],
 )
-def test_wrong_values_are_told_in_one_line(assignment, says):
+def test_wrong_values_are_reported_in_one_line(assignment, says):
     with pytest.raises(MossError) as caught:
         stage1(assignment)
     assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -126,7 +126,7 @@ def test_wrong_values_are_told_in_one_line(assignment, says):
         ("RUN = (", "line 1: SyntaxError"),
     ],
 )
-def test_a_config_that_is_none(tmp_path, text, says):
+def test_a_file_that_is_not_a_config(tmp_path, text, says):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(MossError) as caught:
         load_run(tmp_path / "c.py")
@@ -149,8 +149,8 @@ def test_print(capsys):
         main(["train", "--config", str(ROOT / "configs/stage1.py"), "--print", "--init", "X", "--set", "steps=2000"])
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert told["init"] == "X" and told["steps"] == 2000
+    output = json.loads(capsys.readouterr().out)
+    assert output["init"] == "X" and output["steps"] == 2000
 
 
 def test_errors_of_the_verbs(tmp_path, capsys):
@@ -162,11 +162,11 @@ def test_errors_of_the_verbs(tmp_path, capsys):
         (["export", str(tmp_path), "-o", str(tmp_path / "system")], "no run.json in it"),
     ):
         assert main(words) == 2
-        told = capsys.readouterr().err
-        assert says in told and told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert says in output and output.count("\n") == 1
 
 
-def test_the_stages_select_something(tmp_path):
+def test_the_stages_of_all_configs_select_parameters(tmp_path):
     from moss_jax.speech_lm.config import TINY
 
     for path in CONFIGS:
