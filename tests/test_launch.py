@@ -201,7 +201,7 @@ def test_the_docker_daemon_receives_only_what_is_copied():
 
 @pytest.fixture
 def hosts(tmp_path):
-    """An environment in which ssh runs the command here, and moss-jax records its arguments, then waits as instructed."""
+    """An environment where ssh runs the command here, and moss-jax records its arguments, then waits as instructed."""
     stand_ins = {
         "ssh": 'shift; exec bash -c "$1"',
         "moss-jax": f"""
