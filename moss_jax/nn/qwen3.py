@@ -124,7 +124,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", named(nn.initializers.ones, "norm"), x.shape[-1:], jnp.dtype(self.param_dtype))
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -217,7 +217,9 @@ def _swiglu_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
     sigmoid = nn.sigmoid(gate)
     gate_gradient = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
     up_gradient = gradient * gate * sigmoid
-    return jax.lax.optimization_barrier((gate_gradient.astype(dtype), up_gradient.astype(dtype)))
+    gradients = (gate_gradient.astype(dtype), up_gradient.astype(dtype))
+    gate_gradient, up_gradient = jax.lax.optimization_barrier(gradients)  # type: ignore[no-untyped-call]  # untyped in jax
+    return gate_gradient, up_gradient
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -313,6 +315,7 @@ class Stack(nn.Module):
         new_valid = jax.lax.dynamic_slice_in_dim(valid, index, length, 1)  # [B, T]
         mask = jnp.tril(jnp.ones((length, length), bool)) & new_valid[:, None]
         shared = LayerInputs(*self._angles(positions), None, past_mask, mask)
+        new: KVCache  # of all layers
         x, new = self.layers(x, shared, cache)
         return x, cache.write(new.k, new.v, index)
 
