@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: settings from the environment, and commands that --dry-run only prints.
+# Functions shared by the launch scripts: required settings, quoting, and commands that --dry-run only prints.
 
 DRY_RUN=${DRY_RUN:-0}
 
@@ -7,12 +7,12 @@ fail() {
   exit 2
 }
 
-# need VARIABLE MEANING: stops unless the variable is set.
+# need VARIABLE MEANING: fails unless the variable is set.
 need() {
   [[ -n "${!1:-}" ]] || fail "set $1: $2"
 }
 
-# quoted WORD...: the words as a shell would read them again, without needless quotes.
+# quoted WORD...: the words, quoted for a shell where necessary.
 quoted() {
   local word line=""
   for word in "$@"; do
@@ -25,7 +25,7 @@ quoted() {
   printf '%s' "${line% }"
 }
 
-# run COMMAND...: prints the command, and runs it unless this is a dry run.
+# run COMMAND...: prints the command and, unless this is a dry run, runs it.
 run() {
   printf '%s\n' "$(quoted "$@")"
   [[ "$DRY_RUN" == 1 ]] || "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on the GPUs of one host. One process drives them all.
+# Train on the GPUs of one host, in one process.
 #
 #   launch/gpu_host.sh [--dry-run] --config configs/stage1.py [more arguments of `moss-jax train`]
 #
 #   XLA_SET     name in launch/xla_flags.py, default gpu; none: no flags
-#   PID_FILE    gets the number of the process, for `kill -TERM`
+#   PID_FILE    file to write the process id to, for `kill -TERM`
 #
-# The same command goes on where an interrupted run stopped. Exit code: that of moss-jax train.
+# Rerun the same command to resume an interrupted run. The exit code is that of moss-jax train.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,10 +18,10 @@ if [[ "${XLA_SET:-gpu}" != none ]]; then
   echo "$line"
   eval "$line"
 fi
-# Almost all memory at once: what grows piece by piece breaks into pieces.
+# Allocate most of the memory at the start: growing allocations fragment it.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 printf '%s\n' "$(quoted moss-jax train "$@")"
 [[ "$DRY_RUN" == 1 ]] && exit 0
 [[ -z "${PID_FILE:-}" ]] || echo $$ >"$PID_FILE"
-# exec, so that a signal to this script is one to the training.
+# exec, so that signals to this script reach the training process.
 exec moss-jax train "$@"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train on the GPUs of several hosts that you reach by ssh. One process on each; the first is the coordinator.
+# Train on the GPUs of several hosts over ssh, with one process on each. The first host is the coordinator.
 #
 #   HOSTS="gpu1 gpu2" REPOSITORY=/shared/moss_jax launch/gpu_ssh.sh [--dry-run] --config configs/stage1.py ...
 #
-#   HOSTS        names as ssh knows them; the first one's must also be known to the others
-#   REPOSITORY   this repository, at the same path on all hosts; data and runs are on a file system that all see
-#   ACTIVATE     command that makes moss-jax available, default: true (nothing)
-#   PORT         of the coordinator, default 9876
+#   HOSTS        host names for ssh; the other hosts must be able to resolve the first one
+#   REPOSITORY   path of this repository on all hosts; data and runs are on a shared file system
+#   ACTIVATE     command that makes moss-jax available, default: true (does nothing)
+#   PORT         port of the coordinator, default 9876
 #   XLA_SET      name in launch/xla_flags.py, default gpu-hosts
 #
-# Ends when all have ended, with the first code that is not 0. Ctrl-C: the first host's process is told, all agree on a
-# last step, save and leave with code 75.
+# Returns when all processes have ended, with the first exit code that is not 0. Ctrl-C signals the process on the first
+# host; all hosts agree on a last step, save a checkpoint and exit with code 75.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,7 +18,7 @@ source "$here/common.sh"
 if [[ "${1:-}" == --dry-run ]]; then DRY_RUN=1; shift; fi
 if [[ $# == 0 || "$1" == --help ]]; then usage; exit 0; fi
 need HOSTS "the hosts, such as 'gpu1 gpu2'"
-need REPOSITORY "where this repository lies on every host"
+need REPOSITORY "the path of this repository on every host"
 read -ra hosts <<<"$HOSTS"
 pid_file=/tmp/moss-jax-${PORT:-9876}
 pids=()
@@ -28,7 +28,7 @@ for i in "${!hosts[@]}"; do
   command+=" --processes ${#hosts[@]} --process $i"
   printf '%s\n' "$(quoted ssh "${hosts[$i]}" "$command")"
   if [[ "$DRY_RUN" != 1 ]]; then
-    # Sessions of their own: Ctrl-C must not end ssh, nor what labels its lines, before the training has saved.
+    # Run in new sessions, so that Ctrl-C does not end ssh or sed before the training has saved.
     setsid ssh "${hosts[$i]}" "$command" </dev/null > >(exec setsid sed -u "s/^/$i ${hosts[$i]}: /") 2>&1 &
     pids+=($!)
   fi
@@ -39,7 +39,7 @@ code=0
 for pid in "${pids[@]}"; do
   own=0
   wait "$pid" || own=$?
-  while kill -0 "$pid" 2>/dev/null; do  # a trap ends a wait
+  while kill -0 "$pid" 2>/dev/null; do  # a trap interrupts wait
     own=0
     wait "$pid" || own=$?
   done

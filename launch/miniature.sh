@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The whole way in small, from nothing to an answer; docs/miniature.md explains it. Run it in the root of the repository
-# after pip install '.[train,convert,espeak]'; everything lands in ./miniature.
+# The complete pipeline at a small size, from synthetic data to a spoken answer; see docs/miniature.md. Run it in the root
+# of the repository after pip install '.[train,convert,espeak]'. All output is written to ./miniature.
 #
-#   launch/miniature.sh [RECORDING ...]      other recordings to train on
+#   launch/miniature.sh [RECORDING ...]      additional recordings to train on
 set -euo pipefail
 
 M=miniature
-[ ! -e "$M" ] || { echo "launch/miniature.sh: ./$M is there already; remove it or run elsewhere" >&2; exit 2; }
+[ ! -e "$M" ] || { echo "launch/miniature.sh: ./$M exists already; remove it or run in another folder" >&2; exit 2; }
 mkdir "$M"
 
-# Sound and text; a codec and a language model with random weights.
+# Audio and text; a codec and a language model with random weights.
 moss-jax corpus "$M/corpus" --utterances 200 ${1:+--recordings "$@"}
 moss-jax init-random "$M/system"
 
-# Files -> examples.
+# Training examples.
 tokenize() { moss-jax tokenize "$M/corpus/$1.jsonl" --model "$M/system" --format "$2" -o "$M/data/$3"; }
 tokenize text text text
 tokenize text-valid text text-valid
@@ -24,15 +24,15 @@ tokenize chat chat chat
 tokenize chat-valid chat chat-valid
 if [ -e "$M/corpus/recordings.jsonl" ]; then tokenize recordings speech recordings; fi
 
-# A tiny Qwen3 learns to write. Split in two branches it learns to speak: first frozen, then whole, then conversations.
+# Train a tiny Qwen3 on text, split it into two branches, and train speech: first frozen, then all, then conversations.
 moss-jax train --config configs/miniature/text.py
 moss-jax convert --model "$M/runs/text/exports/200" --export qwen3 -o "$M/qwen3"
 moss-jax train --config configs/miniature/stage1.py
-moss-jax train --config configs/miniature/unfrozen.py # beside it, to see what freezing saves
+moss-jax train --config configs/miniature/unfrozen.py # comparison without freezing
 moss-jax train --config configs/miniature/stage2.py
 moss-jax train --config configs/miniature/sft.py
 
-# What came of it.
+# Evaluation and exports.
 best="$M/runs/sft/exports/100"
 for run in text/exports/200 stage1/exports/100 unfrozen/exports/100 sft/exports/100; do
   moss-jax eval pairs "$M/corpus/pairs-valid.jsonl" --model "$M/runs/$run" -o "$M/eval/pairs-${run%%/*}"

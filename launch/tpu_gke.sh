@@ -3,18 +3,18 @@
 #
 #   launch/tpu_gke.sh [--dry-run] VERB [arguments]
 #
-#   image              builds launch/Dockerfile for TPU and pushes it
-#   cluster            makes a cluster with the slices
-#   share              makes a shared folder (Filestore, 1 TB) that every workload sees at /mnt/share
-#   train ARGS...      `moss-jax train ARGS... --distributed` in every host's container; restarted after a preemption
-#   list               the workloads
-#   delete             the cluster; the Filestore stays, and costs, until you delete it
+#   image              build launch/Dockerfile for TPU and push it
+#   cluster            create a cluster with the slices
+#   share              create a shared file system (Filestore, 1 TB), mounted at /mnt/share in every workload
+#   train ARGS...      run `moss-jax train ARGS... --distributed` on every host; restarted after a preemption
+#   list               list the workloads
+#   delete             delete the cluster; the Filestore is kept, and billed, until you delete it
 #
-#   PROJECT, ZONE      of the cloud
-#   NAME               of the cluster, default moss; the workload is NAME-train, the folder NAME-share
+#   PROJECT, ZONE      cloud project and zone
+#   NAME               name of the cluster, default moss; the workload is NAME-train, the file system NAME-share
 #   TPU_TYPE           such as v5litepod-256, default v5litepod-16
-#   SLICES             default 1; with more, give train --set mesh.data=SLICES (or a multiple)
-#   SPOT               1: cheap, and taken back at any time; default 0
+#   SLICES             default 1; with more, pass --set mesh.data=SLICES (or a multiple) to train
+#   SPOT               1: spot capacity, cheaper but preemptible; default 0
 #   IMAGE              default REGION-docker.pkg.dev/PROJECT/moss/moss-jax:tpu
 #   XLA_SET            name in launch/xla_flags.py, default tpu, or tpu-multislice
 
@@ -52,7 +52,7 @@ case "$verb" in
   train)
     [[ $# -gt 0 ]] || fail "train: expected the arguments of moss-jax train, such as --config configs/stage1.py"
     command="eval \"\$(python3 launch/xla_flags.py ${XLA_SET:-$default_set})\" && moss-jax train $(quoted "$@") --distributed"
-    # Code 75 (preempted, saved) counts as a failure of the program: restarts are asked for, with time to save before.
+    # Exit code 75 (preempted and saved) counts as a user code failure, so restarts are requested, with time to save.
     run xpk workload create --workload="$NAME-train" --cluster="$NAME" "${where[@]}" --tpu-type="$TPU_TYPE" \
       --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts=100 --restart-on-user-code-failure \
       --termination-grace-period-seconds=300 --command="$command"

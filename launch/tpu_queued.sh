@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU pod slice, or on several, by queued resources.
+# Train on one or several Cloud TPU pod slices with queued resources.
 #
 #   launch/tpu_queued.sh [--dry-run] VERB [arguments]
 #
-#   create             asks for the slices; they come when there is room
-#   status             ACTIVE when they are there
-#   setup              on every host: the shared folder, Python, this repository
-#   train ARGS...      `moss-jax train ARGS... --distributed` on every host; again after a preemption: it goes on
-#   logs               what the first host says
-#   stop               the step is finished, everything saved, all hosts leave
-#   delete             gives everything back; the shared folder stays
+#   create             request the slices; they are allocated when capacity is available
+#   status             print the state; ACTIVE when the slices are allocated
+#   setup              install the shared file system, Python and this repository on every host
+#   train ARGS...      run `moss-jax train ARGS... --distributed` on every host; rerun after a preemption to resume
+#   logs               follow the log of the first host
+#   stop               finish the current step, save a checkpoint and exit on all hosts
+#   delete             delete the slices; the shared file system is kept
 #
-#   PROJECT, ZONE      of the cloud, such as us-west4-a
-#   NAME               of the request, default moss
+#   PROJECT, ZONE      cloud project and zone, such as us-west4-a
+#   NAME               name of the request, default moss
 #   TPU_TYPE           such as v5litepod-256 (v5e, 256 chips), default v5litepod-16
-#   RUNTIME            of the TPU's machine, default v2-alpha-tpuv5-lite (v5e); v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e
-#   SLICES             default 1; with more, give train --set mesh.data=SLICES (or a multiple)
-#   SPOT               1: cheap, and taken back at any time; default 0
-#   SHARE              ADDRESS:/PATH of an NFS folder that all hosts mount at /mnt/share; its systems, data and runs
-#                      stand in the repository under these names, as the configs expect them
-#   REPOSITORY_URL     what `git clone` takes, default: the remote "origin" here
-#   COMMIT             default: the one checked out here; it must be there, too
+#   RUNTIME            TPU software version, default v2-alpha-tpuv5-lite (v5e); v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e
+#   SLICES             default 1; with more, pass --set mesh.data=SLICES (or a multiple) to train
+#   SPOT               1: spot capacity, cheaper but preemptible; default 0
+#   SHARE              ADDRESS:/PATH of an NFS folder that all hosts mount at /mnt/share; its folders systems, data and
+#                      runs are linked into the repository, where the configs expect them
+#   REPOSITORY_URL     URL for `git clone`, default: the remote "origin" of this checkout
+#   COMMIT             default: the commit checked out here; it must exist in REPOSITORY_URL
 #   XLA_SET            name in launch/xla_flags.py, default tpu, or tpu-multislice
 
 set -euo pipefail
@@ -64,14 +64,14 @@ case "$verb" in
     ;;
   train)
     [[ $# -gt 0 ]] || fail "train: expected the arguments of moss-jax train, such as --config configs/stage1.py"
-    # setsid and nohup: training goes on when the connection ends.
+    # setsid and nohup keep the training running when the connection closes.
     everywhere "cd moss_jax && source ../venv/bin/activate && eval \"\$(python3 launch/xla_flags.py ${XLA_SET:-$default_set})\" && (setsid nohup moss-jax train $(quoted "$@") --distributed >../train.log 2>&1 </dev/null & echo \$! >../train.pid)"
     ;;
   logs)
     run "${queue[@]}" ssh "$NAME" "${where[@]}" --node=0 --worker=0 --command='tail -n 50 -f train.log'
     ;;
   stop)
-    # One host is told; all agree on the last step.
+    # Signalling one host is enough: all hosts agree on the last step.
     run "${queue[@]}" ssh "$NAME" "${where[@]}" --node=0 --worker=0 --command='kill -TERM $(cat train.pid)'
     ;;
   delete)

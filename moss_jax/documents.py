@@ -100,8 +100,9 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The JSON value in a text, bytes in UTF-8 with or without a byte-order mark.
 
-    Refused beside malformed text: nesting deeper than MAX_DEPTH, whole numbers of more than MAX_DIGITS digits, floats
-    that are infinite or not a number, a key that appears twice in one object, half a UTF-16 pair in a string.
+    Besides malformed text, these are refused: nesting deeper than MAX_DEPTH, whole numbers of more than MAX_DIGITS
+    digits, floats that are infinite or not a number, a key that appears twice in one object, half a UTF-16 pair in a
+    string.
 
     Args:
         finite: False also takes NaN and Infinity, which Python writes into its own JSON.

@@ -11,7 +11,7 @@ _short.maxlevel = 3
 
 
 class MossError(ValueError):
-    """Bad input, told in one line: what is wrong, where, and what would be right.
+    """Bad input, reported in one line: what is wrong, where, and what would be right.
 
     Further lines may follow (a list of tensor names, say). Programmers catch it; the command line prints it on stderr
     and exits with code 2. Anything else that escapes is a bug of ours and keeps its traceback.

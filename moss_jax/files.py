@@ -31,10 +31,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             raise MossError(f"{path}: is a folder, a file name is needed")
         if path.exists() and not path.is_file():
-            # A device or a pipe would be replaced by a file: /dev/null, for whoever may write to /dev.
+            # A device or a pipe would be replaced by a file: /dev/null, for a user who may write to /dev.
             raise MossError(f"{path}: is a device or a pipe, which a file would replace; choose a file name")
         part = _temporary_name(path)
-        # Created with the mode of an ordinary file: the process's umask applies, and nobody has to read it, which
+        # Created with the mode of an ordinary file: the process's umask applies without reading it, which
         # would set it for a moment.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -68,6 +68,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """`atomic_folder` that also replaces a folder which is already there, once the new one is complete."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    with atomic_folder(new) as part:
+        yield part
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(new, path)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Makes `target` a hard link to a file that is never written to again, or a copy where links are not supported."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def is_file(path: str | Path) -> bool:

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -43,7 +45,7 @@ import soundfile
 from IPython.display import Audio, display
 
 import moss_jax
-from moss_jax.checkpoint.system_folder import NANO
+from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
 system = moss_jax.load()  # without a folder: nano
 
@@ -54,7 +56,7 @@ system = moss_jax.load()  # without a folder: nano
 # path of your own recording here and ask in other words.
 
 # %%
-question = NANO / "question.wav"
+question = NANO_FOLDER / "question.wav"
 display(Audio(str(question)))
 
 # %%

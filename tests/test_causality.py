@@ -12,8 +12,8 @@ import pytest
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_decoder.flow.config import TINY as FLOW
 from moss_jax.speech_decoder.flow.model import FlowModel
-from moss_jax.speech_decoder.vocoder import TINY as VOCODER
-from moss_jax.speech_decoder.vocoder import HiFT
+from moss_jax.speech_decoder.vocoder.config import TINY as VOCODER
+from moss_jax.speech_decoder.vocoder.model import HiFT
 from moss_jax.speech_lm import TINY, LayerSplitModel
 from moss_jax.speech_tokenizer.config import TINY as ENCODER
 from moss_jax.speech_tokenizer.encoder import Encoder, init_params

@@ -12,7 +12,7 @@ from moss_jax.data.corpus import facts
 from moss_jax.data.espeak import speak
 from moss_jax.errors import MossError
 from moss_jax.evaluate.pairs import read_stories
-from moss_jax.evaluate.spoken_qa import read_questions
+from moss_jax.evaluate.spoken_qa import read_spoken_questions
 
 
 def lines(path):
@@ -48,7 +48,7 @@ def test_the_corpus_is_whole(tmp_path, capsys):
     kinds = {tuple("audio" in turn for turn in line["turns"][1:]) for line in chats}
     assert len(chats) == 18 and len(kinds) == 4
     assert len(lines(folder / "chat-valid.jsonl")) == 2
-    questions = read_questions(folder / "questions-valid.jsonl")
+    questions = read_spoken_questions(folder / "questions-valid.jsonl")
     pairs = read_stories(folder / "pairs-valid.jsonl")
     assert len(questions) == len(pairs) == 99 + 2 and sum(pair.context.audio is not None for pair in pairs) == 2
     right = {fact.question(-1): fact.answer for fact in facts()}

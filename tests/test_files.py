@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moss_jax.errors import MossError
-from moss_jax.files import atomic_file, atomic_folder, folder_lock, write_text
+from moss_jax.files import atomic_file, atomic_folder, folder_lock, link_or_copy, replace_folder, write_text
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -32,6 +32,34 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(MossError, match="already exists"), atomic_folder(path):
         pass
+
+
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path):
+    path = tmp_path / "export"
+    for text in ("1", "2"):
+        with replace_folder(path) as part:
+            (part / "x").write_text(text)
+        assert (path / "x").read_text() == text
+    with pytest.raises(RuntimeError), replace_folder(path) as part:
+        (part / "x").write_text("3")
+        raise RuntimeError
+    assert (path / "x").read_text() == "2"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_copied_where_links_are_not_supported(tmp_path, monkeypatch):
+    source = tmp_path / "a"
+    source.write_text("1")
+    link_or_copy(source, tmp_path / "b")
+    assert (tmp_path / "b").stat().st_ino == source.stat().st_ino
+
+    def refuse(*paths):
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(source, tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "1"
+    assert (tmp_path / "c").stat().st_ino != source.stat().st_ino
 
 
 def test_unwritable_places(tmp_path, monkeypatch):

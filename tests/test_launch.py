@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,11 @@ except MossError as error:
     ], run.stderr
 
 
+def project():
+    """The [project] table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def dockerfile():
     """{instruction: [rest of the line, ...]} with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", (LAUNCH / "Dockerfile").read_text())
@@ -156,7 +162,7 @@ def test_the_image_runs_as_a_user_and_has_what_the_page_needs():
     (install,) = (line for line in instructions["RUN"] if line.startswith("pip install"))
     assert "-c launch/constraints.txt" in install and ".[train,convert$(" in install
     extras = re.search(r"--build-arg EXTRA=(\w+)", (ROOT / "docs/launch.md").read_text())[1]
-    assert f'"{extras}": ["jax[{extras}]' in (ROOT / "setup.py").read_text()
+    assert any(line.startswith(f"jax[{extras}") for line in project()["optional-dependencies"][extras])
 
 
 def test_the_image_is_pinned():
@@ -166,10 +172,8 @@ def test_the_image_is_pinned():
     assert re.fullmatch(r"python:\$\{PYTHON\}-slim-\w+", instructions["FROM"][0])
     lines = (LAUNCH / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    setup = (ROOT / "setup.py").read_text()
-    blocks = [re.search(rf"^{name} = \[(.*?)\]", setup, re.S | re.M)[1] for name in ("CONVERT", "TRAIN")]
-    blocks.append(re.search(r"install_requires=\[(.*?)\]", setup, re.S)[1])
-    needed = [Requirement(text) for block in blocks for text in re.findall(r'"(.+?)"', block)]
+    extras = project()["optional-dependencies"]
+    needed = [Requirement(text) for text in (*project()["dependencies"], *extras["convert"], *extras["train"])]
     assert len(needed) > 12
     for requirement in needed:
         version = pinned[requirement.name.lower().replace("_", "-")]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dev.bench import Options, Row, compare
-from moss_jax.convert.tables.transformer import table
+from moss_jax.convert.tables.speech_lm import table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig

@@ -20,11 +20,12 @@ from dev.bench.reference import reference_module
 from moss_jax.convert.tables.vocoder import table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.speech_decoder import vocoder, vocoder_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import SpeechDecoder, vocode
 from moss_jax.speech_decoder.speaker import CAMPPLUS
 from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig
+from moss_jax.speech_decoder.vocoder import config as vocoder
+from moss_jax.speech_decoder.vocoder import stream as vocoder_stream
 from moss_jax.speech_decoder.voice import Voice
 
 SIZES = {

@@ -9,9 +9,9 @@ import numpy as np
 from dev.parity.flow import flow_config
 from dev.parity.golden import Golden, Mismatch
 from dev.parity.vocoder import channels_last, load_vocoder, runner
+from dev.reference import stream as reference_stream
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.flow import sampler
 from moss_jax.speech_decoder.flow.model import FlowModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.convert.table import Table
+from moss_jax.convert.table import NameTable
 from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 
@@ -72,7 +72,9 @@ class Golden:
         axes = tuple(range(2, stored.ndim))
         return (rows | (stored != 0).any(axes)).reshape(*rows.shape, *[1] * len(axes))
 
-    def params(self, table: Table, tree: Mapping[str, Any], prefix: str = "", strip: str = "") -> dict[str, np.ndarray]:
+    def params(
+        self, table: NameTable, tree: Mapping[str, Any], prefix: str = "", strip: str = ""
+    ) -> dict[str, np.ndarray]:
         """The weights as a flat tree of ours, through the name table of the released checkpoint.
 
         Args:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dev.parity.golden import Golden, Mismatch
+from dev.reference import padding
 from moss_jax.convert.tables.speech_tokenizer import config_from_released, table
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -48,7 +49,7 @@ def _encode(golden: Golden) -> dict:
     waves = [tiled[: golden.config["long_samples"]]]
     if "wav_short" in golden.inputs:
         waves.append(golden.inputs["wav_short"])
-    codes = SpeechTokenizer(config, params).encode(waves, reference_padding=True)
+    codes = padding.encode(SpeechTokenizer(config, params), waves)
     return {f"tokens_{row}": one for row, one in enumerate(codes)}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from dev.parity.golden import Golden, Mismatch
 from dev.parity.transformer import mask_and_positions, read_config
 from dev.parity.transformer import split_params as golden_params
-from moss_jax.convert.tables import transformer as released
+from moss_jax.convert.tables import speech_lm as released
 from moss_jax.documents import parse_json, parse_object
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten

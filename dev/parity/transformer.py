@@ -6,7 +6,7 @@ import numpy as np
 from dev.parity.golden import Golden, Mismatch
 from moss_jax.convert import layer_split
 from moss_jax.convert.tables import qwen3
-from moss_jax.convert.tables import transformer as released
+from moss_jax.convert.tables import speech_lm as released
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig, init_cache, model_shapes

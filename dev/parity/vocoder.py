@@ -9,8 +9,8 @@ import numpy as np
 from dev.parity.golden import Golden
 from moss_jax.convert.tables.vocoder import spelling, table
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.speech_decoder.stft import stft
 from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, fold_weight_norm
+from moss_jax.speech_decoder.vocoder.stft import stft
 
 
 def vocoder_config(config: dict) -> VocoderConfig:

@@ -8,9 +8,9 @@ believes wrong lengths in headers, so the structure of every file is checked fir
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -183,12 +183,12 @@ def _ffmpeg(file: IO[bytes], container: str, check: Callable[[IO[bytes], str], N
         raise MossError(f"{name}: reading {kind} needs PyAV: pip install 'moss-jax[m4a]'") from error
     check(file, name)
 
-    def frames() -> Iterator["av.AudioFrame"]:
+    def frames() -> Generator["av.AudioFrame", None, None]:
         file.seek(0)
         try:
-            # Bytes in tags that are not UTF-8 are an error in PyAV before 19, unless it is told to replace them.
-            tags = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-            with av.open(file, format=container, **tags) as opened:
+            # Bytes in tags that are not UTF-8 are an error in PyAV before 19, unless it is asked to replace them.
+            tags: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+            with av.open(file, "r", container, **tags) as opened:
                 if not opened.streams.audio:
                     raise MossError(f"{name}: has no audio track")
                 planar = av.AudioResampler(format="fltp")  # the rate and the channels stay as they are

@@ -75,7 +75,7 @@ def log10_mel(padded: jax.Array, config: MelConfig = LOG_MEL_16K) -> jax.Array:
 
 
 def limit(frames: jax.Array, peak: jax.Array) -> jax.Array:
-    """The last step of `log_mel_16k`: nothing lies more than 8 (80 dB) below `peak`, which broadcasts."""
+    """The last step of `log_mel_16k`: clips to at most 8 (80 dB) below `peak`, which broadcasts."""
     return (jnp.maximum(frames, peak - 8.0) + 4.0) / 4.0
 
 

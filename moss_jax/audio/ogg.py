@@ -14,7 +14,7 @@ LAST_PAGE = 0x04
 class _Link:
     start: int
     end: int = 0
-    open: int = 0  # streams that have begun and not ended
+    open: int = 0  # streams that have started and not ended
     only_starts: bool = True
 
 

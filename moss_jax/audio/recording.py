@@ -128,7 +128,7 @@ def mixed(
             powers = np.square(both, dtype=np.float64).sum(0) + (0 if powers is None else powers)
     if not count:
         raise MossError(f"{what}: holds 0 samples, expected at least one")
-    if channels > 1:
+    if sums is not None and powers is not None:
         variance = powers / count - np.square(sums / count)  # a constant offset does not count
         loudest = int(variance[:-1].argmax())
         if variance[-1] < CANCELLED * variance[loudest] / channels**2:

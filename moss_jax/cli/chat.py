@@ -21,9 +21,9 @@ from pathlib import Path
 
 from moss_jax.arguments import check_seed, check_whole
 from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, progress, say, system_folder
-from moss_jax.dialogue.settings import SAMPLING, check_sampling
 from moss_jax.errors import MossError
 from moss_jax.files import check_name, is_folder
+from moss_jax.generate.settings import SAMPLING, check_sampling
 
 
 def add_arguments(parser):

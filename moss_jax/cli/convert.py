@@ -45,6 +45,7 @@ def add_arguments(parser):
 
 def run(args) -> int:
     from moss_jax.convert import system
+    from moss_jax.convert.resolve import CODEC_FILES, find_folder
 
     check_seed(args.seed, "--seed")
     if args.export:
@@ -58,14 +59,14 @@ def run(args) -> int:
         if args.model is not None:
             raise MossError("--from-qwen3: starts a language model of its own; leave --model out")
         check_revisions(args)
-        qwen3 = system.locate(args.from_qwen3, progress, args.revision)
-        codec = args.codec and system.locate(args.codec, progress, args.codec_revision, system.CODEC_FILES)
+        qwen3 = find_folder(args.from_qwen3, args.revision)
+        codec = args.codec and find_folder(args.codec, args.codec_revision, CODEC_FILES)
         system.convert_qwen3(qwen3, args.output, progress, args.split, codec, args.audio_branch, args.seed)
     else:
         if args.model is None or args.codec is None:
             raise MossError("give --model and --codec, or --from-qwen3, or --model and --export; see --help")
-        model = system.locate(args.model, progress, args.revision)
-        codec = system.locate(args.codec, progress, args.codec_revision, system.CODEC_FILES)
+        model = find_folder(args.model, args.revision)
+        codec = find_folder(args.codec, args.codec_revision, CODEC_FILES)
         system.convert_released(model, codec, args.output, progress)
     print(args.output)
     return 0

@@ -116,7 +116,7 @@ def add_arguments(parser):
 def run(args) -> int:
     from moss_jax.evaluate import choice, pairs, resynthesis, spoken_qa
     from moss_jax.evaluate.judge import open_judge
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.model import EvaluatedModel
 
     if args.task == "tokenizer":
         from moss_jax.evaluate.recognition import recognition
@@ -129,7 +129,7 @@ def run(args) -> int:
     judge = None
     if args.task == "resynthesis" or (args.task == "spoken-qa" and args.reply != "text"):
         judge = open_judge(args.judge, args.judge_command)
-    model = Model(system_folder(args), fsdp=args.fsdp, tensor=args.tensor, batch_size=args.batch_size)
+    model = EvaluatedModel(system_folder(args), fsdp=args.fsdp, tensor=args.tensor, batch_size=args.batch_size)
     if args.task == "nano":
         from moss_jax.recipes.nano import report
 

@@ -28,16 +28,16 @@ def add_arguments(parser):
 def run(args) -> int:
     from moss_jax.errors import MossError
     from moss_jax.evaluate import similarity
-    from moss_jax.evaluate.model import Model, control_folder
+    from moss_jax.evaluate.model import EvaluatedModel, control_folder
 
     if args.heatmaps < 0 or args.batch_size < 1:
         raise MossError("--heatmaps and --batch-size: expected numbers from 0 and from 1")
     sizes = {"fsdp": args.fsdp, "tensor": args.tensor, "batch_size": args.batch_size}
-    model = Model(system_folder(args), **sizes)
+    model = EvaluatedModel(system_folder(args), **sizes)
     cache = cache_folder()
     codes = model.code_count
     made = [(_name(folder), control_folder(folder, codes, cache, progress)) for folder in args.control]
-    controls = ((name, Model(folder, **sizes)) for name, folder in made)  # one at a time in memory
+    controls = ((name, EvaluatedModel(folder, **sizes)) for name, folder in made)  # one at a time in memory
     print(
         similarity.run(
             model, args.file, args.out, controls=controls, heatmaps=args.heatmaps, name=_name(args.model), say=progress

@@ -54,17 +54,17 @@ def system_folder(args) -> Path:
 
     What is compiled is kept beside the conversions, so that the next run starts sooner.
     """
-    from moss_jax.checkpoint.system_folder import NANO
-    from moss_jax.convert.system import resolve
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
+    from moss_jax.convert.resolve import resolve_system
 
     keep_compiled()
     if args.model is None:
         for name in ("codec", "revision", "codec_revision"):
             if getattr(args, name) is not None:
                 raise MossError(f"--{name.replace('_', '-')}: is used together with --model, which is missing")
-        return NANO
+        return NANO_FOLDER
     check_revisions(args)
-    return resolve(args.model, args.codec, cache_folder(), progress, args.revision, args.codec_revision)
+    return resolve_system(args.model, args.codec, cache_folder(), progress, args.revision, args.codec_revision)
 
 
 def check_revisions(args) -> None:

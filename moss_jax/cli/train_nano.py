@@ -45,7 +45,7 @@ def run(args) -> int:
 
 
 def _report(system: Path, folder: Path, quick: bool) -> None:
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.model import EvaluatedModel
     from moss_jax.recipes.nano import report
 
-    print(report.run(Model(system, batch_size=32), folder, **(QUICK_ITEMS if quick else {}), say=say), end="")
+    print(report.run(EvaluatedModel(system, batch_size=32), folder, **(QUICK_ITEMS if quick else {}), say=say), end="")

@@ -24,11 +24,19 @@ from moss_jax.convert.codec_config import (
     released_yaml,
     vocoder_config,
 )
-from moss_jax.convert.files import carry_files, files_to_carry, need_folder, tell_unknown, write_json
+from moss_jax.convert.files import carry_files, files_to_carry, report_unknown_keys, require_folder, write_json
 from moss_jax.convert.onnx_speaker import SpeakerGraph
 from moss_jax.convert.onnx_write import write_speaker_graph
-from moss_jax.convert.stream import Say, Source, Union, exported, found_shapes, import_tensors, write_source
-from moss_jax.convert.table import Table
+from moss_jax.convert.stream import (
+    MergedTensors,
+    Say,
+    TensorSource,
+    exported_tensors,
+    import_tensors,
+    tensor_shapes,
+    write_source,
+)
+from moss_jax.convert.table import NameTable
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speaker as speaker_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
@@ -128,7 +136,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     Raises:
         MossError: a file is missing or damaged, a config lacks keys, or names are unmapped, missing or misshapen.
     """
-    folder = need_folder(folder, "a released codec (config.json, model.safetensors, flow/)")
+    folder = require_folder(folder, "a released codec (config.json, model.safetensors, flow/)")
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         if missing == ["model.safetensors"] and (folder / "model.safetensors.index.json").is_file():
             missing = []
@@ -163,7 +171,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
     flow = None
     for stem, file in files.items():
         source, extras = read_torch(folder / "flow" / file)
-        shapes = found_shapes(source)
+        shapes = tensor_shapes(source)
         if flow is None:
             flow = flow_config(shapes, yaml, tokenizer.quantize_vocab_size, str(source.path))
         table = flow_table.table(flow)
@@ -171,7 +179,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
         notes[file] = {"extras": extras}
         _import_part(source, table, flow_shapes(flow), system, flow_stem(stem), say)
     source, extras = read_torch(folder / "flow" / "hift.pt")
-    shapes = found_shapes(source)
+    shapes = tensor_shapes(source)
     spelling = vocoder_table.spelling(shapes)
     vocoder = vocoder_config(shapes, spelling, yaml, str(source.path))
     table = vocoder_table.table(vocoder, spelling)
@@ -189,7 +197,7 @@ def import_codec(folder: str | Path, system: Path, say: Say) -> Codec:
         code_rate=tokenizer.code_rate,
     )
     write_json(target / "config.json", write_config(decoder))
-    tell_unknown(folder / "config.json", KNOWN_KEYS, say)
+    report_unknown_keys(folder / "config.json", KNOWN_KEYS, say)
     if not chunks:
         say(f"note: {folder / 'flow'} has no flow-chunk-*.pt: streams will use the offline flow")
     carry_files(folder, carried / "codec", used)
@@ -253,16 +261,18 @@ def read_codec_configs(system: Path) -> Codec:
     return Codec(tokenizer, decoder)
 
 
-def _import_part(source: Source, table: Table, shapes: Mapping[str, Any], system: Path, stem: str, say: Say) -> None:
+def _import_part(
+    source: TensorSource, table: NameTable, shapes: Mapping[str, Any], system: Path, stem: str, say: Say
+) -> None:
     unused = system / "carried" / "unused" / f"{stem}.safetensors"
     import_tensors(source, table, shapes, system / "speech_decoder", stem, unused, say, shard_bytes=1 << 62)
     say(f"{stem.replace('_', ' ')}: done")
 
 
-def _export_part(system: Path, room: str, stem: str, table: Table, shapes: Mapping[str, Any]) -> Source:
-    part = exported(open_tensors(system / room / f"{stem}.safetensors"), table, shapes)
+def _export_part(system: Path, room: str, stem: str, table: NameTable, shapes: Mapping[str, Any]) -> TensorSource:
+    part = exported_tensors(open_tensors(system / room / f"{stem}.safetensors"), table, shapes)
     unused = system / "carried" / "unused" / f"{room if stem == 'model' else stem}.safetensors"
-    return Union(part, open_tensors(unused)) if unused.is_file() else part
+    return MergedTensors(part, open_tensors(unused)) if unused.is_file() else part
 
 
 def _chunks(folder: Path) -> list[int]:
@@ -270,7 +280,7 @@ def _chunks(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _check_extras(extras: dict[str, Any], table: Table, path: Path) -> None:
+def _check_extras(extras: dict[str, Any], table: NameTable, path: Path) -> None:
     if unknown := [name for name in extras if not (table.is_carried(name) or name in ("epoch", "step"))]:
         lines = [f"unmapped: {name} = {extras[name]!r}" for name in unknown]
         raise MossError("\n  ".join([f"{path}: entries that no rule carries", *lines]))

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import open_tensors
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.convert.codec import read_codec_configs
-from moss_jax.convert.files import need_folder
+from moss_jax.convert.files import require_folder
 from moss_jax.convert.language_model import read_transformer_config, tokenizer_size
 from moss_jax.convert.onnx_speaker import SpeakerGraph
-from moss_jax.convert.stream import found_shapes
-from moss_jax.convert.system import check_system
-from moss_jax.convert.table import PLACEHOLDER, Table
+from moss_jax.convert.stream import tensor_shapes
+from moss_jax.convert.table import PLACEHOLDER, NameTable
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import speaker as speaker_table
+from moss_jax.convert.tables import speech_lm as speech_lm_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
-from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.torch_file import read_torch
 from moss_jax.documents import read_json
@@ -38,7 +38,7 @@ class Origin:
     """A name table and how far its names can be trusted."""
 
     part: str
-    table: Table
+    table: NameTable
     source: str
     verified: bool = False
 
@@ -48,7 +48,7 @@ def origins() -> list[Origin]:
     old = vocoder_table.Spelling("", "weight_g", "weight_v")
     classes = "printed from the reference class; the file itself never seen"
     tables = (
-        ("language model", transformer_table.table(MOSS_SPEECH_8B), "reported by a port that ran it", True),
+        ("language model", speech_lm_table.table(MOSS_SPEECH_8B), "reported by a port that ran it", True),
         (
             "speech tokenizer",
             tokenizer_table.table(MOSS_SPEECH_CODEC),
@@ -75,14 +75,14 @@ def describe(folder: str | Path, names: bool = False) -> Iterator[str]:
     Raises:
         MossError: neither of the two, or a file in it cannot be read.
     """
-    folder = need_folder(folder, "a system folder or a released folder")
+    folder = require_folder(folder, "a system folder or a released folder")
     seen: dict[str, set[str]] = {}
-    if (folder / SYSTEM).is_file():
-        yield from _system(check_system(folder))
+    if (folder / SYSTEM_FILE).is_file():
+        yield from _system(SystemFolder(folder).path)
     elif (folder / "config.json").is_file():
         yield from _released(folder, seen)
     else:
-        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a released one (config.json)")
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM_FILE}) nor a released one (config.json)")
     yield ""
     yield from _provenance(seen, names)
 
@@ -114,12 +114,12 @@ def _system(folder: Path) -> Iterator[str]:
         yield "codec: none; this system cannot hear or speak"
     if (tokenizer := folder / "text_tokenizer" / "tokenizer.json").is_file():
         yield f"text tokenizer: {tokenizer_size(tokenizer)} ids"
-    default = read_json(folder / SYSTEM).get("default_voice")
+    default = read_json(folder / SYSTEM_FILE).get("default_voice")
     yield f"voices: {', '.join(voices) or 'none'}; default: {default or 'the zero voice'}"
     carried = [path for path in (folder / "carried").rglob("*") if path.is_file()]
     if carried:
         yield f"carried for an export, unused: {len(carried)} files, {_size(sum(p.stat().st_size for p in carried))}"
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _released(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:
         yield _tensors_row(f"flow/{path.name}", tensors)
     if (onnx := folder / "flow" / "campplus.onnx").is_file():
         graph = SpeakerGraph(onnx)
-        seen["speaker network"] = set(graph.places.values()) & set(found_shapes(graph.tensors()))
+        seen["speaker network"] = set(graph.places.values()) & set(tensor_shapes(graph.tensors()))
         yield _tensors_row("flow/campplus.onnx", graph.tensors().tensors)
         if graph.folded:
             yield f"  ({len(graph.folded)} batch normalisations are folded into convolutions)"

@@ -126,13 +126,13 @@ def update_json(path: Path, values: Mapping[str, Any]) -> None:
     write_json(path, read_json(path) | dict(values))
 
 
-def tell_unknown(path: Path, known: Iterable[str], say: Callable[[str], None]) -> None:
+def report_unknown_keys(path: Path, known: Iterable[str], say: Callable[[str], None]) -> None:
     """Says which keys of a config.json nothing here understands; they are carried and never an error."""
     if unknown := sorted(set(read_json(path)) - set(known)):
         say(f"note: {path} has keys that are carried but not understood: {', '.join(unknown)}")
 
 
-def need_folder(path: str | Path, what: str) -> Path:
+def require_folder(path: str | Path, what: str) -> Path:
     path = Path(path)
     if not is_folder(path):
         raise MossError(f"{path}: no such folder, expected {what}")

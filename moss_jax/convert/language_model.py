@@ -16,13 +16,13 @@ from moss_jax.convert.files import (
     carry_files,
     copy_file,
     files_to_carry,
-    need_folder,
-    tell_unknown,
+    report_unknown_keys,
+    require_folder,
     update_json,
     write_json,
 )
-from moss_jax.convert.stream import Say, exported, import_tensors, write_source
-from moss_jax.convert.tables.transformer import CONFIG_KEYS, ID_KEYS, config_from_released, table
+from moss_jax.convert.stream import Say, exported_tensors, import_tensors, write_source
+from moss_jax.convert.tables.speech_lm import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
@@ -65,7 +65,7 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> SpeechL
         MossError: a file or shard is missing or damaged, the config lacks keys or contradicts itself or the tensors,
             names that are unmapped, missing or misshapen.
     """
-    folder = need_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
+    folder = require_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
     config = language_config(folder)
     reader = open_tensors(folder)
     files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
@@ -76,7 +76,7 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> SpeechL
     write_json(target / "config.json", write_config(config))
     copy_text_tokenizer(folder, system)
     carry_files(folder, system / "carried" / "model", reader.files())
-    tell_unknown(folder / "config.json", KNOWN_KEYS, say)  # last: before an error it would be in the way
+    report_unknown_keys(folder / "config.json", KNOWN_KEYS, say)  # last: before an error it would be in the way
     return config
 
 
@@ -85,7 +85,7 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
     system = Path(system)
     config = read_transformer_config(system)
     carried = system / "carried" / "model"
-    source = exported(open_tensors(system / "transformer"), table(config), model_shapes(config))
+    source = exported_tensors(open_tensors(system / "transformer"), table(config), model_shapes(config))
     if carried.is_dir():
         carry_files(carried, folder, within=system)
         original = language_config(folder)
@@ -128,7 +128,7 @@ def released_config(config: SpeechLMConfig) -> dict[str, Any]:
 
 
 def read_transformer_config(system: Path) -> SpeechLMConfig:
-    path = need_folder(system, "a system folder") / "transformer" / "config.json"
+    path = require_folder(system, "a system folder") / "transformer" / "config.json"
     return read_config(SpeechLMConfig, read_json(path), str(path))
 
 

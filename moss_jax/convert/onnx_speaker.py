@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moss_jax.checkpoint import atomic_file
-from moss_jax.convert.stream import MemoryTensors, Source
+from moss_jax.convert.stream import MemoryTensors, TensorSource
 from moss_jax.documents import short
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.speaker import SpeakerConfig
@@ -41,7 +41,7 @@ UNIT_VARIANCE = np.float32(1 - EPSILON)
 
 
 @dataclass(frozen=True)
-class Slot:
+class Layer:
     """One operator of the network: a convolution (`conv`, with or without bias) or a BatchNorm."""
 
     name: str
@@ -49,7 +49,7 @@ class Slot:
     bias: bool = False
 
 
-def slots(head_blocks: tuple[int, ...], dense_layers: tuple[int, ...]) -> Iterator[Slot]:
+def slots(head_blocks: tuple[int, ...], dense_layers: tuple[int, ...]) -> Iterator[Layer]:
     """The convolutions and BatchNorms of CAM++ in the order in which they are computed."""
     yield from _conv_bn("head.conv1", "head.bn1")
     for group, blocks in enumerate(head_blocks, 1):
@@ -64,20 +64,20 @@ def slots(head_blocks: tuple[int, ...], dense_layers: tuple[int, ...]) -> Iterat
     for block, layers in enumerate(dense_layers, 1):
         for layer in range(1, layers + 1):
             name = f"xvector.block{block}.tdnnd{layer}"
-            yield Slot(f"{name}.nonlinear1.batchnorm", False)
+            yield Layer(f"{name}.nonlinear1.batchnorm", False)
             yield from _conv_bn(f"{name}.linear1", f"{name}.nonlinear2.batchnorm")
-            yield Slot(f"{name}.cam_layer.linear_local", True)
-            yield Slot(f"{name}.cam_layer.linear1", True, bias=True)
-            yield Slot(f"{name}.cam_layer.linear2", True, bias=True)
-        yield Slot(f"xvector.transit{block}.nonlinear.batchnorm", False)
-        yield Slot(f"xvector.transit{block}.linear", True)
-    yield Slot("xvector.out_nonlinear.batchnorm", False)
+            yield Layer(f"{name}.cam_layer.linear_local", True)
+            yield Layer(f"{name}.cam_layer.linear1", True, bias=True)
+            yield Layer(f"{name}.cam_layer.linear2", True, bias=True)
+        yield Layer(f"xvector.transit{block}.nonlinear.batchnorm", False)
+        yield Layer(f"xvector.transit{block}.linear", True)
+    yield Layer("xvector.out_nonlinear.batchnorm", False)
     yield from _conv_bn("xvector.dense.linear", "xvector.dense.nonlinear.batchnorm")
 
 
-def _conv_bn(conv: str, bn: str) -> Iterator[Slot]:
-    yield Slot(conv, True)
-    yield Slot(bn, False)
+def _conv_bn(conv: str, bn: str) -> Iterator[Layer]:
+    yield Layer(conv, True)
+    yield Layer(bn, False)
 
 
 def import_onnx() -> Any:
@@ -150,7 +150,7 @@ class SpeakerGraph:
             found[f"{bn}.running_var"] = np.full_like(bias, UNIT_VARIANCE)
         return MemoryTensors(self.path, found)
 
-    def write(self, path: str | Path, source: Source) -> None:
+    def write(self, path: str | Path, source: TensorSource) -> None:
         """Writes this graph with the tensors of `source` in their places; equal ones stay untouched, bit for bit."""
         values: dict[str, np.ndarray] = {}
         convs = {bn: conv for conv, bn in _pairs(self.config) if bn in self.folded}
@@ -373,7 +373,7 @@ def _pairs(config: SpeakerConfig) -> Iterator[tuple[str, str]]:
         previous = slot
 
 
-def _fold(source: Source, conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
+def _fold(source: TensorSource, conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
     """Weight and bias of a convolution with the BatchNorm behind it folded in; exact for one that only adds."""
     weight = source.read(f"{conv}.weight")
     mean = source.read(f"{bn}.running_mean")

@@ -11,7 +11,7 @@ import numpy as np
 
 from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.onnx_speaker import BN_INPUTS, EPSILON, import_onnx
-from moss_jax.convert.stream import Source
+from moss_jax.convert.stream import TensorSource
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 OPSET = 17
@@ -21,7 +21,7 @@ CHANNELS = 1  # of 1-D activations [B, C, T]
 class _Graph:
     """Nodes in the order in which they are computed; every method returns the name of its result."""
 
-    def __init__(self, onnx: Any, source: Source):
+    def __init__(self, onnx: Any, source: TensorSource):
         self.onnx = onnx
         self.source = source
         self.nodes = []
@@ -65,7 +65,7 @@ class _Graph:
         return self.op("ReduceMean", x, axes=list(axes), keepdims=keep)
 
 
-def write_speaker_graph(path: str | Path, source: Source, config: SpeakerConfig) -> None:
+def write_speaker_graph(path: str | Path, source: TensorSource, config: SpeakerConfig) -> None:
     """Writes `campplus.onnx`: features [B, T, feat_dim] in, embedding [B, embedding_size] out."""
     onnx = import_onnx()
     g = _Graph(onnx, source)

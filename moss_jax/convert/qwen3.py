@@ -15,7 +15,7 @@ import numpy as np
 from moss_jax.checkpoint import TensorReader, TensorWriter, open_tensors, save_tensors
 from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within, write_config
 from moss_jax.checkpoint.safetensors import TensorInfo
-from moss_jax.convert.files import carry_files, copy_file, files_to_carry, need_folder, update_json, write_json
+from moss_jax.convert.files import carry_files, copy_file, files_to_carry, require_folder, update_json, write_json
 from moss_jax.convert.language_model import (
     check_special,
     compute_dtypes,
@@ -25,8 +25,8 @@ from moss_jax.convert.language_model import (
     tokenizer_size,
 )
 from moss_jax.convert.layer_split import default_modality_layers, new_audio_tables, qwen3_config, split_parameter
-from moss_jax.convert.stream import Progress, Say, found_shapes, with_dtypes, write_source
-from moss_jax.convert.table import Entry
+from moss_jax.convert.stream import CopyProgress, Say, tensor_shapes, with_dtypes, write_source
+from moss_jax.convert.table import TableEntry
 from moss_jax.convert.tables.qwen3 import table
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
@@ -43,7 +43,7 @@ SAME_KEYS = (
     "max_position_embeddings",
 )
 AUDIO_BRANCH = ("copy", "random")
-CODES = 16384  # of the released codec
+RELEASED_CODES = 16384  # of the released codec
 ROW_BLOCK = 128  # vocabularies are padded to a multiple of this
 DROPPED = "dropped_rows.safetensors"
 HEAD = "text/head/kernel"
@@ -71,7 +71,7 @@ def import_qwen3(
     folder: str | Path,
     system: Path,
     modality_layers: int | None = None,
-    codes: int = CODES,
+    codes: int = RELEASED_CODES,
     audio_branch: str = "copy",
     seed: int = 0,
     say: Say = lambda line: None,
@@ -89,7 +89,7 @@ def import_qwen3(
     """
     if audio_branch not in AUDIO_BRANCH:
         raise MossError(f"audio branch {audio_branch!r}: unknown, there are {', '.join(AUDIO_BRANCH)}")
-    folder = need_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
+    folder = require_folder(folder, "a Qwen3 checkpoint (config.json, *.safetensors, tokenizer.json)")
     reader = open_tensors(folder)
     special = special_ids(folder / "tokenizer.json")
     files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
@@ -101,7 +101,7 @@ def import_qwen3(
     if tied:
         del shapes[HEAD]
     rows = table(source)
-    rows.check(found_shapes(reader), shapes, str(reader.path))
+    rows.check(tensor_shapes(reader), shapes, str(reader.path))
     entries = rows.entries(shapes)
     dtypes = with_dtypes(reader, entries)
 
@@ -123,7 +123,7 @@ def import_qwen3(
     target = system / "transformer"
     target.mkdir(parents=True)
     dropped = {}
-    progress = Progress(say, "writing model", announced)
+    progress = CopyProgress(say, "writing model", announced)
     with TensorWriter(target, announced) as writer:
         for entry in entries:
             value = entry.to_ours(reader.read)
@@ -238,7 +238,7 @@ class TextPath:
         value = entry.transform.to_theirs(self._value(entry, index))
         return np.ascontiguousarray(value, self.tensors[name].dtype)
 
-    def _value(self, entry: Entry, index: tuple[int, ...]) -> np.ndarray:
+    def _value(self, entry: TableEntry, index: tuple[int, ...]) -> np.ndarray:
         if index:
             depth = index[0]
             shared = self._config.num_shared_layers
@@ -254,7 +254,7 @@ class TextPath:
             )
         return value
 
-    def _dtypes(self, entry: Entry) -> set[np.dtype]:
+    def _dtypes(self, entry: TableEntry) -> set[np.dtype]:
         """Of one kind of parameter in the blocks that have it."""
         paths = (entry.path, entry.path.replace("text/layers/", "shared/layers/", 1))
         return {np.dtype(self._ours.tensors[path].dtype) for path in paths if path in self._ours.tensors}

@@ -11,15 +11,16 @@ import numpy as np
 from moss_jax.arguments import check_seed
 from moss_jax.checkpoint import TensorWriter, atomic_folder
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.old_names import old_path
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import write_json
-from moss_jax.convert.stream import Progress, Say
+from moss_jax.convert.stream import CopyProgress, Say
 from moss_jax.convert.system import export_released
-from moss_jax.convert.table import Entry, Table
+from moss_jax.convert.table import NameTable, TableEntry
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speaker as speaker_table
+from moss_jax.convert.tables import speech_lm as speech_lm_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
-from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.errors import MossError
@@ -38,7 +39,7 @@ from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SystemConfigs:
     """The configs of a whole system."""
 
     transformer: SpeechLMConfig
@@ -49,7 +50,7 @@ class Sizes:
 TINY_CODES = 256
 
 
-def _tiny() -> Sizes:
+def _tiny() -> SystemConfigs:
     """Small in every width, whole in every rate: real audio goes in and comes out."""
     decoder = decoder_config.TINY
     flow = replace(
@@ -62,7 +63,7 @@ def _tiny() -> Sizes:
         noise_frames=15000,
     )
     speaker = replace(speaker_config.TINY, num_mel_bins=80, embedding_size=192)
-    return Sizes(
+    return SystemConfigs(
         replace(
             TRANSFORMER_TINY,
             audio_vocab_size=384,
@@ -85,10 +86,10 @@ SMALL_TRANSFORMER = replace(
     num_shared_layers=25,
     num_modality_layers=3,
 )
-SIZES = {
+SYSTEM_SIZES = {
     "tiny": _tiny(),
-    "0.6b": Sizes(SMALL_TRANSFORMER, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
-    "8b": Sizes(MOSS_SPEECH_8B, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
+    "0.6b": SystemConfigs(SMALL_TRANSFORMER, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
+    "8b": SystemConfigs(MOSS_SPEECH_8B, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
 }
 LAYOUTS = ("ours", "released")
 
@@ -104,18 +105,18 @@ def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed:
         say: gets lines of progress.
     """
     seed = check_seed(seed)
-    if size not in SIZES:
-        raise MossError(f"size {size!r}: unknown, there are {', '.join(SIZES)}")
+    if size not in SYSTEM_SIZES:
+        raise MossError(f"size {size!r}: unknown, there are {', '.join(SYSTEM_SIZES)}")
     if layout not in LAYOUTS:
         raise MossError(f"layout {layout!r}: unknown, there are {', '.join(LAYOUTS)}")
     if layout == "ours":
         with atomic_folder(out) as folder:
-            write_random(folder, SIZES[size], seed, say)
+            write_random(folder, SYSTEM_SIZES[size], seed, say)
         return
     with atomic_folder(out) as folder:
         system = folder / ".system"
         system.mkdir()
-        write_random(system, SIZES[size], seed, say)
+        write_random(system, SYSTEM_SIZES[size], seed, say)
         export_released(system, folder / ".released", say)
         for part in (folder / ".released").iterdir():
             part.rename(folder / part.name)
@@ -123,7 +124,7 @@ def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed:
         shutil.rmtree(system)
 
 
-def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
+def write_random(folder: Path, sizes: SystemConfigs, seed: int, say: Say) -> None:
     """The files of a random system, in an existing folder; one parameter in memory at a time."""
     lm = sizes.transformer
     tokenizer = sizes.tokenizer
@@ -131,7 +132,7 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
     flow = flow_shapes(decoder.flow)
     flow_rows = flow_table.table(decoder.flow)
     parts = [
-        ("transformer", "model", transformer_table.table(lm), model_shapes(lm)),
+        ("transformer", "model", speech_lm_table.table(lm), model_shapes(lm)),
         ("speech_tokenizer", "model", tokenizer_table.table(tokenizer), encoder_shapes(tokenizer)),
         *(("speech_decoder", flow_stem(chunk), flow_rows, flow) for chunk in (None, *decoder.chunks)),
         ("speech_decoder", "vocoder", vocoder_table.table(decoder.vocoder), vocoder_shapes(decoder.vocoder)),
@@ -150,18 +151,20 @@ def write_random(folder: Path, sizes: Sizes, seed: int, say: Say) -> None:
     (folder / "text_tokenizer").mkdir()
     write_text_tokenizer(folder / "text_tokenizer" / "tokenizer.json", lm)
     (folder / "voices").mkdir()
-    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    write_json(folder / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
 
 
-def _write_part(folder: Path, stem: str, table: Table, shapes: Mapping[str, Any], seed: str, say: Say) -> None:
-    progress = Progress(say, f"writing {folder.name}/{stem}", shapes)
+def _write_part(folder: Path, stem: str, table: NameTable, shapes: Mapping[str, Any], seed: str, say: Say) -> None:
+    progress = CopyProgress(say, f"writing {folder.name}/{stem}", shapes)
     with TensorWriter(folder, shapes, stem) as writer:
         for entry in table.entries(shapes):
-            writer.write(entry.path, random_parameter(entry, f"{seed} {entry.path}"))
+            # Seeded by the path that the parameter had in version 0.1.0, so that a seed still gives the same system.
+            path = entry.path if folder.name == "transformer" else old_path(entry.path)
+            writer.write(entry.path, random_parameter(entry, f"{seed} {path}"))
             progress.add(shapes[entry.path])
 
 
-def random_parameter(entry: Entry, seed: str) -> np.ndarray:
+def random_parameter(entry: TableEntry, seed: str) -> np.ndarray:
     """Values that keep a signal's size through a layer: unit gains, zero shifts, kernels of variance 1 / inputs.
 
     Drawn layer by layer straight into the parameter's dtype.

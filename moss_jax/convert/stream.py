@@ -14,14 +14,15 @@ import jax
 import numpy as np
 
 from moss_jax.checkpoint import TensorReader, TensorWriter, check_shapes
+from moss_jax.checkpoint.old_names import with_current_names
 from moss_jax.checkpoint.safetensors import SHARD_BYTES, TensorInfo
-from moss_jax.convert.table import Entry, Table
+from moss_jax.convert.table import NameTable, TableEntry
 from moss_jax.errors import MossError
 
 Say = Callable[[str], None]
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     path: Path
     tensors: Mapping[str, Any]
 
@@ -39,11 +40,11 @@ class MemoryTensors:
         return self.tensors[name]
 
 
-def found_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
 
-def with_dtypes(source: Source, entries: Iterable[Entry]) -> dict[str, jax.ShapeDtypeStruct]:
+def with_dtypes(source: TensorSource, entries: Iterable[TableEntry]) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape of ours with the dtype of the file}; a stack of tensors with different dtypes is an error."""
     shapes = {}
     mixed = []
@@ -60,8 +61,8 @@ def with_dtypes(source: Source, entries: Iterable[Entry]) -> dict[str, jax.Shape
 
 
 def import_tensors(
-    source: Source,
-    table: Table,
+    source: TensorSource,
+    table: NameTable,
     shapes: Mapping[str, Any],
     folder: Path,
     stem: str = "model",
@@ -82,10 +83,10 @@ def import_tensors(
     Raises:
         MossError: the full list of unmapped, missing and misshapen tensors.
     """
-    table.check(found_shapes(source), shapes, str(source.path))
+    table.check(tensor_shapes(source), shapes, str(source.path))
     entries = table.entries(shapes)
     ours = with_dtypes(source, entries)
-    progress = Progress(say, f"writing {stem}", ours)
+    progress = CopyProgress(say, f"writing {stem}", ours)
     with TensorWriter(folder, ours, stem, shard_bytes=shard_bytes) as writer:
         for entry in entries:
             writer.write(entry.path, entry.to_ours(source.read))
@@ -100,21 +101,22 @@ def import_tensors(
                 writer.write(name, source.read(name))
 
 
-def exported(ours: TensorReader, table: Table, shapes: Mapping[str, Any]) -> "Exported":
+def exported_tensors(ours: TensorReader, table: NameTable, shapes: Mapping[str, Any]) -> "ExportedTensors":
     """Our file as a source of foreign tensors; checks it against `shapes` first."""
+    ours = with_current_names(ours, shapes)
     check_shapes(ours.shapes(), {path: tuple(leaf.shape) for path, leaf in shapes.items()}, ours.path)
     typed = {path: jax.ShapeDtypeStruct(leaf.shape, ours.tensors[path].dtype) for path, leaf in shapes.items()}
-    return Exported(ours, table.entries(typed))
+    return ExportedTensors(ours, table.entries(typed))
 
 
-class Exported:
+class ExportedTensors:
     """Foreign tensors made from our file: a source whose tensors are cut out of our stacked parameters."""
 
-    def __init__(self, ours: TensorReader, entries: list[Entry]):
+    def __init__(self, ours: TensorReader, entries: list[TableEntry]):
         self.path = ours.path
         self._ours = ours
         self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[Entry, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[TableEntry, tuple[int, ...]]] = {}
         for entry in entries:
             for index in np.ndindex(entry.names.shape):
                 name = str(entry.names[index])
@@ -126,10 +128,10 @@ class Exported:
         return np.ascontiguousarray(entry.transform.to_theirs(self._ours.read(entry.path)[index]))
 
 
-class Union:
+class MergedTensors:
     """Several sources as one; the same name may not stand in two of them."""
 
-    def __init__(self, *sources: Source):
+    def __init__(self, *sources: TensorSource):
         self.path = sources[0].path
         self._home = {}
         self.tensors = {}
@@ -145,7 +147,7 @@ class Union:
 
 
 def write_source(
-    source: Source,
+    source: TensorSource,
     folder: Path,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
@@ -153,7 +155,7 @@ def write_source(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes every tensor of a source into safetensors, one at a time."""
-    progress = Progress(say, f"writing {stem}", source.tensors)
+    progress = CopyProgress(say, f"writing {stem}", source.tensors)
     with TensorWriter(folder, source.tensors, stem, metadata, shard_bytes) as writer:
         for name, tensor in source.tensors.items():
             writer.write(name, source.read(name))
@@ -161,7 +163,7 @@ def write_source(
 
 
 @dataclasses.dataclass
-class Progress:
+class CopyProgress:
     """Says how far a long piece of work is, at every twentieth of its bytes; silent when it is below 1 GB."""
 
     say: Say

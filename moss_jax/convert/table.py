@@ -79,7 +79,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One parameter of ours with every foreign tensor that it is made of.
 
     `names` is an object array whose shape is the stacked leading part of `shape`; `source_shape` is the foreign shape
@@ -112,13 +112,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class NameTable:
     """The rows of one released checkpoint, and regular expressions of the names that are carried along unused."""
 
     rows: tuple[Row, ...]
     carried: tuple[str, ...] = field(default=())
 
-    def entries(self, tree: Mapping[str, Any]) -> list[Entry]:
+    def entries(self, tree: Mapping[str, Any]) -> list[TableEntry]:
         """One entry for each leaf of `tree`, a flat {path: array or ShapeDtypeStruct} of our parameters.
 
         Raises LookupError when a leaf has no row: a fault of the table, not of a checkpoint.
@@ -177,7 +177,7 @@ def _pattern(template: str) -> re.Pattern:
     return re.compile("".join(re.escape(p) if i % 2 == 0 else f"(?P<{p}>\\w+)" for i, p in enumerate(parts)))
 
 
-def _entry(path: str, leaf: Any, row: Row, bound: dict[str, str]) -> Entry:
+def _entry(path: str, leaf: Any, row: Row, bound: dict[str, str]) -> TableEntry:
     stacked = [name for name in PLACEHOLDER.findall(row.name) if name not in bound]
     sizes = tuple(leaf.shape[: len(stacked)])
     names = np.empty(sizes, object)
@@ -185,4 +185,4 @@ def _entry(path: str, leaf: Any, row: Row, bound: dict[str, str]) -> Entry:
         names[index] = row.name.format(**bound, **dict(zip(stacked, index, strict=True)))
     inner = jax.ShapeDtypeStruct(leaf.shape[len(stacked) :], leaf.dtype)
     source_shape = jax.eval_shape(row.transform.to_theirs, inner).shape
-    return Entry(path, tuple(leaf.shape), leaf.dtype, names, source_shape, row.transform)
+    return TableEntry(path, tuple(leaf.shape), leaf.dtype, names, source_shape, row.transform)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from moss_jax.checkpoint import atomic_file
-from moss_jax.convert.stream import MemoryTensors, Source
+from moss_jax.convert.stream import MemoryTensors, TensorSource
 from moss_jax.documents import short, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
@@ -67,7 +67,7 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
     return MemoryTensors(path, tensors), extras
 
 
-def write_torch(path: str | Path, source: Source, extras: Mapping[str, Any]) -> None:
+def write_torch(path: str | Path, source: TensorSource, extras: Mapping[str, Any]) -> None:
     """Writes a state dictionary with `extras` beside its tensors, whole or not at all."""
     torch = import_torch()
     state = {name: _to_torch(torch, source.read(name)) for name in source.tensors}

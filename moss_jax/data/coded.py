@@ -47,27 +47,27 @@ def encode_manifests(
         raise MossError(f"manifests: {', '.join(map(str, paths))} do not have different names")
     lines = {path: _lines(path) for path in paths}
     wanted = list(dict.fromkeys(place for path in paths for place in _recordings(path, lines[path])))
-    room = SystemFolder(model).room("speech_tokenizer")
+    component_folder = SystemFolder(model).component_folder("speech_tokenizer")
     with folder_lock(out):
-        _encode(paths, lines, wanted, room, out, say, max_audio_bytes)
+        _encode(paths, lines, wanted, component_folder, out, say, max_audio_bytes)
 
 
 def _encode(
     paths: Sequence[Path],
     lines: Mapping[Path, list[dict[str, Any]]],
     wanted: Sequence[str],
-    room: Path,
+    component_folder: Path,
     out: Path,
     say: Say,
     max_audio_bytes: int,
 ) -> None:
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-    codes = _Journal(out / CODES, _mark(room))
+    codes = _Journal(out / CODES, _mark(component_folder))
     left = [place for place in wanted if place not in codes.known]
     # Neighbours in length share a bucket; the size of a file tells it.
     left.sort(key=lambda place: Path(place).stat().st_size if Path(place).is_file() else 0)
-    tokenizer = SpeechTokenizer.load(room) if left else None
+    tokenizer = SpeechTokenizer.load(component_folder) if left else None
     for first in range(0, len(left), GROUP):
         group = left[first : first + GROUP]
         waves = []
@@ -109,11 +109,11 @@ class _Journal:
         self.known |= codes
 
 
-def _mark(room: Path) -> str:
+def _mark(component_folder: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted(room.iterdir()):
+    for path in sorted(component_folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from moss_jax.audio import load_audio, save_audio
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.data.espeak import speak
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")  # of those who ask
 ANSWERS = "en-us+klatt3"  # the voice that answers
@@ -230,7 +230,7 @@ def _conversation(part: Path, name: str, fact: Fact, phrasing: int, number: int,
     answer = {"role": "assistant", "text": fact.answer}
     if answered:
         answer = {"role": "assistant", "audio": _said(part, f"{name}-a", fact.answer, (ANSWERS, 150, 50))["audio"]}
-    return [{"role": "system", "text": DEFAULT_SYSTEM["speech" if answered else "text"]}, question, answer]
+    return [{"role": "system", "text": DEFAULT_SYSTEM_PROMPT["speech" if answered else "text"]}, question, answer]
 
 
 def _copied(part: Path, recordings: Sequence[str | Path]) -> Iterator[dict]:

@@ -32,9 +32,10 @@ from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.speaker import speaker_embedding
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
 FORMAT = "moss-jax-spoken-1"
 SOURCE = "source.json"
@@ -105,14 +106,11 @@ class _Work:
         self.say = say
         self.folder = SystemFolder(request.model)
         has = {
-            room: (self.folder.path / room / "config.json").is_file() for room in ("speech_tokenizer", "speech_decoder")
+            component_folder: (self.folder.path / component_folder / "config.json").is_file()
+            for component_folder in ("speech_tokenizer", "speech_decoder")
         }
-        self.ear = self.folder.config("speech_tokenizer", SpeechTokenizerConfig) if has["speech_tokenizer"] else None
-        self.sizes = (
-            self.folder.config("speech_decoder", SpeechDecoderConfig)
-            if has["speech_decoder"]
-            else SpeechDecoderConfig()
-        )
+        self.ear = self.folder.config(SPEECH_TOKENIZER) if has["speech_tokenizer"] else None
+        self.sizes = self.folder.config(SPEECH_DECODER) if has["speech_decoder"] else SpeechDecoderConfig()
         if self.ear is not None and self.ear.code_rate != self.sizes.code_rate:
             raise MossError(
                 f"{self.folder.path}: the speech tokenizer has {self.ear.code_rate} codes a second, the speech decoder "
@@ -138,9 +136,9 @@ class _Work:
         self.problems: list[tuple[int, str]] = []
 
     def _digests(self) -> list[str]:
-        room = self.folder.room("speech_tokenizer")
+        component_folder = self.folder.component_folder("speech_tokenizer")
         found = []
-        for path in sorted(room.iterdir()):
+        for path in sorted(component_folder.iterdir()):
             with path.open("rb") as file:
                 found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
         return found
@@ -149,11 +147,11 @@ class _Work:
     def speech_tokenizer(self):
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"))
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"))
 
     @cached_property
     def speaker_params(self):
-        return self.folder.speech_decoder()[1]["speaker"]
+        return self.folder.load(SPEECH_DECODER)[1]["speaker"]
 
     def run(self) -> dict[str, Any]:
         with output_lock(self.request.out):

@@ -24,15 +24,17 @@ import numpy as np
 from moss_jax.audio import MAX_BYTES, Recording, check_speech, read_audio, resample
 from moss_jax.checkpoint import atomic_file, write_text
 from moss_jax.checkpoint.system_folder import SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.data.formats import Example, Maker
 from moss_jax.data.manifest import Document, Manifest, Member, Word, bad_lines, tar_members
 from moss_jax.data.store import SOURCE, Shard, seal, shard_name, vocabulary, write_shard
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
-from moss_jax.speech_lm import SpeechLMConfig
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_lm.component import SPEECH_LM
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
+from moss_jax.text.tokenizer import TextTokenizer
 
 SETTINGS = "settings.json"
 # documents that are encoded together, and of what size, for each device
@@ -120,17 +122,17 @@ class _Work:
         self.request = request
         self.say = say
         folder = SystemFolder(request.model)
-        folder.check_codes()
+        check_codes(folder)
         self.folder = folder
-        self.config = folder.config("transformer", SpeechLMConfig)
+        self.config = folder.config(SPEECH_LM)
         if request.format != "text" and not self.config.audio_vocab_size:
             raise MossError(f"{request.model}: its transformer has no audio branch, expected one for {request.format}")
-        self.text_tokenizer = folder.text_tokenizer(self.config)
+        self.text_tokenizer = TextTokenizer.from_file(folder.text_tokenizer_path, self.config)
         self.manifest = Manifest(
             request.manifest, request.format, code_count=self.config.eosp_id, align=request.aligner is not None
         )
         self.encodes = self.manifest.has_sound and request.format != "text"
-        self.ear = folder.config("speech_tokenizer", SpeechTokenizerConfig) if self.encodes else None
+        self.ear = folder.config(SPEECH_TOKENIZER) if self.encodes else None
         self.shards = -(-len(self.manifest) // request.shard_documents)
         self.part = request.out.with_name(request.out.name + ".part")
         self.about = {
@@ -148,10 +150,12 @@ class _Work:
         asked = asdict(self.request)
         settings = {name: asked[name] for name in ("format", "seed", "variants", "system", "shard_documents")}
         if self.request.format == "chat" and not self.request.system:
-            settings["default_system"] = DEFAULT_SYSTEM
+            settings["default_system"] = DEFAULT_SYSTEM_PROMPT
         if self.encodes:
-            room = self.folder.room("speech_tokenizer")
-            settings["speech_tokenizer"] = [_digest(path) for path in sorted(room.iterdir()) if path.is_file()]
+            component_folder = self.folder.component_folder("speech_tokenizer")
+            settings["speech_tokenizer"] = [
+                _digest(path) for path in sorted(component_folder.iterdir()) if path.is_file()
+            ]
         if self.request.aligner is not None:
             settings["aligner"] = str(self.request.aligner)
         return settings
@@ -162,7 +166,7 @@ class _Work:
 
         from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.folder.room("speech_tokenizer"), devices=jax.local_devices())
+        return SpeechTokenizer.load(self.folder.component_folder("speech_tokenizer"), devices=jax.local_devices())
 
     @cached_property
     def aligner(self):

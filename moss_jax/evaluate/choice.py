@@ -25,7 +25,7 @@ from moss_jax.dialogue.grid import text_rows
 from moss_jax.documents import read_text
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import collect, need, need_string, read_items
-from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.files import is_folder
 
@@ -35,7 +35,7 @@ PARTS = ("_test", "_val", "_dev")  # what MMLU's files end in, after the subject
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     name: str
     question: str
     choices: tuple[str, ...]
@@ -43,7 +43,7 @@ class Question:
     subject: str
 
 
-def read_choices(path: str | Path) -> list[Question]:
+def read_choice_questions(path: str | Path) -> list[ChoiceQuestion]:
     """Questions of a .csv or .jsonl file, or of all of them in a folder.
 
     A line of JSON is {"question": ..., "choices": [...], "answer": place from 0 or letter, optional "subject", "id"}. A
@@ -63,7 +63,7 @@ def read_choices(path: str | Path) -> list[Question]:
     problems = []
     for file in files:
         try:
-            questions += [Question(f"{file.name} {q.name}", *_rest(q)) for q in _file(file)]
+            questions += [ChoiceQuestion(f"{file.name} {q.name}", *_rest(q)) for q in _file(file)]
         except MossError as error:
             problems.append(str(error))
     if problems:
@@ -71,16 +71,16 @@ def read_choices(path: str | Path) -> list[Question]:
     return questions
 
 
-def _rest(question: Question) -> tuple:
+def _rest(question: ChoiceQuestion) -> tuple:
     return question.question, question.choices, question.answer, question.subject
 
 
-def _file(path: Path) -> list[Question]:
+def _file(path: Path) -> list[ChoiceQuestion]:
     subject = path.stem
     for part in PARTS:
         subject = subject.removesuffix(part)
 
-    def parse(entry: dict[str, Any], name: str, folder: Path) -> Question:
+    def parse(entry: dict[str, Any], name: str, folder: Path) -> ChoiceQuestion:
         need(entry, ("question", "choices", "answer"), ("subject",))
         choices = entry["choices"]
         answer = entry["answer"]
@@ -95,7 +95,7 @@ def _file(path: Path) -> list[Question]:
             raise MossError(f"answer is {answer!r}, expected a letter, A to {letters[-1]}, or a place from 0")
         about = need_string(entry, "subject", subject if path.suffix.lower() == ".csv" else "all")
         question = need_string(entry, "question").strip()
-        return Question(name, question, tuple(c.strip() for c in choices), answer, about.replace("_", " "))
+        return ChoiceQuestion(name, question, tuple(c.strip() for c in choices), answer, about.replace("_", " "))
 
     if path.suffix.lower() == ".csv":
         return collect(path, _csv(path), parse)
@@ -146,14 +146,14 @@ def _fails(message: str) -> Callable[[], dict[str, Any]]:
     return fail
 
 
-def prompt(question: Question, examples: Sequence[Question]) -> str:
+def prompt(question: ChoiceQuestion, examples: Sequence[ChoiceQuestion]) -> str:
     """The text up to "Answer:", which the letter follows."""
     about = "" if question.subject == "all" else f" about {question.subject}"
     shown = "".join(f"{_asked(example)} {LETTERS[example.answer]}\n\n" for example in examples)
     return HEADER.format(about=about) + shown + _asked(question)
 
 
-def _asked(question: Question) -> str:
+def _asked(question: ChoiceQuestion) -> str:
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
     return "\n".join([question.question, *lines, "Answer:"])
 
@@ -169,7 +169,7 @@ def letter_ids(text_tokenizer, count: int) -> tuple[list[int], list[int]]:
 
 
 def run(
-    model: Model,
+    model: EvaluatedModel,
     file: str | Path,
     out: str | Path,
     *,
@@ -189,13 +189,13 @@ def run(
     """
     if shots < 0 or bool(shots) != (examples is not None):
         raise MossError(f"shots: {shots} and examples {examples}: expected both, or neither")
-    questions = read_choices(file)
-    shown: dict[str, list[Question]] = {}
-    for example in read_choices(examples) if shots else []:
+    questions = read_choice_questions(file)
+    shown: dict[str, list[ChoiceQuestion]] = {}
+    for example in read_choice_questions(examples) if shots else []:
         shown.setdefault(example.subject, []).append(example)
     if short := sorted({q.subject for q in questions if len(shown.get(q.subject, ())) < shots}):
         raise MossError(f"{examples}: fewer than {shots} examples of: {', '.join(short)}")
-    about = {"task": "choice", "file": file_hash(file), "shots": shots, "model": model.language_hash()}
+    about = {"task": "choice", "file": file_hash(file), "shots": shots, "model": model.language_model_hash()}
     about |= {"examples": file_hash(examples)} if shots else {}
     with Results(out, about) as results:
         left = [question for question in questions if question.name not in results.done]
@@ -213,7 +213,7 @@ def run(
         return write_table(results.folder, *_table([results.done[question.name] for question in questions]))
 
 
-def _record(question: Question, values: Sequence[float]) -> dict[str, Any]:
+def _record(question: ChoiceQuestion, values: Sequence[float]) -> dict[str, Any]:
     said = int(np.argmax(values))
     return {
         "id": question.name,

@@ -53,7 +53,7 @@ def collect(
 
 
 @dataclass(frozen=True)
-class Part:
+class ContentPart:
     """What is said in one stretch: exactly one of `text`, `audio` (a file) and `codes`."""
 
     text: str | None = None
@@ -61,7 +61,7 @@ class Part:
     codes: tuple[int, ...] | None = None
 
 
-def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None) -> Part:
+def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None) -> ContentPart:
     """A part from JSON: a string is text; else {"text": ...}, {"audio": FILE} or {"codes": [...]}.
 
     Codes are below `code_count`, where it is given.
@@ -77,14 +77,14 @@ def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None
             raise MossError(f"{what}: codes: expected a list of whole numbers from 0, at least one")
         if code_count is not None and max(value) >= code_count:
             raise MossError(f"{what}: {max(value)} is not a speech code, expected 0 to {code_count - 1}")
-        return Part(codes=tuple(value))
+        return ContentPart(codes=tuple(value))
     if not isinstance(value, str) or not value.strip():
         raise MossError(f"{what}: {kind} is {shown(value)}, expected some words")
     if kind == "text":
-        return Part(text=value)
+        return ContentPart(text=value)
     if not is_file(folder / value):
         raise MossError(f"{what}: audio {short(value)}: no such file")
-    return Part(audio=folder / value)
+    return ContentPart(audio=folder / value)
 
 
 def need(entry: Mapping[str, Any], fields: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -109,7 +109,7 @@ class Sentence:
 
     name: str
     text: str
-    speech: Part
+    speech: ContentPart
 
 
 def read_sentences(path: str | Path, code_count: int | None = None) -> list[Sentence]:

@@ -9,7 +9,7 @@ from moss_jax.audio.wave import load_audio, resample
 from moss_jax.errors import MossError
 
 PLACE = "{wav}"
-RATE = 16000  # Hz, of what the recognisers here hear
+JUDGE_SAMPLE_RATE = 16000  # Hz, of what the recognisers here hear
 
 
 class Judge(Protocol):
@@ -77,7 +77,9 @@ class TransformersJudge:
     def __call__(self, wav: Path) -> str:
         wave, rate = load_audio(wav)
         try:
-            said = self._pipeline({"raw": resample(wave, rate, RATE), "sampling_rate": RATE}, chunk_length_s=30)
+            said = self._pipeline(
+                {"raw": resample(wave, rate, JUDGE_SAMPLE_RATE), "sampling_rate": JUDGE_SAMPLE_RATE}, chunk_length_s=30
+            )
         except Exception as error:
             raise MossError(f"judge {self._folder}: failed on {wav} ({error})") from error
         return said["text"].strip()

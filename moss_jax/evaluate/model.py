@@ -10,23 +10,24 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
-from moss_jax.convert.system import NAME_LENGTH, check_system, converted_once
+from moss_jax.convert.resolve import conversion_path, convert_once
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
-from moss_jax.evaluate.items import Part
+from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.scoring import Scorer
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
-from moss_jax.speech_lm import SpeechLMConfig
+from moss_jax.speech_decoder.component import SPEECH_DECODER
+from moss_jax.speech_lm.component import SPEECH_LM
 
 CLIPS = 32  # recordings in memory at a time
 
 
-class Model:
+class EvaluatedModel:
     """A system folder on all devices there are.
 
     Args:
@@ -48,7 +49,7 @@ class Model:
     @cached_property
     def code_count(self) -> int:
         """How many codes there are; no weights are loaded for it."""
-        return self.system.folder.config("transformer", SpeechLMConfig).eosp_id
+        return self.system.folder.config(SPEECH_LM).eosp_id
 
     @property
     def config(self):
@@ -63,18 +64,20 @@ class Model:
         language_model = self.system.language_model
         return Scorer(language_model.config, language_model.params, language_model.mesh, self.batch_size)
 
-    def language_hash(self) -> str:
+    def language_model_hash(self) -> str:
         """Of the language model, for results that depend on it."""
         return self.system.language_model.fingerprint
 
     def codec_hash(self) -> str:
         """Of the speech tokenizer and the decoder, for results that depend on them."""
-        _, parts = self.system.folder.speech_decoder()
+        _, parts = self.system.folder.load(SPEECH_DECODER)
         speech = {name: parts[name] for name in ("flow", "vocoder")}
         params = {"speech_tokenizer": self.system.speech_tokenizer.params, **speech}
         return f"{fingerprint(flatten(params)):08x}"
 
-    def codes(self, parts: Sequence[Part], say: Callable[[str], None] = lambda line: None) -> dict[Part, np.ndarray]:
+    def codes(
+        self, parts: Sequence[ContentPart], say: Callable[[str], None] = lambda line: None
+    ) -> dict[ContentPart, np.ndarray]:
         """Speech codes int32 [N] of the spoken ones among these parts; each recording is read and encoded once."""
         found = {part: np.array(part.codes, np.int32) for part in parts if part.codes is not None}
         clips = list(dict.fromkeys(part for part in parts if part.audio is not None))
@@ -97,17 +100,17 @@ def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[s
         cache: where a converted Qwen3 is kept.
     """
     folder = Path(folder)
-    if (folder / SYSTEM).is_file():
-        return check_system(folder)
+    if (folder / SYSTEM_FILE).is_file():
+        return SystemFolder(folder).path
     if not (folder / "config.json").is_file():
-        raise MossError(f"{folder}: neither a system folder ({SYSTEM}) nor a Qwen3 (config.json)")
+        raise MossError(f"{folder}: neither a system folder ({SYSTEM_FILE}) nor a Qwen3 (config.json)")
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     mark = hashlib.sha256(repr((str(folder.resolve()), codes, status)).encode()).hexdigest()[:12]
-    target = cache / f"{folder.resolve().name[:NAME_LENGTH]}-{mark}"
+    target = conversion_path(cache, folder, mark)
 
     def convert() -> None:
         with atomic_folder(target) as part:
             import_qwen3(folder, part, codes=codes, say=say)
-            write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+            write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
 
-    return converted_once(target, convert, say)
+    return convert_once(target, convert, say)

@@ -15,11 +15,11 @@ import numpy as np
 
 from moss_jax.dialogue.grid import speech_rows, text_rows
 from moss_jax.errors import MossError
-from moss_jax.evaluate.items import Part, need, need_string, read_items, read_part
-from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.items import ContentPart, need, need_string, read_items, read_part
+from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.evaluate.scoring import Passage
-from moss_jax.evaluate.words import joined
+from moss_jax.evaluate.words import continuation
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Story:
     """A context, its endings, and which one is right."""
 
     name: str
-    context: Part
-    endings: tuple[Part, ...]
+    context: ContentPart
+    endings: tuple[ContentPart, ...]
     answer: int
     group: str | None
 
@@ -56,7 +56,9 @@ def read_stories(path: str | Path, code_count: int | None = None) -> list[Story]
     return read_items(path, parse)
 
 
-def passage(context: Part, ending: Part, codes: dict[Part, np.ndarray], text_tokenizer, config) -> Passage:
+def passage(
+    context: ContentPart, ending: ContentPart, codes: dict[ContentPart, np.ndarray], text_tokenizer, config
+) -> Passage:
     """The rows of one story with one ending, of which the ending's ids or codes are scored."""
     if context.text is None and ending.text is None:
         rows = speech_rows(np.concatenate([codes[context], codes[ending]]), config)
@@ -64,7 +66,7 @@ def passage(context: Part, ending: Part, codes: dict[Part, np.ndarray], text_tok
         last = len(rows) - 1
     else:
         rows = _rows(context, context.text, codes, text_tokenizer, config)
-        text = ending.text if ending.text is None or context.text is None else joined(context.text, ending.text)
+        text = ending.text if ending.text is None or context.text is None else continuation(context.text, ending.text)
         more = _rows(ending, text, codes, text_tokenizer, config)
         marker = int(ending.text is None)
         first = len(rows) + marker
@@ -75,11 +77,13 @@ def passage(context: Part, ending: Part, codes: dict[Part, np.ndarray], text_tok
     return Passage(rows, scored)
 
 
-def _rows(part: Part, text: str | None, codes, text_tokenizer, config) -> np.ndarray:
+def _rows(part: ContentPart, text: str | None, codes, text_tokenizer, config) -> np.ndarray:
     return speech_rows(codes[part], config) if text is None else text_rows(text_tokenizer.encode(text), config)
 
 
-def run(model: Model, file: str | Path, out: str | Path, *, say: Callable[[str], None] = lambda line: None) -> str:
+def run(
+    model: EvaluatedModel, file: str | Path, out: str | Path, *, say: Callable[[str], None] = lambda line: None
+) -> str:
     """Evaluates a file of stories into the folder `out`; returns the table.
 
     Raises:
@@ -87,7 +91,7 @@ def run(model: Model, file: str | Path, out: str | Path, *, say: Callable[[str],
             holds other results.
     """
     stories = read_stories(file, model.code_count)
-    with Results(out, {"task": "pairs", "file": file_hash(file), "model": model.language_hash()}) as results:
+    with Results(out, {"task": "pairs", "file": file_hash(file), "model": model.language_model_hash()}) as results:
         left = [story for story in stories if story.name not in results.done]
         codes = model.codes([part for story in left for part in (story.context, *story.endings)], say)
         groups = []

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moss_jax.errors import MossError
-from moss_jax.evaluate.results import error_row, markdown
+from moss_jax.evaluate.results import markdown_table, word_error_row
 from moss_jax.train.export import restored
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.run import read_run
@@ -29,5 +29,5 @@ def recognition(folder: str | Path, files: Sequence[str | Path], say: Callable[[
     for file in files:
         evaluation = task.evaluation_on((str(file),))
         evaluation(state, Preemption())
-        rows.append(error_row(Path(file).stem, *zip(*evaluation.by_clip, strict=True)))
-    return markdown(rows)
+        rows.append(word_error_row(Path(file).stem, *zip(*evaluation.by_clip, strict=True)))
+    return markdown_table(rows)

@@ -15,8 +15,8 @@ from moss_jax.checkpoint import write_text
 from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
 
-FORMAT = "moss-jax-eval-1"
-RESULTS = "results.jsonl"
+RESULTS_FORMAT = "moss-jax-eval-1"
+RESULTS_FILE = "results.jsonl"
 TABLE = "table"
 Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
 
@@ -36,8 +36,8 @@ class Results:
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any]):
         self.folder = Path(folder)
-        self._path = self.folder / RESULTS
-        about = json.loads(json.dumps({"format": FORMAT, **about}))
+        self._path = self.folder / RESULTS_FILE
+        about = json.loads(json.dumps({"format": RESULTS_FORMAT, **about}))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+b")
@@ -121,7 +121,7 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a share."""
     if not count:
         return 0.0, 1.0
@@ -146,7 +146,7 @@ def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
     """A row of a table of accuracies, in per cent."""
     count = len(right)
     correct = int(sum(right))
-    low, high = wilson(correct, count)
+    low, high = wilson_interval(correct, count)
     share = correct / count if count else 0.0
     return {
         "what": name,
@@ -158,7 +158,7 @@ def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[str, Any]:
+def word_error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[str, Any]:
     """A row of a table of word error rates, in per cent."""
     low, high = ratio_interval(errors, words)
     rate = sum(errors) / max(sum(words), 1)
@@ -172,7 +172,7 @@ def error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[st
     }
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a markdown table."""
     head = list(rows[0])
     rule = ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]
@@ -182,7 +182,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
     """Writes table.md and table.json; returns the former."""
-    text = "\n\n".join([markdown(rows), *notes]) + "\n"
+    text = "\n\n".join([markdown_table(rows), *notes]) + "\n"
     write_text(folder / f"{TABLE}.md", text)
     write_text(folder / f"{TABLE}.json", json.dumps({"rows": list(rows), "notes": list(notes)}, indent=1) + "\n")
     return text

@@ -13,8 +13,8 @@ from moss_jax.audio.wave import save_audio
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.judge import Judge
-from moss_jax.evaluate.model import Model
-from moss_jax.evaluate.results import Results, error_row, file_hash, write_table
+from moss_jax.evaluate.model import EvaluatedModel
+from moss_jax.evaluate.results import Results, file_hash, word_error_row, write_table
 from moss_jax.evaluate.words import errors, words
 from moss_jax.speech_decoder.flow.sampler import check_codes
 
@@ -23,7 +23,7 @@ WAVES = "waves"
 
 
 def run(
-    model: Model,
+    model: EvaluatedModel,
     file: str | Path,
     out: str | Path,
     *,
@@ -59,7 +59,9 @@ def run(
         return write_table(results.folder, *_table([results.done[s.name] for s in sentences], notices))
 
 
-def _record(model: Model, sentence: Sentence, codes, voice, seed: int, judge: Judge, waves: Path) -> dict[str, Any]:
+def _record(
+    model: EvaluatedModel, sentence: Sentence, codes, voice, seed: int, judge: Judge, waves: Path
+) -> dict[str, Any]:
     decoder = model.system.speech_decoder
     try:
         check_codes(decoder.config.flow, codes, len(voice.codes))
@@ -80,5 +82,5 @@ def _table(records: Sequence[dict[str, Any]], notices: Sequence[str]) -> tuple[l
     for kind in ("resynthesis", "original"):
         own = [record for record in records if kind in record["errors"]]
         if own:
-            rows.append(error_row(kind, [r["errors"][kind] for r in own], [r["words"] for r in own]))
+            rows.append(word_error_row(kind, [r["errors"][kind] for r in own], [r["words"] for r in own]))
     return rows, [PROTOCOL, *(f"Note: {notice}." for notice in notices)]

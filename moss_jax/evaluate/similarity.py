@@ -280,9 +280,10 @@ def run(
     """Analyses a system, and controls with the same codes, into a new folder: similarity.json and similarity.png.
 
     Args:
-        model: `moss_jax.evaluate.model.Model`.
+        model: `moss_jax.evaluate.model.EvaluatedModel`.
         file: {"audio": FILE or "codes": [...], "text": ...} per line.
-        controls: (name, Model) of other systems with the same number of codes, such as one made from a plain Qwen3.
+        controls: (name, EvaluatedModel) of other systems with the same number of codes, such as one made from a plain
+            Qwen3.
         heatmaps: number of sentences, from the first on, that also get a heatmap-NAME.png.
 
     Returns:

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.grid import REPLIES
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.evaluate.items import Part, need, need_string, read_items, read_part
+from moss_jax.evaluate.items import ContentPart, need, need_string, read_items, read_part
 from moss_jax.evaluate.judge import Judge
-from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
-from moss_jax.evaluate.words import answered, words
+from moss_jax.evaluate.words import contains_answer, words
+from moss_jax.text.chat_template import REPLIES
 
 WAVES = "waves"
 
 
 @dataclass(frozen=True)
-class Question:
+class SpokenQuestion:
     name: str
-    question: Part
+    question: ContentPart
     answers: tuple[str, ...]
     group: str | None
 
 
-def read_questions(path: str | Path, code_count: int | None = None) -> list[Question]:
+def read_spoken_questions(path: str | Path, code_count: int | None = None) -> list[SpokenQuestion]:
     """A file of {"question": PART, "answers": [...], optional "group" and "id"}.
 
     A PART is a string, {"audio": FILE} or {"codes": [...]} with codes below `code_count`.
     """
 
-    def parse(entry: dict[str, Any], name: str, folder: Path) -> Question:
+    def parse(entry: dict[str, Any], name: str, folder: Path) -> SpokenQuestion:
         need(entry, ("question", "answers"), ("group",))
         answers = entry["answers"]
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
@@ -44,13 +44,13 @@ def read_questions(path: str | Path, code_count: int | None = None) -> list[Ques
         if wordless := [a for a in answers if not words(a)]:
             raise MossError(f"answers: {wordless[0]!r} has no words")
         group = need_string(entry, "group") if "group" in entry else None
-        return Question(name, read_part(entry["question"], folder, "question", code_count), tuple(answers), group)
+        return SpokenQuestion(name, read_part(entry["question"], folder, "question", code_count), tuple(answers), group)
 
     return read_items(path, parse)
 
 
 def run(
-    model: Model,
+    model: EvaluatedModel,
     file: str | Path,
     out: str | Path,
     *,
@@ -74,13 +74,13 @@ def run(
         raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
     if reply == "speech" and judge is None:
         raise MossError("spoken replies need a judge: expected one of --judge FOLDER and --judge-command")
-    questions = read_questions(file, model.code_count)
+    questions = read_spoken_questions(file, model.code_count)
     sampling = {"greedy": True, **(sampling or {})}
     model.system.settings(**sampling)
     about = {"task": "spoken-qa", "file": file_hash(file), "reply": reply, "seed": seed, "sampling": sampling}
     if reply == "speech":
         about |= {"judge": judge.name, "voice": voice, "codec": model.codec_hash()}
-    with Results(out, {**about, "model": model.language_hash()}) as results:
+    with Results(out, {**about, "model": model.language_model_hash()}) as results:
         done = len(results.done)  # replies come in the file's order
         waves = results.folder / WAVES
         if reply == "speech":
@@ -100,12 +100,12 @@ def run(
                     answer.save(path)
                     said = judge(path)
                 record["codes"] = len(answer.codes)
-            results.append([record | {"said": said, "right": answered(said, question.answers)}])
+            results.append([record | {"said": said, "right": contains_answer(said, question.answers)}])
             say(f"{len(results.done)} of {len(questions)} questions")
         return write_table(results.folder, *_table([results.done[question.name] for question in questions], reply))
 
 
-def _turn(part: Part) -> Turn:
+def _turn(part: ContentPart) -> Turn:
     return Turn("user", text=part.text, audio=part.audio, codes=part.codes)
 
 

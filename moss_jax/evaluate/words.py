@@ -8,19 +8,19 @@ from collections.abc import Sequence
 
 from moss_jax.data.words import NO_SPACES, errors, words
 
-__all__ = ["answered", "errors", "joined", "words"]
+__all__ = ["contains_answer", "continuation", "errors", "words"]
 
 ARTICLES = {"a", "an", "the"}
 
 
-def joined(first: str, second: str) -> str:
+def continuation(first: str, second: str) -> str:
     """What `second` is when it goes on from `first`: with a space in front where the language writes one."""
     if not first or first[-1].isspace() or second[:1].isspace() or NO_SPACES.match(second):
         return second
     return f" {second}"
 
 
-def answered(reply: str, answers: Sequence[str]) -> bool:
+def contains_answer(reply: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in the reply, word for word; articles do not count."""
     said = _without_articles(reply)
     for answer in map(_without_articles, answers):

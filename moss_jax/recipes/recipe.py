@@ -19,11 +19,10 @@ from moss_jax.checkpoint.config_io import read_config
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import folder_lock
+from moss_jax.progress import Say, duration
 from moss_jax.recipes.background import Lane
-from moss_jax.train.metrics import duration
 
 JOURNAL = "recipe.json"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

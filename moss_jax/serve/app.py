@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.session import OWN_VOICE, Limits, Session
 from moss_jax.serve.sessions import Sessions
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 try:
     import gradio as gr
@@ -269,7 +269,7 @@ class Demo:
                 pieces = session.ask(
                     **question,
                     reply=reply,
-                    system_turn=DEFAULT_SYSTEM[reply] if system_turn is None else system_turn,
+                    system_turn=DEFAULT_SYSTEM_PROMPT[reply] if system_turn is None else system_turn,
                     voice=None if voice in (DEFAULT_VOICE, ONE_VOICE) else voice,
                     seed=seed,
                     **sampling,
@@ -427,7 +427,7 @@ class Demo:
                     voice, own, told = self._voice_panel()
                     with gr.Accordion("System prompt", open=False):
                         system_turn = gr.Textbox(
-                            DEFAULT_SYSTEM["speech"],
+                            DEFAULT_SYSTEM_PROMPT["speech"],
                             label="What the assistant is told first",
                             lines=4,
                             max_length=2000,
@@ -490,7 +490,7 @@ class Demo:
         default = self.system.folder.settings.get("default_voice")
         first = default if default in choices else choices[0]
         voice = gr.Dropdown(choices, value=first, label="Voice of the answers", elem_id="moss-voice", interactive=True)
-        if not self.system.enrols:
+        if not self.system.can_enrol:
             return voice, None, None
         told = gr.Markdown("", elem_id="moss-voice-told")
         with gr.Accordion("Sound like a recording", open=False):
@@ -541,7 +541,7 @@ def _inputs_shown(you: str) -> tuple[Any, Any, Any]:
 
 def _system_turn(reply: str, shown: str) -> Any:
     """The released driver's system prompt of the kind of answer, unless somebody wrote another one."""
-    return DEFAULT_SYSTEM[reply] if shown in DEFAULT_SYSTEM.values() else gr.skip()
+    return DEFAULT_SYSTEM_PROMPT[reply] if shown in DEFAULT_SYSTEM_PROMPT.values() else gr.skip()
 
 
 def _question(recording: str | None, text: str | None, you: str) -> dict[str, str]:

@@ -15,14 +15,14 @@ import numpy as np
 from moss_jax.arguments import check_seed
 from moss_jax.audio import Recording, check_speech, load_audio, read_audio, save_audio
 from moss_jax.audio.features import MEL_24K
-from moss_jax.dialogue.settings import DRAWING
 from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.generate.settings import RANDOM_SETTINGS
 from moss_jax.serve.feed import SpeechFeed
 from moss_jax.serve.picture import draw, mel
 from moss_jax.speech_decoder.voice import Voice
-from moss_jax.speech_tokenizer.encode import LENGTHS
+from moss_jax.speech_tokenizer.encode import SEGMENT_LENGTHS
 
 WARM_SECONDS = 15.0  # questions and answers up to this length compile nothing after `warm_up`
 OWN_VOICE = "my recording"  # among the voices' names: the one that this person enrolled
@@ -130,7 +130,7 @@ class Session:
         asked = time.perf_counter()
         self.system.settings(**sampling)
         if sampling.get("greedy"):  # a reply would say that these have no effect
-            sampling = {name: value for name, value in sampling.items() if name not in DRAWING}
+            sampling = {name: value for name, value in sampling.items() if name not in RANDOM_SETTINGS}
         if not system_turn.strip():
             raise MossError("the system prompt is empty; it tells the assistant how to answer")
         most = self.limits.question_characters
@@ -190,7 +190,7 @@ class Session:
         Raises:
             MossError: the system has no speaker network, or the recording is no good.
         """
-        if not self.system.enrols:
+        if not self.system.can_enrol:
             raise MossError("this system speaks with its own voices only: it has no speaker network")
         read = _load(recording, self.limits.voice_seconds, "voice recording", self.limits)
         self.voice = self.system.enrol((read.wave, read.rate))
@@ -305,7 +305,7 @@ def warm_up(system: System, say: Any = lambda line: None) -> None:
     tokenizer = system.speech_tokenizer
     rate = tokenizer.config.sample_rate
     noise = np.random.default_rng(0).normal(0, 0.1, 20 * rate).astype(np.float32)
-    for sixteenths in LENGTHS:
+    for sixteenths in SEGMENT_LENGTHS:
         samples = sixteenths * tokenizer.config.samples_per_segment // 16
         if samples <= WARM_SECONDS * rate:
             tokenizer.encode([noise[:samples]])

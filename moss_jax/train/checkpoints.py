@@ -24,8 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moss_jax.checkpoint.old_names import renamed_paths, with_keys
 from moss_jax.documents import parse_object, read_json
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.train.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
@@ -36,8 +38,6 @@ DAMAGED = "damaged"
 PIECE = 1 << 22  # bytes read at a time
 THREADS = 8
 TIMEOUT = 3600  # seconds that a save may take in the background
-
-Say = Callable[[str], None]
 
 
 class Checkpoints:
@@ -127,9 +127,18 @@ class Checkpoints:
         wanted = {"params": like.params}
         wanted |= {"optimizer": (like.step, like.opt_state)} if optimizer else {}
         wanted |= {"extra": like.extra} if jax.tree.leaves(like.extra) else {}
-        found = self.restore(step, **wanted)
+        old_paths = renamed_paths(like.params, self._saved_paths(step))
+        found = self.restore(step, **with_keys(wanted, old_paths))
+        found = with_keys(found, {old: path for path, old in old_paths.items()})
         count, opt_state = found.get("optimizer", (like.step, like.opt_state))
         return TrainState(count, found["params"], opt_state, found.get("extra", like.extra))
+
+    def _saved_paths(self, step: int) -> set[str]:
+        """The paths of the parameters that `save_state` saved."""
+        try:
+            return set(ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params"))
+        except (ValueError, KeyError, OSError) as error:
+            raise MossError(f"{self.folder / str(step)}: cannot be restored ({_first_line(error)})") from error
 
     def check(self) -> None:
         """Raises MossError when the save in the background has failed; never waits."""

@@ -1,29 +1,21 @@
 """Checkpoints as what their model is used by, and what every export needs."""
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
-from moss_jax.checkpoint import atomic_folder
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.nn.fingerprint import fingerprint
+from moss_jax.progress import Say
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_lm.config import DTYPES
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
+from moss_jax.train.gather import with_sharding
 from moss_jax.train.record import check_record
 from moss_jax.train.run import read_run
 from moss_jax.train.state import TrainState
 from moss_jax.train.task import Task
-
-Say = Callable[[str], None]
 
 
 def export_checkpoint(
@@ -75,7 +67,7 @@ def restored(folder: str | Path, step: int | None = None, say: Say = print) -> t
         mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
         task = run.task(mesh, say)
         parameters = task.start()
-        like = jax.tree.map(placed, jax.eval_shape(task.new_state, parameters), task.state_shardings())
+        like = jax.tree.map(with_sharding, jax.eval_shape(task.new_state, parameters), task.state_shardings())
         del parameters
         expected = task.described() | {"frozen": fingerprint(task.frozen)}
         check_record(checkpoints.record(step), expected, checkpoints.folder / str(step), say)
@@ -83,26 +75,3 @@ def restored(folder: str | Path, step: int | None = None, say: Say = print) -> t
     finally:
         checkpoints.close()
     return task, state
-
-
-def placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The shape with its place on a mesh."""
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def collected(value: jax.Array) -> np.ndarray:
-    """The whole array in host memory, in every process."""
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-
-
-@contextlib.contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """`atomic_folder`, also where a folder of that name is there: that one goes when the new one is whole."""
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    with atomic_folder(new) as part:
-        yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)

@@ -12,7 +12,7 @@ metrics.jsonl is cut back to it. On the same mesh every number is then the same 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,25 @@ from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
 from moss_jax.files import folder_lock
 from moss_jax.nn.fingerprint import fingerprint
+from moss_jax.progress import Say, duration, silent
 from moss_jax.sharding import make_mesh
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints
-from moss_jax.train.export import placed
+from moss_jax.train.gather import with_sharding
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     Board,
+    IntervalMetrics,
     MetricsFile,
-    Progress,
-    duration,
     losses,
     measured,
     memory_gib,
 )
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.record import check_record
-from moss_jax.train.run import EXPORTS, RUN_FILE, BaseRun, run_text, run_values, values_in
+from moss_jax.train.run import BaseRun, run_text, run_values, values_in
+from moss_jax.train.run_folder import EXPORTS, RUN_FILE
 from moss_jax.train.speech_lm.flops import peak_flops
 from moss_jax.train.state import TrainState
 
@@ -50,8 +51,6 @@ DONE = 0
 STOPPED = 3
 PREEMPTED = 75
 PROFILE = "profile"
-
-Say = Callable[[str], None]
 
 
 def train(run: BaseRun, say: Say = print) -> int:
@@ -66,7 +65,7 @@ def train(run: BaseRun, say: Say = print) -> int:
         MossError: something that was given does not fit or cannot be read or written. What was saved stays.
     """
     with _run_lock(Path(run.folder)), Preemption() as preemption:
-        loop = Loop(run, preemption, say if jax.process_index() == 0 else _silent)
+        loop = Loop(run, preemption, say if jax.process_index() == 0 else silent)
         try:
             with jax.set_mesh(loop.mesh):
                 code = loop.run_to_the_end()
@@ -166,12 +165,12 @@ class Loop:
         else:
             like = jax.eval_shape(task.new_state, parameters)
             jax.tree.map(lambda x: x.delete(), parameters)
-            self._restore(at, jax.tree.map(placed, like, states))
+            self._restore(at, jax.tree.map(with_sharding, like, states))
         self._saved = self._step
         self._compiled_step = task.make_step()
         peak = 1e12 * run.peak_tflops if run.peak_tflops else peak_flops(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()  # FLOP/s; None where it is not known
-        self._progress = Progress(run.shown, run.loss_weights, run.unit, self._peak)
+        self._progress = IntervalMetrics(run.shown, run.loss_weights, run.unit, self._peak)
         self._evaluation = task.evaluation()
         if self._first:
             self._metrics = MetricsFile(self._folder / METRICS_FILE, self._step)
@@ -408,7 +407,3 @@ def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return fields
-
-
-def _silent(line: str) -> None:
-    pass

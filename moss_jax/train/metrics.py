@@ -20,6 +20,7 @@ import numpy as np
 from moss_jax.checkpoint import atomic_file
 from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
+from moss_jax.progress import duration
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -150,7 +151,7 @@ def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name not in missing}
 
 
-class Progress:
+class IntervalMetrics:
     """What the next progress line reports: means over the steps since the last line.
 
     The loss of a target is a mean over the targets of these steps, and one that no step had is left out. Steps whose
@@ -220,16 +221,6 @@ class Progress:
             words.append(f"MFU {100 * self._totals['flops'] / self._totals['seconds'] / self._peak:.1f}%")
         self._clear()
         return "  ".join([*words, f"{duration((steps - entry['step']) * step_seconds)} left"])
-
-
-def duration(seconds: float) -> str:
-    """12 ms, 3.4 s, 5 min, 7 h 30 min."""
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 99:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _short(number: float) -> str:

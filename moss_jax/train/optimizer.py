@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from moss_jax.checkpoint.config_io import ADDED
+from moss_jax.checkpoint.config_io import ADDED_LATER
 from moss_jax.errors import MossError
 
 METHODS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 # Modules whose kernels are [layers, in, heads, head_dim] and [layers, heads, head_dim, out].
-TO_HEADS = ("q", "k", "v", "query", "key", "value")
-FROM_HEADS = ("o", "out")
+TO_HEADS = ("q", "k", "v")
+FROM_HEADS = ("o",)
 ADAMW_RMS = 0.2  # of an update's entries, about, at learning rate 1
 
 
@@ -38,7 +38,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  # largest global gradient norm; None: no clipping
-    method: str = field(default="adamw", metadata=ADDED)  # one of METHODS
+    method: str = field(default="adamw", metadata=ADDED_LATER)  # one of METHODS
 
     def __post_init__(self):
         problems = []

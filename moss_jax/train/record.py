@@ -1,15 +1,14 @@
 """What is written beside the arrays of a checkpoint, and whether a run may go on from it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 
 
-def check_record(
-    found: Mapping[str, Any], expected: Mapping[str, Any], where: Path, say: Callable[[str], None]
-) -> None:
+def check_record(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path, say: Say) -> None:
     """Raises MossError when a checkpoint is of another architecture, stage or whatever else `expected` has (a
     `Task.described` and the `fingerprint` of the frozen parameters); says when frozen weights are others."""
     for part, want in expected.items():

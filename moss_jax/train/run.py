@@ -13,7 +13,7 @@ import runpy
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,17 +25,16 @@ from moss_jax.data import Mixture
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
+from moss_jax.progress import Say
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.config import ATTENTION, DTYPES, REMAT
 from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train.run_folder import RUN_FILE
 from moss_jax.train.speech_lm.stages import Stage
 
 if TYPE_CHECKING:
     from moss_jax.train.task import Task
 
-# in the folder of a run
-RUN_FILE = "run.json"
-EXPORTS = "exports"
 ACTIONS = ("skip", "stop")
 
 
@@ -140,7 +139,7 @@ class BaseRun:
         """{metric: weight} of the losses that the loss is the weighted sum of; empty where it is another function."""
         return {}
 
-    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+    def task(self, mesh: Mesh, say: Say) -> "Task":
         """What the loop trains; see `moss_jax.train.task`."""
         raise NotImplementedError
 
@@ -181,7 +180,7 @@ class Run(BaseRun):
     def loss_weights(self) -> dict[str, float]:
         return {"text_loss": self.stage.text_weight, "audio_loss": self.stage.audio_weight}
 
-    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+    def task(self, mesh: Mesh, say: Say) -> "Task":
         from moss_jax.train.speech_lm.task import LanguageModel
 
         return LanguageModel(self, mesh, say)

@@ -105,7 +105,7 @@ class Task(Protocol):
 
     def export(self, state: TrainState, folder: Path, dtype: str | None = None) -> None:
         """Writes what the model is used by, whole or not at all, in place of one that is there
-        (`moss_jax.train.export.replaced`). Every process calls it; of the state only `params` and `extra` are there.
+        (`moss_jax.files.replace_folder`). Every process calls it; of the state only `params` and `extra` are there.
 
         Args:
             dtype: of what trained; None: as the run says.

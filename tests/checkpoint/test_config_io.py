@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from moss_jax.checkpoint.config_io import ADDED, read_config, write_config
+from moss_jax.checkpoint.config_io import ADDED_LATER, read_config, write_config
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 
@@ -21,7 +21,7 @@ class Outer:
     name: str = "a"
     flag: bool = True
     window: int | None = None
-    later: float = field(default=2.0, metadata=ADDED)
+    later: float = field(default=2.0, metadata=ADDED_LATER)
     inner: Inner = field(default_factory=Inner)
 
     def check(self):

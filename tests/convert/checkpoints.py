@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from moss_jax.convert.language_model import released_config
 from moss_jax.convert.tables import qwen3 as qwen3_table
-from moss_jax.convert.tables import transformer as transformer_table
+from moss_jax.convert.tables import speech_lm as speech_lm_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import TINY, SpeechLMConfig
@@ -46,7 +46,7 @@ def same_tensors(ours, theirs):
 def write_language_model(folder: Path, config: SpeechLMConfig = TINY, shards=3, seed=0):
     """A released language model; returns its tensors."""
     folder.mkdir(parents=True)
-    shapes = transformer_table.table(config).shapes(model_shapes(config))
+    shapes = speech_lm_table.table(config).shapes(model_shapes(config))
     tensors = random_tensors(shapes, seed=seed)
     write_shards(folder, tensors, shards)
     write_text_tokenizer(folder / "tokenizer.json", config)

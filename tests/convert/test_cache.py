@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from moss_jax.convert import system
+from moss_jax.convert import resolve, system
 
 # Resolves a pair; stops in the middle of the conversion until a file appears.
 RESOLVE = """
 import sys, time
 from pathlib import Path
-from moss_jax.convert import system
+from moss_jax.convert import resolve, system
 
 model, codec, cache, gate, begun = sys.argv[1:]
 convert = system.import_language_model
@@ -28,7 +28,7 @@ def slowly(*arguments):
     return convert(*arguments)
 
 system.import_language_model = slowly
-print(system.resolve(model, codec, Path(cache), lambda line: print(line, file=sys.stderr, flush=True)))
+print(resolve.resolve_system(model, codec, Path(cache), lambda line: print(line, file=sys.stderr, flush=True)))
 """
 
 
@@ -98,7 +98,7 @@ def test_what_a_killed_conversion_left_is_removed(released, tmp_path):
     assert left.endswith(".part")
     (cache / "compiled").mkdir()
     (cache / ".mine.part").mkdir()
-    found = system.resolve(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, quiet)
+    found = resolve.resolve_system(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, quiet)
     assert names(cache) == sorted([".mine.part", "compiled", found.name])
 
 
@@ -130,7 +130,7 @@ def test_a_conversion_that_is_running_is_not_removed(tmp_path):
             target.mkdir()
             (target / "system.json").write_text('{"format": "moss-jax-1"}')
 
-        assert system.converted_once(target, convert, release) == target
+        assert resolve.convert_once(target, convert, release) == target
     finally:
         other.kill()
         other.communicate()
@@ -146,13 +146,13 @@ def test_a_finished_conversion_needs_no_lock(tmp_path):
     target.mkdir()
     (target / "system.json").write_text('{"format": "moss-jax-1"}')
     with folder_lock(tmp_path):
-        assert system.converted_once(target, lambda: pytest.fail("converted again"), pytest.fail) == target
+        assert resolve.convert_once(target, lambda: pytest.fail("converted again"), pytest.fail) == target
 
 
 def test_any_name_of_a_folder_gives_a_name_in_the_cache(released, tmp_path, monkeypatch):
     codec = released / system.CODEC_FOLDER
     model = shutil.copytree(released / system.MODEL_FOLDER, tmp_path / ("m" * 200))
-    long = system.resolve(model, codec, tmp_path / "cache", quiet)
-    assert long.name.startswith("m" * system.NAME_LENGTH + "-")
+    long = resolve.resolve_system(model, codec, tmp_path / "cache", quiet)
+    assert long.name.startswith("m" * resolve.NAME_LENGTH + "-")
     monkeypatch.chdir(model)
-    assert system.resolve(".", codec, tmp_path / "cache", quiet) == long
+    assert resolve.resolve_system(".", codec, tmp_path / "cache", quiet) == long

@@ -9,7 +9,7 @@ import pytest
 
 from moss_jax.cli import main
 from moss_jax.convert import files as convert_files
-from moss_jax.convert import system
+from moss_jax.convert import resolve, system
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import write_language_model, write_qwen3
@@ -96,7 +96,7 @@ def test_no_weights_of_a_qwen3_are_carried(tmp_path, monkeypatch, kind):
 
 def test_no_weights_are_carried_from_a_pair_that_a_verb_converts(released, tmp_path, monkeypatch):
     monkeypatch.chdir(released)
-    found = system.resolve(system.MODEL_FOLDER, system.CODEC_FOLDER, tmp_path / "cache", quiet)
+    found = resolve.resolve_system(system.MODEL_FOLDER, system.CODEC_FOLDER, tmp_path / "cache", quiet)
     assert files(found / "carried" / "model") == MODEL
     assert files(found / "carried" / "codec") == CODEC
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import SystemFolder
+from moss_jax.checkpoint.system_folder import NANO_FOLDER, SystemFolder
 from moss_jax.cli import main
+from moss_jax.components import check_codes
 from moss_jax.convert import system
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.random_system import SIZES, write_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
 
@@ -32,7 +33,7 @@ def other(tmp_path_factory):
     """A system with a codec of its own, and voices."""
     folder = tmp_path_factory.mktemp("other") / "system"
     folder.mkdir()
-    tiny = SIZES["tiny"]
+    tiny = SYSTEM_SIZES["tiny"]
     sizes = replace(
         tiny,
         transformer=replace(tiny.transformer, audio_vocab_size=128, eosp_id=OTHER, audio_pad_id=OTHER - 1),
@@ -80,7 +81,7 @@ def test_the_codec_of_a_system_is_taken_over(other, started):
     assert json.loads((started / "system.json").read_text()) == {"format": "moss-jax-1", "default_voice": "anna"}
     config = read_transformer_config(started)
     assert (config.eosp_id, config.audio_vocab_size) == (OTHER, 128)
-    SystemFolder(started).check_codes()
+    check_codes(SystemFolder(started))
 
 
 def test_a_codec_taken_over_is_exported_like_the_original(random, released, qwen, tmp_path):
@@ -131,12 +132,12 @@ def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched
         system.convert_qwen3(qwen, tmp_path / "two", quiet, 2, mismatched)
 
 
-@pytest.mark.parametrize("room", ["speech_tokenizer", "speech_decoder"])
-def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, room, capsys):
+@pytest.mark.parametrize("component", ["speech_tokenizer", "speech_decoder"])
+def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, component, capsys):
     folder = shutil.copytree(other, tmp_path / "half")
-    shutil.rmtree(folder / room)
+    shutil.rmtree(folder / component)
     assert main(["convert", "--from-qwen3", str(qwen), "--codec", str(folder), "-o", str(tmp_path / "out")]) == 2
-    assert f"has no {room}/config.json" in capsys.readouterr().err
+    assert f"has no {component}/config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -204,32 +205,31 @@ def test_other_codes_are_not_exported(mismatched, tmp_path):
         system.export_released(mismatched, tmp_path / "out", quiet)
 
 
-@pytest.mark.parametrize("room", ["transformer", "speech_tokenizer", "speech_decoder"])
-def test_every_pair_of_components_is_compared(random, tmp_path, room):
+@pytest.mark.parametrize("component", ["transformer", "speech_tokenizer", "speech_decoder"])
+def test_every_pair_of_components_is_compared(random, tmp_path, component):
     folder = shutil.copytree(random, tmp_path / "system")
-    SystemFolder(folder).check_codes()
-    config = write_config(SIZES["tiny"].decoder)
-    if room != "speech_decoder":
+    check_codes(SystemFolder(folder))
+    config = write_config(SYSTEM_SIZES["tiny"].decoder)
+    if component != "speech_decoder":
         config["flow"]["codebook_size"] = OTHER
         (folder / "speech_decoder" / "config.json").write_text(json.dumps(config))
-        shutil.rmtree(folder / ("speech_tokenizer" if room == "transformer" else "transformer"))
+        shutil.rmtree(folder / ("speech_tokenizer" if component == "transformer" else "transformer"))
     else:
         path = folder / "speech_tokenizer" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_vocab_size": OTHER}))
         shutil.rmtree(folder / "transformer")
     with pytest.raises(MossError, match="different numbers of speech codes"):
-        SystemFolder(folder).check_codes()
+        check_codes(SystemFolder(folder))
 
 
 def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     folder = shutil.copytree(random, tmp_path / "system")
     path = folder / "transformer" / "config.json"
-    config = replace(SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
+    config = replace(SYSTEM_SIZES["tiny"].transformer, audio_vocab_size=0, eosp_id=200)
     path.write_text(json.dumps(write_config(config)))
-    SystemFolder(folder).check_codes()
+    check_codes(SystemFolder(folder))
 
 
 def test_the_bundled_system_has_one_number_of_codes():
-    from moss_jax.checkpoint.system_folder import NANO
 
-    SystemFolder(Path(NANO)).check_codes()
+    check_codes(SystemFolder(Path(NANO_FOLDER)))

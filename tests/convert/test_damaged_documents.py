@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from moss_jax.convert.codec_config import ReleasedYaml, read_released_yaml, released_yaml
 from moss_jax.convert.language_model import language_config, special_ids, tokenizer_size
 from moss_jax.convert.qwen3 import qwen3_keys
+from moss_jax.convert.tables import speech_lm as speech_lm_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
-from moss_jax.convert.tables import transformer as transformer_table
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import RELEASED, TINY
 from moss_jax.speech_decoder.flow.config import FlowConfig
@@ -139,9 +139,9 @@ def test_a_language_model_config_with_another_value_is_read_or_refused(language_
     ids = {"endoftext": 287, "im_start": 288, "im_end": 289}
     released = json.loads((language_model / "config.json").read_text())
     released |= {f"{name}_token_id": i for name, i in ids.items()}
-    transformer_table.config_from_released(released, "config.json")
+    speech_lm_table.config_from_released(released, "config.json")
     try:
-        transformer_table.config_from_released(mutated(data, released), "config.json")
+        speech_lm_table.config_from_released(mutated(data, released), "config.json")
     except MossError as error:
         assert str(error).startswith("config.json: ")
 

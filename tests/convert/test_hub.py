@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moss_jax.cli import main
-from moss_jax.convert import system
+from moss_jax.convert import resolve, system
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import write_qwen3
 
@@ -84,25 +84,25 @@ def pair(hub, released):
 
 
 def test_only_wanted_files_are_asked_for():
-    matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in system.CODEC_FILES)}
+    matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in resolve.CODEC_FILES)}
     assert matched == WANTED
-    matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in system.MODEL_FILES)}
+    matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in resolve.MODEL_FILES)}
     assert matched == {name for name in WANTED if not name.startswith("flow/")}
 
 
 def test_revisions_reach_the_hub_and_have_conversions_of_their_own(pair, tmp_path):
     cache = tmp_path / "cache"
     names = ("fnlp/MOSS-Speech", "fnlp/MOSS-Speech-Codec")
-    plain = system.resolve(*names, cache, quiet)
-    assert pair.asked == [(names[0], None, system.MODEL_FILES), (names[1], None, system.CODEC_FILES)]
+    plain = resolve.resolve_system(*names, cache, quiet)
+    assert pair.asked == [(names[0], None, resolve.MODEL_FILES), (names[1], None, resolve.CODEC_FILES)]
     pair.asked.clear()
-    other = system.resolve(*names, cache, quiet, "v2")
+    other = resolve.resolve_system(*names, cache, quiet, "v2")
     assert [revision for _, revision, _ in pair.asked] == ["v2", None]
     pair.asked.clear()
-    third = system.resolve(*names, cache, quiet, "v2", "0123abc")
+    third = resolve.resolve_system(*names, cache, quiet, "v2", "0123abc")
     assert [revision for _, revision, _ in pair.asked] == ["v2", "0123abc"]
     assert len({plain, other, third}) == 3
-    assert system.resolve(*names, cache, quiet, "v2") == other
+    assert resolve.resolve_system(*names, cache, quiet, "v2") == other
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_verbs_take_revisions(pair, tmp_path, monkeypatch, capsys):
     arguments = ["convert", "--from-qwen3", "Qwen/Qwen3-0.6B", "--revision", "abc", "--split", "2"]
     assert main([*arguments, "--codec", "fnlp/MOSS-Speech-Codec", "-o", "from-qwen3"]) == 0
     assert pair.asked == [
-        ("Qwen/Qwen3-0.6B", "abc", system.MODEL_FILES),
-        ("fnlp/MOSS-Speech-Codec", None, system.CODEC_FILES),
+        ("Qwen/Qwen3-0.6B", "abc", resolve.MODEL_FILES),
+        ("fnlp/MOSS-Speech-Codec", None, resolve.CODEC_FILES),
     ]
 
 
@@ -154,14 +154,13 @@ def test_what_is_not_there_is_one_line(hub, released, capsys, arguments, message
     assert not Path("out").exists()
 
 
-def test_a_missing_repository_is_reported_once(hub):
-    said = []
+def test_a_missing_repository_is_reported_once(hub, capsys):
     with pytest.raises(MossError, match="not found locally or on the Hugging Face Hub"):
-        system.locate("typo/name", said.append)
-    assert said == []
+        resolve.find_folder("typo/name")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_system_on_the_hub_is_a_system(hub, random, tmp_path):
     target = hub.put("someone/system", random)
-    assert system.resolve("someone/system", None, tmp_path / "cache", quiet) == target
+    assert resolve.resolve_system("someone/system", None, tmp_path / "cache", quiet) == target
     assert os.listdir(tmp_path) == ["hub"]

@@ -123,10 +123,10 @@ def test_unmapped_missing_and_misshapen_come_together(tmp_path):
 
 def test_full_size_names_and_shapes():
     """All 446 names of the released model and 399 of Qwen3-8B, with their shapes, from our parameters and back."""
-    from moss_jax.convert.tables import qwen3, transformer
+    from moss_jax.convert.tables import qwen3, speech_lm
     from moss_jax.speech_lm.config import MOSS_SPEECH_8B, QWEN3_8B
 
-    released = transformer.table(MOSS_SPEECH_8B).shapes(model_shapes(MOSS_SPEECH_8B))
+    released = speech_lm.table(MOSS_SPEECH_8B).shapes(model_shapes(MOSS_SPEECH_8B))
     assert len(released) == 446 and sum(np.prod(shape) for shape in released.values()) == 9_095_694_336
     blocks = {"shared": 32, "text": 4, "audio": 4}
     layers = {f"model.{block}_block.layers.{i}." for block, count in blocks.items() for i in range(count)}

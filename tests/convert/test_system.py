@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from moss_jax.checkpoint import load_tree, open_tensors
+from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
-from moss_jax.convert import system
+from moss_jax.convert import resolve, system
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.describe import describe
 from moss_jax.convert.language_model import read_transformer_config
-from moss_jax.convert.random_system import SIZES, Sizes, init_random, random_parameter
+from moss_jax.convert.random_system import SYSTEM_SIZES, SystemConfigs, init_random, random_parameter
 from moss_jax.convert.text_tokenizer import SPECIAL_TOKENS, write_text_tokenizer
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
@@ -41,7 +42,7 @@ def same_files(one, two, skip=()):
 def test_a_random_system_is_complete(random, tmp_path):
     config = read_transformer_config(random)
     codec = read_codec_configs(random)
-    assert Sizes(config, codec.tokenizer, codec.decoder) == SIZES["tiny"]
+    assert SystemConfigs(config, codec.tokenizer, codec.decoder) == SYSTEM_SIZES["tiny"]
     shapes = {
         "transformer": model_shapes(config),
         "speech_tokenizer": encoder_shapes(codec.tokenizer),
@@ -66,15 +67,15 @@ def test_a_random_system_is_complete(random, tmp_path):
 
 def test_the_full_size_is_consistent():
     """446 names of the released language model; what belongs together in all sizes has the same sizes."""
-    for sizes in SIZES.values():
+    for sizes in SYSTEM_SIZES.values():
         assert sizes.transformer.eosp_id == sizes.tokenizer.quantize_vocab_size == sizes.decoder.flow.codebook_size
         assert sizes.decoder.flow.speaker_size == sizes.decoder.speaker.embedding_size
         assert sizes.tokenizer.code_rate == sizes.decoder.code_rate
-    assert SIZES["8b"].transformer == MOSS_SPEECH_8B
+    assert SYSTEM_SIZES["8b"].transformer == MOSS_SPEECH_8B
 
 
 def test_random_weights_are_drawn_layer_by_layer(monkeypatch):
-    from moss_jax.convert.tables import transformer as table
+    from moss_jax.convert.tables import speech_lm as table
 
     shapes = model_shapes(TINY)
     entry = next(e for e in table.table(TINY).entries(shapes) if e.path == "shared/layers/mlp/down/kernel")
@@ -114,16 +115,16 @@ def test_converted_and_back(random, released, tmp_path):
 
 def test_resolve(random, released, tmp_path):
     said = []
-    assert system.resolve(random, None, tmp_path, said.append) == random
+    assert resolve.resolve_system(random, None, tmp_path, said.append) == random
     model = released / system.MODEL_FOLDER
     codec = released / system.CODEC_FOLDER
-    first = system.resolve(model, codec, tmp_path / "cache", said.append)
+    first = resolve.resolve_system(model, codec, tmp_path / "cache", said.append)
     assert (first / "system.json").is_file() and first.parent == tmp_path / "cache"
     said.clear()
-    assert system.resolve(model, codec, tmp_path / "cache", said.append) == first and said == []
+    assert resolve.resolve_system(model, codec, tmp_path / "cache", said.append) == first and said == []
     other = tmp_path / "other"
     shutil.copytree(model, other)
-    assert system.resolve(other, codec, tmp_path / "cache", said.append) != first
+    assert resolve.resolve_system(other, codec, tmp_path / "cache", said.append) != first
 
 
 def _offline(name, revision, files):
@@ -136,8 +137,8 @@ def _offline(name, revision, files):
         ("nowhere", None, "no such folder, and not a name on the Hugging Face Hub"),
         ("a/b/c", None, "no such folder, and not a name on the Hugging Face Hub"),
         ("owner/name", None, r"not found locally or on the Hugging Face Hub \(ConnectionError: no route to host\)"),
-        ("{random}", "x", "is a whole system with a codec of its own"),
-        ("{released}/MOSS-Speech", None, "give the codec beside it"),
+        ("{random}", "x", "is a complete system with its own codec"),
+        ("{released}/MOSS-Speech", None, "which needs a codec: add --codec"),
         ("{released}/MOSS-Speech", "{released}/MOSS-Speech", "not a whole released codec, missing: flow/flow.pt"),
         ("{released}/MOSS-Speech-Codec", "{released}/MOSS-Speech-Codec", "tokenizer.json: no such file"),
         ("{released}", None, "neither a system folder"),
@@ -145,18 +146,18 @@ def _offline(name, revision, files):
     ],
 )
 def test_resolve_errors(random, released, tmp_path, monkeypatch, model, codec, message):
-    monkeypatch.setattr(system, "_download", _offline)
+    monkeypatch.setattr(resolve, "_download", _offline)
     names = {"random": random, "released": released}
     codec = codec and codec.format(**names)
     with pytest.raises(MossError, match=message):
-        system.resolve(model.format(**names), codec, tmp_path / "cache", quiet)
+        resolve.resolve_system(model.format(**names), codec, tmp_path / "cache", quiet)
     assert not (tmp_path / "cache").exists() or [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_hub_names_are_fetched(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(system, "_download", lambda name, revision, files: str(tmp_path / "snapshot"))
-    assert system.locate("fnlp/MOSS-Speech", quiet) == tmp_path / "snapshot"
+    monkeypatch.setattr(resolve, "_download", lambda name, revision, files: str(tmp_path / "snapshot"))
+    assert resolve.find_folder("fnlp/MOSS-Speech") == tmp_path / "snapshot"
 
 
 def test_what_does_not_belong_together_is_refused(released, tmp_path):
@@ -170,7 +171,7 @@ def test_what_does_not_belong_together_is_refused(released, tmp_path):
 def test_another_format_is_refused(tmp_path, text):
     (tmp_path / "system.json").write_text(text)
     with pytest.raises(MossError, match="expected 'moss-jax-1'"):
-        system.check_system(tmp_path)
+        SystemFolder(tmp_path)
 
 
 def test_qwen3_system(released, tmp_path, capsys):
@@ -237,7 +238,7 @@ def test_exporting_a_small_codebook_is_refused(random, tmp_path):
 
 
 def test_dtypes_are_kept(tmp_path):
-    sizes = SIZES["tiny"]
+    sizes = SYSTEM_SIZES["tiny"]
     tensors = write_language_model(tmp_path / "lm", replace(sizes.transformer))
     from moss_jax.convert.language_model import import_language_model
 

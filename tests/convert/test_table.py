@@ -10,15 +10,15 @@ from moss_jax.convert.table import (
     CONV_TRANSPOSE1D,
     LINEAR,
     SAME,
+    NameTable,
     Row,
-    Table,
     heads_bias,
     heads_in,
     heads_out,
 )
 from moss_jax.errors import MossError
 
-TABLE = Table(
+TABLE = NameTable(
     (
         Row("layers.{layer}.up.weight", "layers/up/kernel", LINEAR),
         Row("layers.{layer}.q.weight", "layers/q/kernel", heads_out(4)),

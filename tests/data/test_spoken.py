@@ -16,7 +16,7 @@ from moss_jax.data.spoken import Spoken, SpokenRequest, make_spoken, pitch
 from moss_jax.data.spoken_batches import SILENCE, Rows, SpokenBatches
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.errors import MossError
-from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def data(system, corpus):
 
 @pytest.fixture(scope="module")
 def config(system):
-    return SystemFolder(system).config("speech_decoder", SpeechDecoderConfig)
+    return SystemFolder(system).config(SPEECH_DECODER)
 
 
 def test_what_is_written(data, corpus, system, config):

@@ -24,8 +24,9 @@ from moss_jax.data import Mixture, open_batches
 from moss_jax.data.store import Examples, shard_name
 from moss_jax.data.tokenize import Request, tokenize
 from moss_jax.errors import MossError
-from moss_jax.speech_lm import SpeechLMConfig
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
+from moss_jax.text.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = 10
@@ -74,7 +75,11 @@ def command(corpus, system, out, *more, format="interleaved", manifest="speech.j
 
 
 def config_of(system):
-    return SystemFolder(system).config("transformer", SpeechLMConfig)
+    return SystemFolder(system).config(SPEECH_LM)
+
+
+def read_text_tokenizer(system):
+    return TextTokenizer.from_file(SystemFolder(system).text_tokenizer_path)
 
 
 def content(folder):
@@ -121,7 +126,7 @@ def test_the_data_set(corpus, system, whole, capsys):
         codes = example.grid[spoken, 1]
         inside = codes_of(system, corpus, number // 2)
         kept = [code for code in codes if code != config.eosp_id]
-        text = SystemFolder(system).text_tokenizer(config).decode(example.grid[~spoken, 0])
+        text = read_text_tokenizer(system).decode(example.grid[~spoken, 0])
         # What is spoken and what is written are complements: stretches of codes of the recording, and the other words.
         assert (len(kept) < len(inside)) == ("w" in text) and kept + text.split()
         joined = " ".join(map(str, inside))
@@ -381,7 +386,7 @@ def test_word_times_by_alignment(corpus, system, checkpoint, tmp_path, capsys):
     examples = Examples(tmp_path / "data")
     for number, line in enumerate(lines):
         spoken = examples[number].grid[:, 0] == config.modality_pad_id
-        text = SystemFolder(system).text_tokenizer(config).decode(examples[number].grid[~spoken, 0])
+        text = read_text_tokenizer(system).decode(examples[number].grid[~spoken, 0])
         said = [word for word in line["text"].split() if word not in text.split()]
         assert set(text.split()) <= set(line["text"].split()) and bool(said) == bool(spoken.any())
 

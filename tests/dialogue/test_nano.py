@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 import moss_jax
-from moss_jax.checkpoint.system_folder import NANO
+from moss_jax.checkpoint.system_folder import NANO_FOLDER
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 
@@ -20,14 +20,14 @@ def nano():
 
 
 def test_size_and_sampling(nano):
-    assert sum(path.stat().st_size for path in NANO.rglob("*.safetensors")) < 20e6
+    assert sum(path.stat().st_size for path in NANO_FOLDER.rglob("*.safetensors")) < 20e6
     assert nano.sampling["greedy"] and nano.sampling["repetition_penalty"] == 1.0
-    assert not nano.enrols and nano.folder.voices() == []
+    assert not nano.can_enrol and nano.folder.voices() == []
 
 
 @pytest.mark.slow
 def test_every_way(nano):
-    question = NANO / "question.wav"
+    question = NANO_FOLDER / "question.wav"
     turns = [moss_jax.Turn("user", audio=question)]
     assert nano.reply(turns, reply="text").text.strip() == ANSWER
     spoken = nano.reply(turns)
@@ -43,7 +43,7 @@ def test_every_way(nano):
 @pytest.mark.slow
 def test_chat_without_a_model(tmp_path, capsys):
     out = tmp_path / "answer.wav"
-    assert main(["chat", str(NANO / "question.wav"), "-o", str(out)]) == 0
+    assert main(["chat", str(NANO_FOLDER / "question.wav"), "-o", str(out)]) == 0
     wave, rate = soundfile.read(out)
     assert rate == 24000 and np.sqrt(np.square(wave).mean()) > 0.01
     capsys.readouterr()

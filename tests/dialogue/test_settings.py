@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import moss_jax
 from moss_jax.cli import main
-from moss_jax.dialogue.settings import SAMPLING
 from moss_jax.dialogue.system import System, generation_settings
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
+from moss_jax.generate.settings import SAMPLING
 
 ASKED = [Turn("user", text="Hello.")]
 NUMBERS = ("temperature", "top_p", "repetition_penalty")
@@ -221,16 +221,16 @@ def test_a_system_is_held_to_the_same_ranges(tmp_path, own):
 def test_a_default_voice_that_is_no_name(tmp_path, voice):
     import shutil
 
-    from moss_jax.checkpoint.system_folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
-    shutil.copytree(NANO, tmp_path / "nano")
+    shutil.copytree(NANO_FOLDER, tmp_path / "nano")
     (tmp_path / "nano" / "system.json").write_text(json.dumps({"format": "moss-jax-1", "default_voice": voice}))
     with pytest.raises(MossError, match="default_voice"):
         System(tmp_path / "nano").voice()
 
 
 def test_voices_with_impossible_names():
-    system = System(moss_jax.checkpoint.system_folder.NANO)
+    system = System(moss_jax.checkpoint.system_folder.NANO_FOLDER)
     for name in ("x" * 300, "a\0b", "", "caf\udce9"):
         with pytest.raises(MossError, match="neither a file nor a voice of the system"):
             system.voice(name)

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def results(folder: Path, tiny: Path) -> dict:
     """What the bundled system and a tiny one say, as JSON values. `folder` is empty."""
     import moss_jax
-    from moss_jax.checkpoint.system_folder import NANO
+    from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
     nano = moss_jax.load()
-    asked = [moss_jax.Turn("user", audio=NANO / "question.wav")]
+    asked = [moss_jax.Turn("user", audio=NANO_FOLDER / "question.wav")]
     written = nano.reply(asked, reply="text")
     spoken = nano.reply(asked, seed=2**32 - 1, max_new_tokens=12)
     drawn = nano.reply(asked, reply="text", temperature=1.5, seed=2**32 - 1, max_new_tokens=8)

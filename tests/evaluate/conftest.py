@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from moss_jax.convert.random_system import init_random
-from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.model import EvaluatedModel
 
 JUDGE = """import sys, soundfile
 wave, rate = soundfile.read(sys.argv[1])
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(folder):
-    return Model(folder, batch_size=4)
+    return EvaluatedModel(folder, batch_size=4)
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ def main(folder: str) -> None:
 
     from moss_jax.dialogue.grid import speech_rows, text_rows
     from moss_jax.dialogue.system import System
-    from moss_jax.evaluate.items import Part, Sentence
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.items import ContentPart, Sentence
+    from moss_jax.evaluate.model import EvaluatedModel
     from moss_jax.evaluate.scoring import Passage, Scorer
     from moss_jax.evaluate.similarity import measure
 
@@ -47,14 +47,14 @@ def main(folder: str) -> None:
         groups.append([Passage(rows, np.arange(len(rows)) > 1)])
     one = Scorer(config, language_model.params, batch_size=4)
     expected = dict(pair for call in one.likelihoods(groups) for pair in call)
-    model = Model(folder, fsdp=2, tensor=2)  # and two copies
-    sentences = [Sentence(text, text, Part(codes=(1,))) for text in ("one two three", "four", "five six")]
+    model = EvaluatedModel(folder, fsdp=2, tensor=2)  # and two copies
+    sentences = [Sentence(text, text, ContentPart(codes=(1,))) for text in ("one two three", "four", "five six")]
     codes = [rng.integers(0, 256, n) for n in (9, 4, 7)]
     curves = measure("one", one, language_model.text_tokenizer, sentences, codes)
     assert len(model.scorer.mesh.devices.flatten()) == 8
     found = dict(pair for call in model.scorer.likelihoods(groups) for pair in call)
     np.testing.assert_allclose([found[i] for i in range(5)], [expected[i] for i in range(5)], rtol=1e-5)
-    assert model.language_hash() == language_model.fingerprint
+    assert model.language_model_hash() == language_model.fingerprint
     ours = measure("eight", model.scorer, model.text_tokenizer, sentences, codes)
     for key, values in curves.scores.items():
         np.testing.assert_allclose(ours.scores[key], values, atol=1e-4)

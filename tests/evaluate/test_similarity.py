@@ -164,15 +164,15 @@ def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
 def test_a_plain_qwen3_as_control(model, folder, tmp_path):
     """It is converted once; its text path stays what it was, codes get new vectors."""
     from moss_jax.convert.system import export_text_path
-    from moss_jax.evaluate.model import Model, control_folder
+    from moss_jax.evaluate.model import EvaluatedModel, control_folder
 
     export_text_path(folder, tmp_path / "qwen3", lambda line: None)
     made = []
     said = []
     for _ in range(2):
         made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
-    assert made[0] == made[1] and len([line for line in said if "this once" in line]) == 1
-    control = Model(made[0])
+    assert made[0] == made[1] and len([line for line in said if "this is done once" in line]) == 1
+    control = EvaluatedModel(made[0])
     assert control.code_count == model.code_count
     config = control.config
     params = control.system.language_model.params

@@ -9,7 +9,7 @@ import pytest
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.evaluate import choice, pairs, resynthesis, spoken_qa
-from moss_jax.evaluate.items import Part
+from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.judge import CommandJudge, open_judge
 from moss_jax.evaluate.results import Results
 from tests.evaluate.conftest import tone
@@ -64,7 +64,7 @@ def test_pairs(model, stories, tmp_path):
 
 def test_a_spoken_context_and_ending_are_one_stretch(model):
     config = model.config
-    parts = [Part(codes=(1, 2)), Part(codes=(3, 4, 5)), Part(text="no")]
+    parts = [ContentPart(codes=(1, 2)), ContentPart(codes=(3, 4, 5)), ContentPart(text="no")]
     codes = {part: np.array(part.codes, np.int32) for part in parts[:2]}
     rows, scored = (getattr(pairs.passage(*parts[:2], codes, None, config), name) for name in ("rows", "scored"))
     assert rows[:, 1].tolist() == [config.audio_pad_id, 1, 2, 3, 4, 5, config.eosp_id]
@@ -177,9 +177,9 @@ def test_choice(model, tmp_path):
     )
     table = choice.run(model, questions, tmp_path / "out", shots=2, examples=examples)
     assert "| all | 2 |" in table
-    read = choice.read_choices(questions)
+    read = choice.read_choice_questions(questions)
     assert [q.name for q in read] == ["00001", "00003"] and read[0].subject == "sums"
-    text = choice.prompt(read[1], choice.read_choices(examples)[:1])
+    text = choice.prompt(read[1], choice.read_choice_questions(examples)[:1])
     assert text == (
         "The following are multiple choice questions (with answers) about sums.\n\n0?\nA. w\nB. x\nC. y\nD. z\n"
         "Answer: A\n\n1 + 1?\nA. 2\nB. 3\nC. 4\nD. 5\nAnswer:"
@@ -191,15 +191,15 @@ def test_choice(model, tmp_path):
 def test_choice_files(tmp_path):
     header = tmp_path / "cmmlu.csv"
     header.write_text("\ufeff,Question,A,B,C,D,Answer\n0,问题,一,二,三,四,C\n")
-    (only,) = choice.read_choices(header)
+    (only,) = choice.read_choice_questions(header)
     assert (only.question, only.choices, only.answer) == ("问题", ("一", "二", "三", "四"), 2)
     bad = tmp_path / "bad.csv"
     bad.write_text("q,a,b,c,d,E\nq,a\n\nq,a,b,c,d,A\n,a,b,c,d,A\n")
     with pytest.raises(MossError) as told:
-        choice.read_choices(bad)
+        choice.read_choice_questions(bad)
     assert [line.split(":")[0].strip() for line in str(told.value).splitlines()[1:]] == ["line 1", "line 2", "line 5"]
     with pytest.raises(MossError) as told:
-        choice.read_choices(tmp_path)
+        choice.read_choice_questions(tmp_path)
     assert "bad.csv: 3 lines" in str(told.value)
 
 

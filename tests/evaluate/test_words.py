@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moss_jax.evaluate.results import ratio_interval, wilson
-from moss_jax.evaluate.words import answered, errors, joined, words
+from moss_jax.evaluate.results import ratio_interval, wilson_interval
+from moss_jax.evaluate.words import contains_answer, continuation, errors, words
 
 
 @pytest.mark.parametrize(
@@ -25,17 +25,17 @@ def test_words(text, expected):
 
 
 def test_an_answer_is_found_word_for_word():
-    assert answered("Well, it is the City of Paris!", ["a city of paris"])
-    assert answered("北京是首都", ["首都"])
-    assert not answered("It is Parisian.", ["Paris"])
-    assert not answered("of Paris city", ["city of Paris"])
-    assert not answered("", ["Paris"])
+    assert contains_answer("Well, it is the City of Paris!", ["a city of paris"])
+    assert contains_answer("北京是首都", ["首都"])
+    assert not contains_answer("It is Parisian.", ["Paris"])
+    assert not contains_answer("of Paris city", ["city of Paris"])
+    assert not contains_answer("", ["Paris"])
 
 
 def test_an_ending_goes_on_with_a_space_where_there_is_one():
-    assert joined("He was hungry.", "He ate.") == " He ate."
-    assert joined("He was hungry. ", "He ate.") == "He ate."
-    assert joined("他饿了。", "他吃了。") == "他吃了。"
+    assert continuation("He was hungry.", "He ate.") == " He ate."
+    assert continuation("He was hungry. ", "He ate.") == "He ate."
+    assert continuation("他饿了。", "他吃了。") == "他吃了。"
 
 
 @given(*[st.lists(st.sampled_from("abcd"), max_size=9)] * 2)
@@ -51,10 +51,10 @@ def test_errors_are_the_levenshtein_distance(reference, found):
 
 
 def test_wilson():
-    low, high = wilson(8, 10)  # as in textbooks
+    low, high = wilson_interval(8, 10)  # as in textbooks
     assert math.isclose(low, 0.4902, abs_tol=5e-5) and math.isclose(high, 0.9433, abs_tol=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(10, 10)[1] == 1.0 and wilson(0, 10)[0] == 0.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(10, 10)[1] == 1.0 and wilson_interval(0, 10)[0] == 0.0
 
 
 def test_the_interval_of_a_rate_covers_it():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moss_jax.arguments import check_seed
 from moss_jax.dialogue.system import generation_settings
-from moss_jax.generate.sampling import draw, narrow, penalise, request_keys
+from moss_jax.generate.sampling import draw, filter_logits, penalise, request_keys
 
 VOCABULARY = 16
 FLOATS = st.one_of(
@@ -56,7 +56,7 @@ def run(case: dict, folder: Path) -> None:
         scores = penalise(jax.numpy.asarray(logits), seen, forbidden, channel.repetition_penalty)
         assert not np.isnan(scores).any(), "NaN among the scores"
         if not channel.greedy:
-            left = np.asarray(narrow(scores, channel))
+            left = np.asarray(filter_logits(scores, channel))
             assert not np.isnan(left).any(), "NaN among the narrowed logits"
             assert np.isfinite(left).any(), "no id is left"
             assert (left[0][forbidden] == -np.inf).all(), "a forbidden id is left"

@@ -37,7 +37,7 @@ def test_the_distribution_equals_torch(seed, temperature, top_k, top_p, ties):
     if ties:
         scores = np.round(scores / 2) * 2
     chosen = ChannelSettings(temperature=temperature, top_k=top_k, top_p=top_p)
-    ours = jax.nn.softmax(sampling.narrow(jnp.array(scores[None]), chosen)[0])
+    ours = jax.nn.softmax(sampling.filter_logits(jnp.array(scores[None]), chosen)[0])
     np.testing.assert_allclose(ours, warped(scores, temperature, top_k, top_p), atol=2e-6)
 
 
@@ -93,7 +93,7 @@ def test_draws_follow_the_distribution():
 def test_numbers_compile_once(field):
     @jax.jit
     def probabilities(scores, chosen):
-        return sampling.narrow(sampling.penalise(scores, scores > 0, False, chosen.repetition_penalty), chosen)
+        return sampling.filter_logits(sampling.penalise(scores, scores > 0, False, chosen.repetition_penalty), chosen)
 
     scores = jnp.arange(8.0)[None]
     results = [probabilities(scores, ChannelSettings(top_k=4, **{field: value})) for value in (0.5, 0.9)]
@@ -118,9 +118,9 @@ def test_allowed_settings_never_draw_what_is_forbidden(seed, scale, temperature,
     forbidden[rng.permutation(96)[:allowed]] = False
     scores = sampling.penalise(logits, jnp.asarray(rng.random((2, 96)) < 0.5), jnp.asarray(forbidden), penalty)
     chosen = ChannelSettings(temperature=temperature, top_k=top_k, top_p=top_p)
-    for way in (chosen, ChannelSettings(greedy=True)):
-        drawn = sampling.draw(scores, sampling.request_keys(seed, 2), way)
+    for settings_used in (chosen, ChannelSettings(greedy=True)):
+        drawn = sampling.draw(scores, sampling.request_keys(seed, 2), settings_used)
         assert not forbidden[np.asarray(drawn)].any()
-        np.testing.assert_array_equal(drawn, sampling.draw(scores, sampling.request_keys(seed, 2), way))
-    narrowed = np.asarray(sampling.narrow(scores, chosen))
-    assert not np.isnan(narrowed).any() and (narrowed > -np.inf).any(1).all() and (narrowed < np.inf).all()
+        np.testing.assert_array_equal(drawn, sampling.draw(scores, sampling.request_keys(seed, 2), settings_used))
+    filtered = np.asarray(sampling.filter_logits(scores, chosen))
+    assert not np.isnan(filtered).any() and (filtered > -np.inf).any(1).all() and (filtered < np.inf).all()

@@ -9,7 +9,7 @@ import pytest
 from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data.espeak import speak
-from moss_jax.evaluate.model import Model
+from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.words import errors, words
 from moss_jax.recipes.nano import domain, report
 from moss_jax.recipes.nano import judge as judges
@@ -152,7 +152,7 @@ def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     assert "Streamed beside one piece, question by question: 0 of " in "".join(table["notes"])
     before = (tmp_path / "out" / "results.jsonl").read_text()
     assert main(words) == 0 and (tmp_path / "out" / "results.jsonl").read_text() == before
-    model = Model(tmp_path / "tiny", batch_size=2)
+    model = EvaluatedModel(tmp_path / "tiny", batch_size=2)
     told = report.run(model, tmp_path / "few", sets=("voices",), ways=("ss", "tt"), limit=2, replies_only=True)
     lines = (tmp_path / "few" / "results.jsonl").read_text().splitlines()[1:]
     assert {json.loads(line)["part"] for line in lines} == {"ss", "tt"} and "S->S, unseen voices" in told

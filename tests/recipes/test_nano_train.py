@@ -9,13 +9,14 @@ import pytest
 
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
-from moss_jax.convert.random_system import SIZES, init_random
+from moss_jax.convert.random_system import SYSTEM_SIZES, init_random
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import ablation
 from moss_jax.recipes.nano.corpus import TEXT_IDS, make_plan, text_tokenizer
 from moss_jax.recipes.nano.train import Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import NANO
+from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,11 +48,11 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     init_random(tmp_path / "tiny", "tiny", say=lambda line: None)
     (tmp_path / "text_tokenizer.json").write_text(text_tokenizer(make_plan(scale=0.001)))
     make_base(tmp_path / "base", tmp_path / "text_tokenizer.json", tmp_path / "tiny")
-    assert SystemFolder(tmp_path / "base").text_tokenizer(NANO).decode([*range(65, 68)])
+    assert TextTokenizer.from_file(SystemFolder(tmp_path / "base").text_tokenizer_path, NANO).decode([*range(65, 68)])
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
-    assert SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
+    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").config(SPEECH_LM)
     config = tmp_path / "tiny" / "speech_decoder" / "config.json"
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1

@@ -164,7 +164,7 @@ def test_a_refusal_is_an_error_and_the_conversation_stays(demo, client, tmp_path
 
 def test_parameters_of_the_api_have_names_and_defaults(demo):
     info = json.loads(get(demo, "gradio_api/info"))["named_endpoints"]
-    assert set(info) == {"/ask", "/stop", "/clear"} | ({"/enrol"} if demo.system.enrols else set())
+    assert set(info) == {"/ask", "/stop", "/clear"} | ({"/enrol"} if demo.system.can_enrol else set())
     ask = {parameter["parameter_name"]: parameter for parameter in info["/ask"]["parameters"]}
     assert {"recording", "text", "reply", "temperature", "top_p", "top_k", "greedy", "max_new_tokens", "seed"} <= set(
         ask

@@ -10,7 +10,7 @@ from moss_jax.errors import MossError
 from moss_jax.serve.session import Limits, Session
 
 RATE = 16000
-SYSTEM = SimpleNamespace(enrols=True, enrol=lambda recording: "a voice")
+SYSTEM = SimpleNamespace(can_enrol=True, enrol=lambda recording: "a voice")
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import soundfile
 
 import moss_jax
 from moss_jax.audio.wave import load_audio
-from moss_jax.checkpoint.system_folder import NANO
+from moss_jax.checkpoint.system_folder import NANO_FOLDER
 from moss_jax.convert.random_system import init_random
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed, samples
 from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session, warm_up
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 pytestmark = pytest.mark.slow
 
@@ -190,7 +190,7 @@ def test_what_is_to_be_known_about_a_recording_is_on_its_card(session, tmp_path)
 def test_the_first_question_compiles_nothing(tmp_path):
     system = moss_jax.load()
     session = Session(system, tmp_path / "session")
-    question = NANO / "question.wav"
+    question = NANO_FOLDER / "question.wav"
     warm_up(system)
     compiled = []
 
@@ -199,13 +199,13 @@ def test_the_first_question_compiles_nothing(tmp_path):
             compiled.append(facts.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    list(session.ask(recording=question, reply="speech", system_turn=DEFAULT_SYSTEM["speech"]))
+    list(session.ask(recording=question, reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
     assert [session.file(entry.audio.with_suffix(".png").name) for entry in session.entries if entry.audio]
-    list(session.ask(text="And plus one?", reply="speech", system_turn=DEFAULT_SYSTEM["speech"]))
+    list(session.ask(text="And plus one?", reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
     session.clear()
-    list(session.ask(text="What is one plus two?", reply="text", system_turn=DEFAULT_SYSTEM["text"]))
+    list(session.ask(text="What is one plus two?", reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
     session.clear()
-    list(session.ask(recording=question, reply="text", system_turn=DEFAULT_SYSTEM["text"]))
+    list(session.ask(recording=question, reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
     assert compiled == []
 
 
@@ -221,7 +221,7 @@ def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
     session.limits = Limits(voice_seconds=1)
     with pytest.raises(MossError, match="longer than 1 s"):
         session.enrol(recording)
-    monkeypatch.setattr(type(session.system), "enrols", False)
+    monkeypatch.setattr(type(session.system), "can_enrol", False)
     with pytest.raises(MossError, match="no speaker network"):
         session.enrol(recording)
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dev.parity import check_golden, read_golden
+from dev.reference.stream import reference_stream, seeded_noise
 from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.speech_decoder import reference_stream
 from moss_jax.speech_decoder.config import RELEASED, TINY, SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow.model import FlowModel
@@ -79,11 +79,11 @@ def test_one_code_without_a_voice(decoder):
 
 @pytest.mark.parametrize("prompt, codes", [(7, 13), (3, 1)])
 def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
-    stream = decoder.stream(voice(prompt), mode="reference")
+    stream = reference_stream(decoder, voice(prompt))
     waves = [stream.push(part) for part in np.array_split(CODES[:codes], 3)] + [stream.finish()]
     assert sum(map(len, waves)) == 1920 * codes
     if codes == 1:  # too short for a first hop: an offline decode
-        noise = reference_stream.seeded_noise(TINY, 0)(0, 4)
+        noise = seeded_noise(TINY, 0)(0, 4)
         assert np.isfinite(waves[-1]).all() and noise.shape == (1920, 9)
 
 
@@ -140,14 +140,14 @@ def bad(name):
         "voice embedding": lambda d: d.decode(CODES, v.replace(embedding=v.embedding[1:])),
         "voice NaN": lambda d: d.decode(CODES, v.replace(mel=v.mel * np.nan)),
         "voice code": lambda d: d.decode(CODES, v.replace(codes=v.codes + 1000)),
-        "mode": lambda d: d.stream(ZERO, mode="fast"),
+        "seed": lambda d: d.stream(ZERO, seed=-1),
         "chunk": lambda d: d.stream(ZERO, chunk=7),
         "empty stream": lambda d: d.stream(ZERO).finish(),
         "stream code": lambda d: d.stream(ZERO).push([TINY.flow.codebook_size]),
         "stream too long": lambda d: d.stream(ZERO).push(np.zeros(TINY.flow.max_codes + 1, int)),
-        "empty reference": lambda d: d.stream(ZERO, mode="reference").finish(),
-        "reference code": lambda d: d.stream(ZERO, mode="reference").push([TINY.flow.codebook_size]),
-        "reference too long": lambda d: d.stream(ZERO, mode="reference").push(np.zeros(TINY.flow.max_codes + 1, int)),
+        "empty reference": lambda d: reference_stream(d, ZERO).finish(),
+        "reference code": lambda d: reference_stream(d, ZERO).push([TINY.flow.codebook_size]),
+        "reference too long": lambda d: reference_stream(d, ZERO).push(np.zeros(TINY.flow.max_codes + 1, int)),
     }[name]
 
 
@@ -164,7 +164,7 @@ def bad(name):
         ("voice embedding", r"embedding is \[11\], expected \[12\]"),
         ("voice NaN", "not finite"),
         ("voice code", "out of range"),
-        ("mode", "unknown mode 'fast'"),
+        ("seed", "seed is -1"),
         ("chunk", "there is one for: 5"),
         ("empty stream", "expected at least one"),
         ("stream code", "out of range"),
@@ -179,9 +179,9 @@ def test_bad_input_is_told(decoder, name, words):
         bad(name)(decoder)
 
 
-@pytest.mark.parametrize("mode", ["cached", "reference"])
-def test_after_finish_there_is_no_more(decoder, mode):
-    stream = decoder.stream(ZERO, mode=mode)
+@pytest.mark.parametrize("start", [SpeechDecoder.stream, reference_stream], ids=["cached", "reference"])
+def test_after_finish_there_is_no_more(decoder, start):
+    stream = start(decoder, ZERO)
     stream.push(CODES[:1])
     stream.finish()
     for call in (stream.finish, lambda: stream.push(CODES[:1])):

@@ -27,6 +27,7 @@ from moss_jax.speech_decoder.flow import config as flow_sizes
 from moss_jax.speech_decoder.flow import sampler, stream
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.speaker import CAMPPlus, SpeakerConfig
+from moss_jax.speech_decoder.vocoder import config as vocoder_config
 from moss_jax.speech_decoder.voice import Voice
 from tests.reference_weights import draw_weights
 
@@ -42,7 +43,7 @@ FLOW = flow_sizes.FlowConfig(
 # the prompt is no multiple of the chunk; 468 mel frames in all
 PROMPT = 13
 CODES = 104
-VOCODER = replace(vocoder.TINY, f0_layers=5)  # as the reference has it
+VOCODER = replace(vocoder_config.TINY, f0_layers=5)  # as the reference has it
 FRAMES = 240
 SPEAKER = SpeakerConfig(
     num_mel_bins=80,

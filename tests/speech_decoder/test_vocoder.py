@@ -12,8 +12,9 @@ from dev.parity import check_golden, read_golden
 from moss_jax.convert.tables.vocoder import spelling, table
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import param_shapes, unflatten
-from moss_jax.speech_decoder.stft import istft, stft
-from moss_jax.speech_decoder.vocoder import RELEASED, TINY, HiFT, NormConv, conv_transpose1d, fold_weight_norm, snake
+from moss_jax.speech_decoder.vocoder.config import RELEASED, TINY
+from moss_jax.speech_decoder.vocoder.model import HiFT, NormConv, conv_transpose1d, fold_weight_norm, snake
+from moss_jax.speech_decoder.vocoder.stft import istft, stft
 
 FRAMES = 12
 

@@ -11,8 +11,9 @@ import pytest
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_decoder.decoder import vocode
-from moss_jax.speech_decoder.vocoder import TINY, fold_weight_norm
-from moss_jax.speech_decoder.vocoder_stream import emitted_frames, init_state, step
+from moss_jax.speech_decoder.vocoder.config import TINY
+from moss_jax.speech_decoder.vocoder.model import fold_weight_norm
+from moss_jax.speech_decoder.vocoder.stream import emitted_frames, init_state, step
 from tests.speech_decoder.test_vocoder import random_params
 
 # With the reach of the released network: an F0 net of five layers, kernels of 11 with dilation 5.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.convert import layer_split
-from moss_jax.convert.tables import qwen3, transformer
+from moss_jax.convert.tables import qwen3, speech_lm
 from moss_jax.errors import MossError
 from moss_jax.nn.qwen3 import Layer, LayerInputs
 from moss_jax.nn.rope import rope_angles
@@ -200,7 +200,7 @@ def test_full_size_names_and_shapes():
     tree = param_shapes(LayerSplitModel(MOSS_SPEECH_8B), GRID, ROWS)
     assert sum(np.prod(leaf.shape, dtype=np.int64) for leaf in tree.values()) == 9_095_694_336
     assert {leaf.dtype for leaf in tree.values()} == {jnp.dtype("bfloat16")}
-    shapes = transformer.table(MOSS_SPEECH_8B).shapes(tree)
+    shapes = speech_lm.table(MOSS_SPEECH_8B).shapes(tree)
     layer = {
         "self_attn.q_proj.weight": (4096, 4096),
         "self_attn.o_proj.weight": (4096, 4096),

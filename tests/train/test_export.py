@@ -10,7 +10,7 @@ from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data import Example, Mixture, write_examples
-from moss_jax.speech_lm import SpeechLMConfig
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.train import loop
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.run import Run
@@ -27,7 +27,7 @@ def system(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(system):
-    config = SystemFolder(system).config("transformer", SpeechLMConfig)
+    config = SystemFolder(system).config(SPEECH_LM)
     random = np.random.default_rng(0)
     folder = system.parent / "data"
 

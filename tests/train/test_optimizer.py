@@ -39,14 +39,14 @@ MATRICES = {
     "shared/layers/attention/q/kernel": ((2, 24, 3, 8), (24, 24)),
     "shared/layers/attention/o/kernel": ((2, 3, 8, 24), (24, 24)),
     "text/layers/mlp/up/kernel": ((2, 24, 40), (24, 40)),
-    "head/decoder_layers/cross_key/kernel": ((2, 24, 2, 8), (24, 16)),
+    "head/decoder_layers/cross_k/kernel": ((2, 24, 2, 8), (24, 16)),
 }
 OTHERS = {
     "text/embed/embedding": (50, 24),
     "text/head/kernel": (24, 50),
     "shared/layers/mlp_norm/scale": (2, 24),
     "encoder/conv1/kernel": (3, 8, 24),
-    "encoder/layers/query/bias": (2, 3, 8),
+    "encoder/layers/q/bias": (2, 3, 8),
     "decoder/layers/conv/kernel": (2, 3, 8, 8),
 }
 

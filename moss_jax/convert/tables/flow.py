@@ -1,6 +1,17 @@
 """The name table of flow.pt, flow-chunk-5.pt and flow-chunk-25.pt: 1121 tensors and two counters."""
 
-from moss_jax.convert.table import CONV1D, CONV1X1, LINEAR, SAME, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import (
+    CONV1D,
+    CONV1X1,
+    LINEAR,
+    SAME,
+    NameTable,
+    Row,
+    heads_bias,
+    heads_in,
+    heads_out,
+    prefixed,
+)
 from moss_jax.speech_decoder.flow.config import FlowConfig
 
 
@@ -26,14 +37,14 @@ def encoder_rows(config: FlowConfig) -> tuple[Row, ...]:
     layer = (
         *(
             row
-            for letter, ours in zip("qkv", ("query", "key", "value"), strict=True)
+            for name in ("q", "k", "v")
             for row in (
-                Row(f"self_attn.linear_{letter}.weight", f"attention/{ours}/kernel", heads_out(heads)),
-                Row(f"self_attn.linear_{letter}.bias", f"attention/{ours}/bias", heads_bias(heads)),
+                Row(f"self_attn.linear_{name}.weight", f"attention/{name}/kernel", heads_out(heads)),
+                Row(f"self_attn.linear_{name}.bias", f"attention/{name}/bias", heads_bias(heads)),
             )
         ),
-        Row("self_attn.linear_out.weight", "attention/out/kernel", heads_in(heads)),
-        Row("self_attn.linear_out.bias", "attention/out/bias"),
+        Row("self_attn.linear_out.weight", "attention/o/kernel", heads_in(heads)),
+        Row("self_attn.linear_out.bias", "attention/o/bias"),
         Row("self_attn.linear_pos.weight", "attention/position", heads_out(heads)),
         Row("self_attn.pos_bias_u", "attention/bias_u", SAME),
         Row("self_attn.pos_bias_v", "attention/bias_v", SAME),
@@ -60,12 +71,9 @@ def estimator_rows(config: FlowConfig, estimator: str = "estimator/", time: str 
     """The rows of the estimator, without the `decoder.estimator.` in front."""
     heads = config.estimator.num_heads
     block = (
-        *(
-            Row(f"attn1.to_{letter}.weight", f"{ours}/kernel", heads_out(heads))
-            for letter, ours in zip("qkv", ("query", "key", "value"), strict=True)
-        ),
-        Row("attn1.to_out.0.weight", "out/kernel", heads_in(heads)),
-        Row("attn1.to_out.0.bias", "out/bias"),
+        *(Row(f"attn1.to_{name}.weight", f"{name}/kernel", heads_out(heads)) for name in ("q", "k", "v")),
+        Row("attn1.to_out.0.weight", "o/kernel", heads_in(heads)),
+        Row("attn1.to_out.0.bias", "o/bias"),
         *_linear("ff.net.0.proj", "up"),
         *_linear("ff.net.2", "down"),
         *_norm("norm1", "attention_norm"),
@@ -91,9 +99,9 @@ def estimator_rows(config: FlowConfig, estimator: str = "estimator/", time: str 
     return tuple(rows)
 
 
-def table(config: FlowConfig) -> Table:
+def table(config: FlowConfig) -> NameTable:
     """The released file; paths are those of `FlowModel`. The training counters are carried along."""
-    return Table(
+    return NameTable(
         (
             Row("input_embedding.weight", "codes/embedding"),
             *_linear("spk_embed_affine_layer", "speaker"),

@@ -3,16 +3,16 @@
 In our tree a plain Qwen3 is the text side of the layer-split model: `num_shared_layers=0`, `audio_vocab_size=0`.
 """
 
-from moss_jax.convert.table import LINEAR, Row, Table, prefixed
-from moss_jax.convert.tables.transformer import layer_rows
+from moss_jax.convert.table import LINEAR, NameTable, Row, prefixed
+from moss_jax.convert.tables.speech_lm import layer_rows
 from moss_jax.speech_lm.config import SpeechLMConfig
 
 
-def table(config: SpeechLMConfig) -> Table:
+def table(config: SpeechLMConfig) -> NameTable:
     """The name table of a plain Qwen3; where embeddings are tied, leave 'text/head/kernel' out of the tree."""
     rows = (
         Row("model.embed_tokens.weight", "text/embed/embedding"),
         Row("model.norm.weight", "text/norm/scale"),
         Row("lm_head.weight", "text/head/kernel", LINEAR),
     )
-    return Table(rows + prefixed(layer_rows(config), "model.layers.{layer}.", "text/layers/"))
+    return NameTable(rows + prefixed(layer_rows(config), "model.layers.{layer}.", "text/layers/"))

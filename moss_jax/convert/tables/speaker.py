@@ -1,10 +1,10 @@
 """Tensor names of CAM++ as 3D-Speaker's PyTorch module has them."""
 
-from moss_jax.convert.table import CONV1D, CONV1X1, CONV2D, Row, Table
+from moss_jax.convert.table import CONV1D, CONV1X1, CONV2D, NameTable, Row
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 
-def table(config: SpeakerConfig) -> Table:
+def table(config: SpeakerConfig) -> NameTable:
     """The counters of batch normalisation are carried along unused."""
     rows = []
 
@@ -47,4 +47,4 @@ def table(config: SpeakerConfig) -> Table:
     norm("xvector.out_nonlinear.batchnorm", "out_norm")
     conv("xvector.dense.linear", "dense", CONV1X1)
     norm("xvector.dense.nonlinear.batchnorm", "dense_norm", affine=False)
-    return Table(tuple(rows), (r".*\.num_batches_tracked",))
+    return NameTable(tuple(rows), (r".*\.num_batches_tracked",))

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within
-from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import CONV1D, LINEAR, NameTable, Row, heads_bias, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 
 @dataclass(frozen=True)
-class ReleasedConfig:
+class ReleasedTokenizerConfig:
     """The keys of the released codec's config.json that are used."""
 
     d_model: int = within(1, MAX_SIZE)
@@ -42,7 +42,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
     for key, value in fixed.items():
         if released.get(key, value) != value:
             raise MossError(f"{where}: {key} is {shown(released[key])}, this encoder has {value!r}")
-    config = read_config(ReleasedConfig, released, where, foreign=True)
+    config = read_config(ReleasedTokenizerConfig, released, where, foreign=True)
     layers = config.quantize_position
     if config.pooling_position not in (None, layers):
         raise MossError(f"{where}: pooling_position is {config.pooling_position}, expected quantize_position, {layers}")
@@ -69,7 +69,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
         )
 
 
-def table(config: SpeechTokenizerConfig) -> Table:
+def table(config: SpeechTokenizerConfig) -> NameTable:
     """Layers after the quantiser, the moving averages of codebook training and all that is not of the encoder are
     carried along unused."""
     heads = config.encoder_attention_heads
@@ -78,13 +78,13 @@ def table(config: SpeechTokenizerConfig) -> Table:
     out = heads_in(heads)
     layer = prefixed(
         (
-            Row("self_attn.q_proj.weight", "query/kernel", q),
-            Row("self_attn.q_proj.bias", "query/bias", bias),
-            Row("self_attn.k_proj.weight", "key/kernel", q),
-            Row("self_attn.v_proj.weight", "value/kernel", q),
-            Row("self_attn.v_proj.bias", "value/bias", bias),
-            Row("self_attn.out_proj.weight", "out/kernel", out),
-            Row("self_attn.out_proj.bias", "out/bias"),
+            Row("self_attn.q_proj.weight", "q/kernel", q),
+            Row("self_attn.q_proj.bias", "q/bias", bias),
+            Row("self_attn.k_proj.weight", "k/kernel", q),
+            Row("self_attn.v_proj.weight", "v/kernel", q),
+            Row("self_attn.v_proj.bias", "v/bias", bias),
+            Row("self_attn.out_proj.weight", "o/kernel", out),
+            Row("self_attn.out_proj.bias", "o/bias"),
             Row("self_attn_layer_norm.weight", "attention_norm/scale"),
             Row("self_attn_layer_norm.bias", "attention_norm/bias"),
             Row("fc1.weight", "up/kernel", LINEAR),
@@ -117,4 +117,4 @@ def table(config: SpeechTokenizerConfig) -> Table:
         r"encoder\.layer_norm\.(weight|bias)",
         rf"encoder\.layers\.(?!({used})\.)\d+\..*",
     )
-    return Table(prefixed(rows, "encoder."), carried)
+    return NameTable(prefixed(rows, "encoder."), carried)

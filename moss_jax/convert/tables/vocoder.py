@@ -8,7 +8,7 @@ the names of a file; an export hands the same back to `table`.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moss_jax.convert.table import CONV1D, CONV_TRANSPOSE1D, LINEAR, SAME, Row, Table, Transform
+from moss_jax.convert.table import CONV1D, CONV_TRANSPOSE1D, LINEAR, SAME, NameTable, Row, Transform
 from moss_jax.speech_decoder.vocoder import VocoderConfig
 
 GAIN = Transform(lambda x: x.reshape(x.shape[0]), lambda x: x.reshape(x.shape[0], 1, 1))  # torch [channels, 1, 1]
@@ -32,7 +32,7 @@ def spelling(names: Iterable[str]) -> Spelling:
     return Spelling(prefix)
 
 
-def table(config: VocoderConfig, spelling: Spelling = Spelling()) -> Table:
+def table(config: VocoderConfig, spelling: Spelling = Spelling()) -> NameTable:
     """The name table for parameters with weight norm in its two parts (`config.weight_norm`)."""
 
     def conv(name: str, path: str, transform: Transform = CONV1D) -> list[Row]:
@@ -68,4 +68,4 @@ def table(config: VocoderConfig, spelling: Spelling = Spelling()) -> Table:
                     SAME,
                 )
             )
-    return Table(tuple(rows))
+    return NameTable(tuple(rows))

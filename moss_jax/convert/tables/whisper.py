@@ -4,19 +4,19 @@ The layers of its encoder are divided: the first ones stand before the quantiser
 after it; `convert.whisper` calls those "model.encoder.after.0." before this table reads them.
 """
 
-from moss_jax.convert.table import CONV1D, LINEAR, Row, Table, heads_bias, heads_in, heads_out, prefixed
+from moss_jax.convert.table import CONV1D, LINEAR, NameTable, Row, heads_bias, heads_in, heads_out, prefixed
 
 
-def table(heads: int) -> Table:
+def table(heads: int) -> NameTable:
     """Its final projection is its table of units a second time, so it is carried along unused."""
     attention = (
-        Row("q_proj.weight", "query/kernel", heads_out(heads)),
-        Row("q_proj.bias", "query/bias", heads_bias(heads)),
-        Row("k_proj.weight", "key/kernel", heads_out(heads)),
-        Row("v_proj.weight", "value/kernel", heads_out(heads)),
-        Row("v_proj.bias", "value/bias", heads_bias(heads)),
-        Row("out_proj.weight", "out/kernel", heads_in(heads)),
-        Row("out_proj.bias", "out/bias"),
+        Row("q_proj.weight", "q/kernel", heads_out(heads)),
+        Row("q_proj.bias", "q/bias", heads_bias(heads)),
+        Row("k_proj.weight", "k/kernel", heads_out(heads)),
+        Row("v_proj.weight", "v/kernel", heads_out(heads)),
+        Row("v_proj.bias", "v/bias", heads_bias(heads)),
+        Row("out_proj.weight", "o/kernel", heads_in(heads)),
+        Row("out_proj.bias", "o/bias"),
     )
     layer = (
         *prefixed(attention, "self_attn."),
@@ -45,7 +45,7 @@ def table(heads: int) -> Table:
         *_norm("layer_norm", "head/decoder_norm"),
     )
     rows = (*prefixed(encoder, "model.encoder."), *prefixed(decoder, "model.decoder."))
-    return Table(rows, (r"proj_out\.weight",))
+    return NameTable(rows, (r"proj_out\.weight",))
 
 
 def _norm(name: str, path: str) -> tuple[Row, Row]:

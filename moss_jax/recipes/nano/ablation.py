@@ -40,7 +40,7 @@ from moss_jax.speech_lm import LayerSplitModel
 from moss_jax.train.host_memory import keep_freed_memory
 from moss_jax.train.loop import train
 from moss_jax.train.run import Run, load_run
-from moss_jax.train.speech_lm.initial import newest_export
+from moss_jax.train.run_folder import newest_export
 
 PLACE = FOLDER / "ablation"
 ARMS = ("FP", "NF", "NF-NoSplit")
@@ -74,9 +74,9 @@ def runs_of(arm: str, seed: int, share: float, configs: Path = CONFIGS) -> list[
 
 def text_kept(folder: Path, limit: int | None = None) -> tuple[int, int]:
     """(right, of): questions in writing whose answers the model continues with, each word the likeliest."""
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.model import EvaluatedModel
 
-    model = Model(folder, batch_size=32)
+    model = EvaluatedModel(folder, batch_size=32)
     config = model.config
     encode = model.text_tokenizer.encode
     items = [item for name in TEXT_SETS for item in read_items(name)][:limit]
@@ -100,10 +100,17 @@ def _likeliest(params, grid, *, config):
 
 def answers(system: Path, folder: Path, limit: int) -> Result:
     """Answers right, three ways: written and spoken questions, spoken answers as the judge hears them."""
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.model import EvaluatedModel
     from moss_jax.recipes.nano import report
 
-    report.run(Model(system, batch_size=32), folder, sets=("voices",), ways=tuple(WAYS), limit=limit, replies_only=True)
+    report.run(
+        EvaluatedModel(system, batch_size=32),
+        folder,
+        sets=("voices",),
+        ways=tuple(WAYS),
+        limit=limit,
+        replies_only=True,
+    )
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {way: [r["right"] for r in records if r.get("part") == way and r["group"] == "voices"] for way in WAYS}
     return {way: (sum(right), len(right)) for way, right in found.items()}
@@ -193,12 +200,12 @@ def steps_of(args: argparse.Namespace) -> list[RecipeStep]:
 
 def _similarity() -> int:
     from moss_jax.evaluate import similarity
-    from moss_jax.evaluate.model import Model
+    from moss_jax.evaluate.model import EvaluatedModel
 
     if not (PLACE / "similarity").is_dir():
         lines = (FOLDER / "coded" / "asr.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(PLACE / "sentences.jsonl", "".join(lines[:SENTENCES]))
-        models = {arm: Model(newest_export(PLACE / f"{arm}-0" / "stage2")) for arm in ARMS}
+        models = {arm: EvaluatedModel(newest_export(PLACE / f"{arm}-0" / "stage2")) for arm in ARMS}
         (name, own), *others = models.items()
         similarity.run(own, PLACE / "sentences.jsonl", PLACE / "similarity", controls=others, name=name)
     return 0

@@ -33,13 +33,13 @@ from moss_jax.audio.wave import resample, save_audio
 from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
 from moss_jax.data.espeak import speak
-from moss_jax.dialogue.grid import DEFAULT_SYSTEM
 from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.nano import domain
 from moss_jax.recipes.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
 from moss_jax.text.byte_level import byte_level, learn_merges
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
 CHUNK = 100  # utterances that are made, and made again when interrupted, together
@@ -491,7 +491,9 @@ def _chats(
         return turns(way, dialogue.second.text, dialogue.asked_second, dialogue.second.answer)
 
     def chat(way: str, parts: Iterable[dict]) -> dict:
-        return {"turns": [{"role": "system", "text": DEFAULT_SYSTEM["speech" if way[1] == "s" else "text"]}, *parts]}
+        return {
+            "turns": [{"role": "system", "text": DEFAULT_SYSTEM_PROMPT["speech" if way[1] == "s" else "text"]}, *parts]
+        }
 
     for number, dialogue in enumerate(singles):
         for way in ("ss", "st") if number % 2 else ("ss", "st", WAYS[2 + number // 2 % 2]):
@@ -553,7 +555,7 @@ def _texts(draw: random.Random) -> dict[str, list[str]]:
 
 def tokenizer_texts(plan: Plan) -> Iterator[str]:
     """What the text tokenizer learns its words from."""
-    for text in (*plan.answers, *DEFAULT_SYSTEM.values(), "user", "assistant", "system"):
+    for text in (*plan.answers, *DEFAULT_SYSTEM_PROMPT.values(), "user", "assistant", "system"):
         yield from [text] * 3
     for question in domain.trained_questions():
         yield question.text

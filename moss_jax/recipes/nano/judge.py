@@ -25,7 +25,7 @@ import numpy as np
 
 from moss_jax.audio import load_audio, resample, to_pcm16
 from moss_jax.errors import MossError
-from moss_jax.evaluate.judge import RATE
+from moss_jax.evaluate.judge import JUDGE_SAMPLE_RATE
 from moss_jax.evaluate.words import words
 from moss_jax.recipes.nano import domain
 
@@ -92,7 +92,7 @@ class NanoJudge:
         except ImportError as error:
             raise MossError("the judge needs pocketsphinx: pip install 'moss-jax[judge]'") from error
         self._decoder = pocketsphinx.Decoder(
-            samprate=float(RATE), lm=None, jsgf=str(GRAMMAR), cmn="batch", loglevel="FATAL"
+            samprate=float(JUDGE_SAMPLE_RATE), lm=None, jsgf=str(GRAMMAR), cmn="batch", loglevel="FATAL"
         )
 
     @cached_property
@@ -113,7 +113,7 @@ class NanoJudge:
         if level < LEVEL:
             return Heard("", f"silence ({level:.0f} dBFS)")
         said = wave[max(0, round((begin - MARGIN) * rate)) : round((end + MARGIN) * rate)]
-        text = self._recognise(resample(said, rate, RATE))
+        text = self._recognise(resample(said, rate, JUDGE_SAMPLE_RATE))
         if not text:
             return Heard("", "nothing understood")
         expected = expected_seconds(text)
@@ -124,7 +124,7 @@ class NanoJudge:
         return Heard(text)
 
     def _recognise(self, wave: np.ndarray) -> str:
-        pause = np.zeros(round(PAUSE * RATE), np.float32)
+        pause = np.zeros(round(PAUSE * JUDGE_SAMPLE_RATE), np.float32)
         wave = np.concatenate([pause, wave, pause])
         wave = wave * (POWER / np.sqrt(np.mean(np.square(wave)) + 1e-12))
         wave = wave + np.random.default_rng(0).standard_normal(len(wave)).astype(np.float32) * NOISE

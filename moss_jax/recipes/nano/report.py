@@ -24,9 +24,9 @@ from moss_jax.checkpoint import atomic_folder, open_tensors
 from moss_jax.dialogue.system import Reply
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.evaluate.items import Part
-from moss_jax.evaluate.model import Model
-from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown, write_table
+from moss_jax.evaluate.items import ContentPart
+from moss_jax.evaluate.model import EvaluatedModel
+from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown_table, write_table
 from moss_jax.evaluate.words import words
 from moss_jax.recipes.nano.corpus import Room
 from moss_jax.recipes.nano.items import FOLDER, SETS, Item, read_items, speak_items
@@ -52,7 +52,7 @@ QUALITY_RATE = 16000  # Hz, of wide-band PESQ and of STOI
 
 
 def run(
-    model: Model,
+    model: EvaluatedModel,
     out: str | Path,
     *,
     sets: Sequence[str] = tuple(SETS),
@@ -84,7 +84,7 @@ def run(
         "items": file_hash(FOLDER),
         "sampling": SAMPLING,
         "codec": model.codec_hash(),
-        "model": model.language_hash(),
+        "model": model.language_model_hash(),
     }
     with Results(out, about) as results:
         work = _Work(model, judge, results, sets, ways, limit, say)
@@ -129,7 +129,7 @@ class _Work:
         untrained = self.folder / "untrained"
         if not untrained.exists():
             shuffle_weights(self.model.system.folder.path, untrained)
-        other = Model(untrained, batch_size=self.model.batch_size)
+        other = EvaluatedModel(untrained, batch_size=self.model.batch_size)
         self._replies(other, "untrained", RESYNTHESIS, "ss", self._pairs(RESYNTHESIS)[:UNTRAINED])
 
     def _pairs(self, group: str) -> Pairs:
@@ -170,7 +170,7 @@ class _Work:
 
     def _codec(self, item: Item, paths: dict[str, list[Path]]) -> dict[str, Any]:
         """The answering voice -> codes -> sound."""
-        sound = Part(audio=paths["answers"][-1])
+        sound = ContentPart(audio=paths["answers"][-1])
         codes = self.model.codes([sound])[sound]
         voice, _ = self.model.system.voice()
         decoder = self.model.system.speech_decoder
@@ -221,7 +221,7 @@ class _Work:
         self._keep("vocoder", item, made, rate)
         return quality(wave[: len(made)], made[: len(wave)], rate)
 
-    def _replies(self, model: Model, part: str, group: str, way: str, pairs: Pairs | None = None) -> None:
+    def _replies(self, model: EvaluatedModel, part: str, group: str, way: str, pairs: Pairs | None = None) -> None:
         """Asks the items of a set one way, or some of them; batch by batch, both turns."""
         pairs = self._pairs(group) if pairs is None else pairs
         left = [(item, paths) for item, paths in pairs if f"{part}/{item.name}" not in self.results.done]
@@ -247,7 +247,7 @@ class _Work:
             self.results.append(records)
             self.say(f"{part}, {SETS[group]}: {len(pairs) - len(left) + first + len(batch)} of {len(pairs)}")
 
-    def _asked(self, model: Model, batch: Sequence[tuple[Item, dict]], way: str) -> list[list[Reply]]:
+    def _asked(self, model: EvaluatedModel, batch: Sequence[tuple[Item, dict]], way: str) -> list[list[Reply]]:
         """The replies to each turn of some items; a dialogue ends where a reply is empty."""
         turns = [[] for _ in batch]
         replies: list[list[Reply]] = [[] for _ in batch]
@@ -351,13 +351,13 @@ def _tables(records: Sequence[Mapping[str, Any]], work: _Work) -> tuple[list[dic
     rows = list(_rows(found, work))
     notes = [f"Judge: {work.judge.name}. An answer is right word for word; intervals are Wilson's, 95%."]
     if budget := _budget(found):
-        notes.append("Where answers are lost (unseen voices):\n\n" + markdown(budget))
+        notes.append("Where answers are lost (unseen voices):\n\n" + markdown_table(budget))
     if ("vocoder", SENTENCES) in found:
-        notes.append("Vocoder, true mel to sound, unseen sentences:\n\n" + markdown(_vocoder_rows(found)))
+        notes.append("Vocoder, true mel to sound, unseen sentences:\n\n" + markdown_table(_vocoder_rows(found)))
     if ("stream", RESYNTHESIS) in found:
         notes.append(_streamed(list(found["stream", RESYNTHESIS].values())))
     if ("ss", RESYNTHESIS) in found:
-        notes.append("Spoken to spoken by kind (unseen voices):\n\n" + markdown(list(_kind_rows(found))))
+        notes.append("Spoken to spoken by kind (unseen voices):\n\n" + markdown_table(list(_kind_rows(found))))
         cut = sum(not record["complete"] for record in found["ss", RESYNTHESIS].values())
         refused = sum(bool(record["refused"]) for record in found["ss", RESYNTHESIS].values())
         notes.append(f"Of these, cut off: {cut}; refused by the judge's checks: {refused}.")
@@ -450,7 +450,9 @@ def _streamed(records: Sequence[Mapping[str, Any]]) -> str:
         for told, key in (("S->S in one piece", "whole"), ("S->S streamed", "right"))
     ]
     spoken = [r for r in records if r["first"] is not None]
-    told = f"Streamed beside one piece, question by question: {differ} of {codes} codes differ.\n\n{markdown(right)}"
+    told = (
+        f"Streamed beside one piece, question by question: {differ} of {codes} codes differ.\n\n{markdown_table(right)}"
+    )
     if not spoken:
         return told
     first = 1000 * np.array([r["first"] for r in spoken])
@@ -463,7 +465,7 @@ def _streamed(records: Sequence[Mapping[str, Any]]) -> str:
         }
         for what, values, digits in (("first sound after the question, ms", first, 0), ("real-time factor", factors, 2))
     ]
-    return f"{told}\n\n{markdown(rows)}"
+    return f"{told}\n\n{markdown_table(rows)}"
 
 
 def _vocoder_rows(found: Mapping) -> list[dict[str, Any]]:

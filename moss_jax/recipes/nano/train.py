@@ -24,19 +24,21 @@ import jax
 
 from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.convert.qwen3 import export_qwen3
 from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
 from moss_jax.recipes.background import beside
 from moss_jax.recipes.recipe import RecipeStep, Say, run_recipe
-from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.component import SPEECH_DECODER
+from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_lm.config import NANO, SpeechLMConfig
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.loop import train
 from moss_jax.train.run import BaseRun, load_run, override
-from moss_jax.train.speech_lm.initial import newest_export
+from moss_jax.train.run_folder import newest_export
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 
 FOLDER = Path("nano")  # in the working directory, as the configs have it
@@ -236,13 +238,13 @@ def make_base(folder: Path, text_tokenizer: Path, speech_tokenizer: Path, config
         speech_tokenizer: a folder with `speech_tokenizer/` in it.
     """
     with atomic_folder(folder) as part:
-        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None})
+        write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
         write_json(part / "transformer" / "config.json", write_config(config))
         copy_file(text_tokenizer, part / "text_tokenizer" / "tokenizer.json")
         _copy_room("speech_tokenizer", speech_tokenizer, part)
         base = SystemFolder(part)
-        base.text_tokenizer(config)
-        codes = base.config("speech_tokenizer", SpeechTokenizerConfig).quantize_vocab_size
+        TextTokenizer.from_file(base.text_tokenizer_path, config)
+        codes = base.config(SPEECH_TOKENIZER).quantize_vocab_size
         if codes != config.eosp_id:
             raise MossError(f"{speech_tokenizer}: has {codes} codes, expected {config.eosp_id}, the model's eosp_id")
         (part / "voices").mkdir()
@@ -252,15 +254,15 @@ def make_system(folder: Path, *, language_model: Path, speech_decoder: Path) -> 
     """Writes a system, whole or not at all: the speech decoder of one folder, everything else of another. It has no
     recorded voice: the decoder knows one."""
     with atomic_folder(folder) as part:
-        write_json(part / SYSTEM, {"format": FORMAT, "default_voice": None, "sampling": SAMPLING})
+        write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None, "sampling": SAMPLING})
         for room in ("transformer", "speech_tokenizer", "text_tokenizer"):
             _copy_room(room, language_model, part)
         _copy_room("speech_decoder", speech_decoder, part)
         (part / "voices").mkdir()
         system = SystemFolder(part)
-        config = system.config("transformer", SpeechLMConfig)
-        system.text_tokenizer(config)
-        decoder = system.config("speech_decoder", SpeechDecoderConfig)
+        config = system.config(SPEECH_LM)
+        TextTokenizer.from_file(system.text_tokenizer_path, config)
+        decoder = system.config(SPEECH_DECODER)
         codes = decoder.flow.codebook_size
         if codes != config.eosp_id:
             raise MossError(f"{speech_decoder}: its flow knows {codes} codes, the language model {config.eosp_id}")

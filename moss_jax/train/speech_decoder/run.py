@@ -1,6 +1,5 @@
 """Runs that train the speech decoder: `RUN = FlowRun(...)` or `RUN = VocoderRun(...)` in a config."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -8,6 +7,7 @@ from jax.sharding import Mesh
 
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.run import BaseRun
 from moss_jax.train.speech_decoder.flow import FlowObjective
@@ -56,7 +56,7 @@ class FlowRun(SpeechDecoderRun):
         super().__post_init__()
         self._check_whole(1, "codes")
 
-    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+    def task(self, mesh: Mesh, say: Say) -> "Task":
         from moss_jax.train.speech_decoder.task import FlowTask
 
         return FlowTask(self, mesh, say)
@@ -85,7 +85,7 @@ class VocoderRun(SpeechDecoderRun):
         super().__post_init__()
         self._check_whole(1, "frames")
 
-    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+    def task(self, mesh: Mesh, say: Say) -> "Task":
         from moss_jax.train.speech_decoder.task import VocoderTask
 
         return VocoderTask(self, mesh, say)

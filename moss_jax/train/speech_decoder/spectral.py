@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.audio.features import MelConfig, framed, mel_filters
-from moss_jax.speech_decoder.stft import hann
+from moss_jax.speech_decoder.vocoder.stft import hann
 
 FLOOR = 1e-7  # of power: below -70 dB of a full-scale bin nothing counts, and no square root has a steep gradient
 MEL_FLOOR = 1e-5  # as in the features

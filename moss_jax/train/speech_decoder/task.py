@@ -21,18 +21,20 @@ from moss_jax.data.spoken import Spoken
 from moss_jax.data.spoken_batches import SpokenBatches
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.progress import Say
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
 from moss_jax.speech_decoder.vocoder import HiFT, vocoder_shapes
 from moss_jax.train.feed import ClipFeed
 from moss_jax.train.preemption import Preemption
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_decoder.discriminators import Discriminators
 from moss_jax.train.speech_decoder.export import export_parts
 from moss_jax.train.speech_decoder.flops import flow_flops, vocoder_flops
 from moss_jax.train.speech_decoder.flow import FlowObjective, centred, draw, squared_error, velocity
 from moss_jax.train.speech_decoder.run import FlowRun, SpeechDecoderRun, VocoderRun
 from moss_jax.train.speech_decoder.vocoder import cast, losses, mel_distance, render
-from moss_jax.train.speech_lm.initial import init_folder
 from moss_jax.train.state import TrainState, new_state, shardings_of, updated
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 
@@ -40,7 +42,6 @@ RANDOM = "random"
 # in front of the paths of a vocoder's run
 VOCODER = "vocoder/"
 JUDGES = "judges/"
-Say = Callable[[str], None]
 
 
 class SpeechDecoderTask:
@@ -61,16 +62,16 @@ class SpeechDecoderTask:
         self.frozen = {}
         self._everywhere = NamedSharding(mesh, P())
         self.config = self._sizes()
-        if run.system is not None and not Path(init_folder(run.system)).is_dir():
+        if run.system is not None and not Path(resolve_init(run.system)).is_dir():
             raise MossError(f"{run.system}: no such folder, expected the system that an export is completed from")
 
     def _sizes(self) -> SpeechDecoderConfig:
         run = self._run
         found = None
         if run.init != RANDOM:
-            found = SystemFolder(init_folder(run.init)).config("speech_decoder", SpeechDecoderConfig)
+            found = SystemFolder(resolve_init(run.init)).config(SPEECH_DECODER)
         elif run.model is None:
-            found = SystemFolder(init_folder(run.system)).config("speech_decoder", SpeechDecoderConfig)
+            found = SystemFolder(resolve_init(run.system)).config(SPEECH_DECODER)
         if run.model is None:
             return found
         if found is not None and self._trained(found) != self._trained(run.model):
@@ -78,7 +79,7 @@ class SpeechDecoderTask:
         return run.model
 
     def _loaded(self, stem: str, shapes: Mapping[str, Any]) -> Flat:
-        path = Path(init_folder(self._run.init)) / "speech_decoder" / f"{stem}.safetensors"
+        path = Path(resolve_init(self._run.init)) / "speech_decoder" / f"{stem}.safetensors"
         return flatten(load_tree(path, shapes, self._everywhere, jnp.float32))
 
     def state_shardings(self) -> TrainState:

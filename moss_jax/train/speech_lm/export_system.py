@@ -4,9 +4,8 @@ The frozen parameters are written as they are held, bit for bit; adapters are me
 """
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import numpy as np
 
 from moss_jax.checkpoint import TensorWriter
 from moss_jax.checkpoint.config_io import write_config
-from moss_jax.checkpoint.system_folder import FORMAT, SYSTEM
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import copy_file, write_json
+from moss_jax.files import link_or_copy, replace_folder
 from moss_jax.nn.tree import flatten
+from moss_jax.progress import Say
 from moss_jax.speech_lm import SpeechLMConfig
-from moss_jax.train.export import collected, replaced
+from moss_jax.train.gather import gather_to_host
 from moss_jax.train.run import Run
-from moss_jax.train.speech_lm.initial import init_folder
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.lora import PREFIX, is_adapter
 from moss_jax.train.speech_lm.stages import Stage, join_params
 
-Say = Callable[[str], None]
 Flat = dict[str, jax.Array]
 
 
@@ -47,7 +47,7 @@ def export_system(
         for _ in values:  # takes part in collecting them
             pass
         return
-    with replaced(folder) as part:
+    with replace_folder(folder) as part:
         room = part / "transformer"
         room.mkdir()
         with TensorWriter(room, shapes) as writer:
@@ -71,32 +71,24 @@ def parameters(stage: Stage, trainable: Flat, frozen: Flat, dtype: Any) -> Itera
             value = flatten(join_params(mine | adapters.get(path, {}), rest, stage, dtype))[path]
         else:
             value = rest[path]
-        yield path, collected(value)
+        yield path, gather_to_host(value)
 
 
 def _add_rest(run: Run, folder: Path, say: Say) -> None:
     """Everything of a system but the language model, from the run's `system` or from what it started with."""
-    source = Path(run.system or init_folder(run.init))
-    if (source / SYSTEM).is_file():
+    source = Path(run.system or resolve_init(run.init))
+    if (source / SYSTEM_FILE).is_file():
         for path in sorted(source.iterdir()):
             if path.name == "transformer" or path.name.startswith("."):
                 continue
             if path.is_dir():
-                shutil.copytree(path, folder / path.name, copy_function=_link)
+                shutil.copytree(path, folder / path.name, copy_function=link_or_copy)
             else:
                 copy_file(path, folder / path.name)
         return
-    write_json(folder / SYSTEM, {"format": FORMAT, "default_voice": None})
+    write_json(folder / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
     (folder / "voices").mkdir()
     if (source / "tokenizer.json").is_file():
         copy_file(source / "tokenizer.json", folder / "text_tokenizer" / "tokenizer.json")
     else:
         say(f"note: {source} has no text tokenizer for the export; --set system=SYSTEM names one that has")
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file that nobody writes into, or a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -16,20 +16,22 @@ from jax.sharding import Mesh, Sharding
 
 from moss_jax.checkpoint import check_shapes, open_tensors
 from moss_jax.checkpoint.config_io import read_config
-from moss_jax.checkpoint.system_folder import SYSTEM, SystemFolder
+from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
+from moss_jax.components import check_codes
 from moss_jax.convert.language_model import compute_dtypes, language_config, special_ids
 from moss_jax.convert.layer_split import new_audio_tables, qwen3_config, split_parameter
-from moss_jax.convert.qwen3 import CODES, split_config
-from moss_jax.convert.stream import Say, found_shapes
-from moss_jax.convert.system import locate
+from moss_jax.convert.qwen3 import RELEASED_CODES, split_config
+from moss_jax.convert.resolve import find_folder
+from moss_jax.convert.stream import Say, tensor_shapes
 from moss_jax.convert.tables import qwen3 as qwen3_table
-from moss_jax.convert.tables import transformer as released_table
+from moss_jax.convert.tables import speech_lm as released_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
-from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.run import EXPORTS, RUN_FILE, Run
+from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.train.run import Run
+from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.stages import Stage, split_params
 from moss_jax.train.speech_lm.step import frozen_shardings, trainable_shardings
 
@@ -45,7 +47,7 @@ def initial_params(
     mesh: Mesh | None = None,
     dtype: Any = None,
     modality_layers: int | None = None,
-    codes: int = CODES,
+    codes: int = RELEASED_CODES,
     seed: int = 0,
     say: Say = lambda line: None,
 ) -> tuple[SpeechLMConfig, dict[str, jax.Array]]:
@@ -70,7 +72,7 @@ def initial_params(
         found = config
         parameters = _random(config, np.dtype(dtype or "float32"), seed)
     else:
-        found, parameters = _open(locate(source, say), modality_layers, codes, seed)
+        found, parameters = _open(find_folder(source), modality_layers, codes, seed)
         if config is not None:
             _check_same(config, found, source)
             found = config
@@ -113,10 +115,10 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
     codes = {}
     if run.system and (Path(run.system) / "speech_tokenizer").is_dir():
         # A Qwen3 gets an audio table for the codes of this speech tokenizer.
-        speech_tokenizer = SystemFolder(run.system).config("speech_tokenizer", SpeechTokenizerConfig)
+        speech_tokenizer = SystemFolder(run.system).config(SPEECH_TOKENIZER)
         codes = {"codes": speech_tokenizer.quantize_vocab_size}
     config, trainable, frozen = initial_split(
-        init_folder(run.init),
+        resolve_init(run.init),
         run.stage,
         run.model,
         mesh=mesh,
@@ -126,24 +128,11 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
         say=say,
         **codes,
     )
-    system = Path(run.system or init_folder(run.init))
-    if (system / SYSTEM).is_file():
-        SystemFolder(system).check_codes(config, f"{run.init} and {system}" if run.system else None)
+    system = Path(run.system or resolve_init(run.init))
+    if (system / SYSTEM_FILE).is_file():
+        check_codes(SystemFolder(system), config, f"{run.init} and {system}" if run.system else None)
     dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
     return replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
-
-
-def init_folder(init: str) -> str:
-    """Where a run starts from: of an earlier run its newest export, else what was given."""
-    return str(newest_export(init)) if (Path(init) / RUN_FILE).is_file() else init
-
-
-def newest_export(folder: str | Path) -> Path:
-    """The export of the most steps of a run. Raises MossError when it has none."""
-    exports = [path for path in (Path(folder) / EXPORTS).glob("*") if path.name.isdigit()]
-    if not exports:
-        raise MossError(f"{folder}: this run has no export yet; moss-jax export {folder} -o SYSTEM makes one")
-    return max(exports, key=lambda path: int(path.name))
 
 
 _NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3, whatever its own dtype
@@ -151,8 +140,8 @@ _NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3,
 
 def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[SpeechLMConfig, Parameters]:
     """Config and parameters, in our layout, of whatever kind of folder this is."""
-    if (folder / SYSTEM).is_file():
-        folder = SystemFolder(folder).room("transformer")
+    if (folder / SYSTEM_FILE).is_file():
+        folder = SystemFolder(folder).component_folder("transformer")
     path = folder / "config.json"
     if not path.is_file():
         raise MossError(f"{folder}: no config.json, expected a system, a Qwen3 or a released MOSS-Speech")
@@ -167,7 +156,7 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
         config = replace(config, **compute_dtypes(reader))
         rows = released_table.table(config)
         shapes = model_shapes(config)
-        rows.check(found_shapes(reader), shapes, str(reader.path))
+        rows.check(tensor_shapes(reader), shapes, str(reader.path))
         return config, ((entry.path, entry.to_ours(reader.read)) for entry in rows.entries(shapes))
     found = data.get("model_type")
     raise MossError(f"{path}: model_type is {found!r}, expected a system, a Qwen3 or a released MOSS-Speech")
@@ -189,7 +178,7 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     if tied:
         del shapes["text/head/kernel"]
     rows = qwen3_table.table(source)
-    rows.check(found_shapes(reader), shapes, str(reader.path))
+    rows.check(tensor_shapes(reader), shapes, str(reader.path))
 
     def parameters() -> Parameters:
         for entry in rows.entries(shapes):

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moss_jax.checkpoint.config_io import write_config
+from moss_jax.progress import Say
 from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
@@ -34,7 +35,7 @@ class LanguageModel:
         MossError: a batch does not divide over the mesh.
     """
 
-    def __init__(self, run: Run, mesh: Mesh, say: Callable[[str], None]):
+    def __init__(self, run: Run, mesh: Mesh, say: Say):
         check_rows(run.batch_size, mesh, run.accumulate)
         self._run = run
         self._mesh = mesh

@@ -1,12 +1,12 @@
 """A run that trains a speech tokenizer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from jax.sharding import Mesh
 
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.train.run import BaseRun
 
@@ -75,7 +75,7 @@ class SpeechTokenizerRun(BaseRun):
                 f"{self.model.samples_per_segment / self.model.sample_rate:g} s"
             )
 
-    def task(self, mesh: Mesh, say: Callable[[str], None]) -> "Task":
+    def task(self, mesh: Mesh, say: Say) -> "Task":
         from moss_jax.train.speech_tokenizer.task import SpeechTokenizerTask
 
         return SpeechTokenizerTask(self, mesh, say)

@@ -19,15 +19,18 @@ from moss_jax.data.clips import LABELS_UNIT, ClipBatches, Clips
 from moss_jax.data.words import errors, words
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
+from moss_jax.files import replace_folder
+from moss_jax.nn.quantize import new_codebook
 from moss_jax.nn.tree import flatten
+from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes, init_params
-from moss_jax.train.export import collected, replaced
 from moss_jax.train.feed import ClipFeed
+from moss_jax.train.gather import gather_to_host
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_tokenizer.head import head_shapes, init_head
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
-from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, new_codebook, perplexity
+from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, perplexity
 from moss_jax.train.speech_tokenizer.units import BLANK, Units, WhisperUnits
 from moss_jax.train.state import TrainState, new_state, shardings_of
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
@@ -52,7 +55,7 @@ class SpeechTokenizerTask:
         MossError: a batch does not divide over the mesh.
     """
 
-    def __init__(self, run: SpeechTokenizerRun, mesh: Mesh, say: Callable[[str], None]):
+    def __init__(self, run: SpeechTokenizerRun, mesh: Mesh, say: Say):
         check_rows(run.batch_size, mesh)
         self._run = run
         self._mesh = mesh
@@ -179,10 +182,10 @@ class SpeechTokenizerTask:
         encoder = {
             path.removeprefix("encoder/"): value for path, value in state.params.items() if path.startswith("encoder/")
         } | {"codebook": state.extra["codebook"]}
-        values = {path: collected(value.astype(dtype)) for path, value in encoder.items()}
+        values = {path: gather_to_host(value.astype(dtype)) for path, value in encoder.items()}
         if jax.process_index():
             return
-        with replaced(folder) as part:
+        with replace_folder(folder) as part:
             (part / ROOM).mkdir()
             save_tree(part / ROOM, values)
             write_json(part / ROOM / "config.json", write_config(self._run.model))

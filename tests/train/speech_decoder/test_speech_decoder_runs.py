@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from dev.reference.stream import reference_stream
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
 from moss_jax.data.spoken import FORMAT, SOURCE
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder import config as decoder_config
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow import config as flow_config
 from moss_jax.speech_decoder.voice import Voice
@@ -169,7 +171,7 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     assert loop.train(override(half, ["steps=4"]), lambda line: None) == loop.DONE
     assert entries(half) == entries(run) and entries(run, "evaluations.jsonl")[0]["mel_distance"] > 0
     folder = SystemFolder(Path(run.folder) / "exports" / "4")
-    config, parts = folder.speech_decoder()
+    config, parts = folder.load(SPEECH_DECODER)
     assert config == MODEL and set(parts) == {"flow", "vocoder"}
     exported = Path(flow.folder, "exports/6/speech_decoder/flow.safetensors").read_bytes()
     assert (folder.path / "speech_decoder" / "flow.safetensors").read_bytes() == exported
@@ -178,8 +180,8 @@ def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
     codes = np.arange(12)
     wave = decoder.decode(codes, voice)
     assert wave.shape == (12 * 1920,) and np.isfinite(wave).all() and np.abs(wave).max() > 1e-4
-    for mode in ("cached", "reference"):
-        stream = decoder.stream(voice, mode=mode)
+    for start in (SpeechDecoder.stream, reference_stream):
+        stream = start(decoder, voice)
         said = np.concatenate([stream.push(codes[:7]), stream.push(codes[7:]), stream.finish()])
         assert said.shape == wave.shape and np.isfinite(said).all()
 

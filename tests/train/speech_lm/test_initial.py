@@ -9,7 +9,7 @@ import pytest
 
 from moss_jax.checkpoint import open_tensors
 from moss_jax.checkpoint.config_io import read_config
-from moss_jax.checkpoint.system_folder import FORMAT
+from moss_jax.checkpoint.system_folder import SYSTEM_FORMAT
 from moss_jax.convert.language_model import import_language_model
 from moss_jax.convert.qwen3 import import_qwen3
 from moss_jax.documents import read_json
@@ -41,7 +41,7 @@ def test_a_released_folder_a_system_and_its_transformer_folder(tmp_path):
     write_language_model(tmp_path / "released")
     system = tmp_path / "system"
     expected = import_language_model(tmp_path / "released", system, print)
-    (system / "system.json").write_text(f'{{"format": "{FORMAT}"}}')
+    (system / "system.json").write_text(f'{{"format": "{SYSTEM_FORMAT}"}}')
     for source in ("released", "system", "system/transformer"):
         config, flat = initial_params(tmp_path / source)
         assert config == expected

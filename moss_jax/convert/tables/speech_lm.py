@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moss_jax.checkpoint.config_io import MAX_LAYERS, MAX_SIZE, read_config, within
-from moss_jax.convert.table import LINEAR, Row, Table, heads_in, heads_out, prefixed
+from moss_jax.convert.table import LINEAR, NameTable, Row, heads_in, heads_out, prefixed
 from moss_jax.documents import located, shown
 from moss_jax.errors import MossError
 from moss_jax.speech_lm.config import SpeechLMConfig
@@ -36,7 +36,7 @@ ID_KEYS = {
 
 
 @dataclass(frozen=True)
-class ReleasedConfig:
+class ReleasedSpeechLMConfig:
     """The keys of a released config.json that are used."""
 
     hidden_size: int = within(1, MAX_SIZE)
@@ -68,7 +68,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechLMCon
         MossError: a key is missing, or asks for something that the model does not have (biases, tied embeddings,
             another activation, scaled RoPE).
     """
-    config = read_config(ReleasedConfig, released, where, foreign=True)
+    config = read_config(ReleasedSpeechLMConfig, released, where, foreign=True)
     for key, expected in {"attention_bias": False, "hidden_act": "silu", "rope_scaling": None}.items():
         if released.get(key, expected) != expected:
             raise MossError(f"{where}: config has {key} = {shown(released[key])}, expected {expected!r}")
@@ -102,7 +102,7 @@ def layer_rows(config: SpeechLMConfig) -> tuple[Row, ...]:
     )
 
 
-def table(config: SpeechLMConfig) -> Table:
+def table(config: SpeechLMConfig) -> NameTable:
     """The name table of the released layer-split checkpoint."""
     rows = [
         Row("model.embed_tokens.weight", "text/embed/embedding"),
@@ -114,4 +114,4 @@ def table(config: SpeechLMConfig) -> Table:
     ]
     for block in ("shared", "text", "audio"):
         rows += prefixed(layer_rows(config), f"model.{block}_block.layers.{{layer}}.", f"{block}/layers/")
-    return Table(tuple(rows))
+    return NameTable(tuple(rows))

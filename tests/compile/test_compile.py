@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from moss_jax.cli import main
-from moss_jax.compile.serving import Request, collectives, compile_function
+from moss_jax.compile import CompileRequest, compile_function
+from moss_jax.compile.hlo import collectives
 
 HLO = """HloModule jit_run, is_scheduled=true
 
@@ -117,9 +118,9 @@ def test_progress_is_reported_while_the_compiler_works(monkeypatch):
 
     lines = []
     reported = threading.Event()
-    monkeypatch.setattr(Request, "check", lambda self: None)
+    monkeypatch.setattr(CompileRequest, "check", lambda self: None)
     monkeypatch.setattr(subprocess, "run", slow)
-    assert compile_function(Request("decode"), say, every=0.01) == {"fits": True}
+    assert compile_function(CompileRequest("decode"), say, every=0.01) == {"fits": True}
     assert re.fullmatch(r"compiling decode for v5e:2x4: \d+ s so far", lines[0])
 
 

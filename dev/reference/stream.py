@@ -1,10 +1,12 @@
 """Streaming as the released code does it: every chunk runs the flow on the prompt and all codes so far.
 
-For comparison with the reference; `stream.py` has the one for use. Each rendering starts its source anew, the
-cross-fade adds up to 1.08, and the last chunk is the end of an offline decode. Source: `CosyVoice2Model.token2wav`.
+The product streams with `moss_jax.speech_decoder.stream`; this is for comparison with the reference. Every chunk
+restarts the source signal, the weights of the cross-fade sum to up to 1.08, and the last chunk is the end of an offline
+decode. Source: `CosyVoice2Model.token2wav`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -15,15 +17,16 @@ from flax import struct
 from moss_jax.errors import MossError
 from moss_jax.nn.precision import in_32_bits
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
+from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.flow import sampler
 from moss_jax.speech_decoder.flow.config import FlowConfig
-from moss_jax.speech_decoder.vocoder import HiFT, sine_noise
+from moss_jax.speech_decoder.vocoder.model import HiFT, sine_noise
 from moss_jax.speech_decoder.voice import Voice
 
 
 @struct.dataclass
 class Cache:
-    """What the vocoder keeps from chunk to chunk."""
+    """The vocoder's state between chunks."""
 
     mel: np.ndarray  # float32 [overlap, M]
     source: np.ndarray  # float32 [overlap * hop]
@@ -32,26 +35,29 @@ class Cache:
 
 @struct.dataclass
 class ReferenceState:
-    """One stream; `ReferenceState()` is its beginning."""
+    """The state of one stream; `ReferenceState()` is the initial one."""
 
-    codes: np.ndarray = struct.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N], all so far
-    cursor: int = 0  # codes whose mel was emitted
+    codes: np.ndarray = struct.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N], all received so far
+    cursor: int = 0  # codes whose mel has been emitted
     chunks: int = 0
     cache: Cache | None = None
 
 
 class Chunk(NamedTuple):
-    """One call of flow and vocoder."""
+    """The results of one call of flow and vocoder."""
 
-    codes: int  # the flow saw
-    cursor: int  # of them, whose mel had been emitted before
-    mel: np.ndarray  # float32 [4 * (codes - look-ahead), M], all that the flow returned
-    source: np.ndarray  # float32 [samples], of the vocoder call
-    wave: np.ndarray  # float32 [samples], emitted
+    codes: int  # input codes of the flow
+    cursor: int  # how many of them had their mel emitted by earlier chunks
+    mel: np.ndarray  # float32 [4 * (codes - look-ahead), M], the flow's output
+    source: np.ndarray  # float32 [samples], the vocoder's source signal
+    wave: np.ndarray  # float32 [samples], the emitted part of the vocoder's output
 
 
 class Models(NamedTuple):
-    """What a stream runs on. `noise`: (index of the chunk, mel frames) -> float32 [frames * hop, harmonics]."""
+    """Configs, parameters and inputs of a stream.
+
+    `noise`: (chunk index, mel frames) -> float32 [frames * hop, harmonics].
+    """
 
     config: SpeechDecoderConfig
     flow_config: FlowConfig  # with the chunk size
@@ -59,11 +65,11 @@ class Models(NamedTuple):
     vocoder: Any  # nested folded parameters of HiFT
     voice: Voice
     noise: Callable[[int, int], np.ndarray]
-    buffer: np.ndarray | None = None  # float32 [1, F, M], in place of the flow's fixed noise
+    buffer: np.ndarray | None = None  # float32 [1, T, M], replaces the flow's fixed noise
 
 
 class ReferenceStream:
-    """One stream; drop it at any time. `state` is a pytree, all that it remembers; None when it is finished."""
+    """One stream. `state` is a pytree; None once the stream is finished."""
 
     def __init__(self, models: Models):
         self._models = models
@@ -71,10 +77,10 @@ class ReferenceStream:
 
     @in_32_bits
     def push(self, codes: np.ndarray) -> np.ndarray:
-        """Takes codes int [n] and returns the speech of the chunks that have become possible, float32 [samples].
+        """Takes codes int [N] and returns the speech of the chunks that they complete, float32 [samples].
 
         Raises:
-            MossError: the stream is finished, codes out of range, or more than the flow's noise reaches.
+            MossError: the stream is finished, a code is out of range, or there are more codes than the flow supports.
         """
         self._check_open()
         self.state, chunks = advance(self._models, self.state, codes)
@@ -82,7 +88,11 @@ class ReferenceStream:
 
     @in_32_bits
     def finish(self) -> np.ndarray:
-        """The rest of the speech. Raises MossError when there were no codes, or when repeated."""
+        """Returns the rest of the speech, float32 [samples].
+
+        Raises:
+            MossError: the stream got no codes, or is finished already.
+        """
         self._check_open()
         chunk = close(self._models, self.state)
         self.state = None
@@ -90,11 +100,20 @@ class ReferenceStream:
 
     def _check_open(self):
         if self.state is None:
-            raise MossError("streaming: the stream is finished, codes that follow need a new one")
+            raise MossError("streaming: the stream is finished; start a new one for more codes")
+
+
+def reference_stream(decoder: SpeechDecoder, voice: Voice, seed: int = 0, chunk: int | None = None) -> ReferenceStream:
+    """A stream of `decoder`'s weights; arguments as for `SpeechDecoder.stream`."""
+    check_voice(decoder.config, voice)
+    stem, flow = decoder.config.streaming(chunk)
+    config = replace(decoder.config, vocoder=decoder.vocoder_config)
+    noise = seeded_noise(config, seed)
+    return ReferenceStream(Models(config, flow, decoder.part(stem), decoder.vocoder_params, voice, noise))
 
 
 def seeded_noise(config: SpeechDecoderConfig, seed: int) -> Callable[[int, int], np.ndarray]:
-    """Fresh noise for every chunk."""
+    """Noise drawn anew for every chunk."""
 
     def draw(index: int, frames: int) -> np.ndarray:
         rows = sampler.bucket(frames, frames + 1024)
@@ -105,7 +124,7 @@ def seeded_noise(config: SpeechDecoderConfig, seed: int) -> Callable[[int, int],
 
 
 def advance(models: Models, state: ReferenceState, codes: np.ndarray) -> tuple[ReferenceState, list[Chunk]]:
-    """Takes codes int [n] and returns every chunk that has become possible."""
+    """Takes codes int [N] and returns every chunk that they complete."""
     flow = models.flow_config
     codes = np.asarray(codes, np.int32)
     sampler.check_range(flow, codes)
@@ -126,7 +145,7 @@ def advance(models: Models, state: ReferenceState, codes: np.ndarray) -> tuple[R
 
 
 def close(models: Models, state: ReferenceState) -> Chunk:
-    """The last chunk: an offline decode of everything, of which the part that was not emitted is vocoded."""
+    """The last chunk: an offline decode of all codes, of which the part not emitted yet is vocoded."""
     flow = models.flow_config
     mel = sampler.decode(models.flow, flow, state.codes, models.voice, buffer=models.buffer)
     return _vocode(models, state, np.asarray(mel[0]), len(state.codes), last=True)[1]

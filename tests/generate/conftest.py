@@ -1,0 +1,3 @@
+from tests.tiny_speech_lm import params, text_tokenizer
+
+__all__ = ["params", "text_tokenizer"]
