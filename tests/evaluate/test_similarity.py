@@ -168,10 +168,10 @@ def test_a_plain_qwen3_as_control(model, folder, tmp_path):
 
     export_text_path(folder, tmp_path / "qwen3", lambda line: None)
     made = []
-    said = []
+    messages = []
     for _ in range(2):
-        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
-    assert made[0] == made[1] and len([line for line in said if "this is done once" in line]) == 1
+        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", messages.append))
+    assert made[0] == made[1] and len([line for line in messages if "this is done once" in line]) == 1
     control = EvaluatedModel(made[0])
     assert control.code_count == model.code_count
     config = control.config
@@ -183,4 +183,4 @@ def test_a_plain_qwen3_as_control(model, folder, tmp_path):
     depth = [np.concatenate([x["shared"], x["text"]]) for x in (ours, theirs)]
     np.testing.assert_allclose(*depth, atol=1e-5)
     with pytest.raises(MossError, match="neither a system folder"):
-        control_folder(tmp_path, 256, tmp_path / "cache", said.append)
+        control_folder(tmp_path, 256, tmp_path / "cache", messages.append)

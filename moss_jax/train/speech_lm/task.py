@@ -21,18 +21,18 @@ from moss_jax.train.speech_lm.step import make_step, state_shardings, unrolled
 from moss_jax.train.state import TrainState, new_state
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
 
-COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the model that change how, not what
+COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the config that are not part of the architecture
 
 
 class LanguageModel:
     """The task of a `Run`.
 
     Args:
-        mesh: where everything lies.
-        say: gets lines for people.
+        mesh: of parameters, state and batches.
+        say: receives progress messages.
 
     Raises:
-        MossError: a batch does not divide over the mesh.
+        MossError: a batch is not divisible over the mesh.
     """
 
     def __init__(self, run: Run, mesh: Mesh, say: Say):
