@@ -22,7 +22,7 @@ from moss_jax.convert.language_model import compute_dtypes, language_config, spe
 from moss_jax.convert.layer_split import new_audio_tables, qwen3_config, split_parameter
 from moss_jax.convert.qwen3 import RELEASED_CODES, split_config
 from moss_jax.convert.resolve import find_folder
-from moss_jax.convert.stream import Say, tensor_shapes
+from moss_jax.convert.stream import tensor_shapes
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import speech_lm as released_table
 from moss_jax.documents import read_json
@@ -50,7 +50,6 @@ def initial_params(
     modality_layers: int | None = None,
     codes: int = RELEASED_CODES,
     seed: int = 0,
-    say: Say = lambda line: None,
 ) -> tuple[SpeechLMConfig, dict[str, jax.Array]]:
     """The config and the flat parameters {path: array} of a model to train.
 
@@ -109,7 +108,7 @@ def initial_split(
     return config, trainable, frozen
 
 
-def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig, Flat, Flat]:
+def starting_parameters(run: Run, mesh: Mesh) -> tuple[SpeechLMConfig, Flat, Flat]:
     """(config, trainable, frozen) before the first step; dtypes, remat and attention of the config are the run's.
 
     Raises:
@@ -128,7 +127,6 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
         frozen_dtype=run.frozen_dtype,
         seed=run.seed,
         modality_layers=run.split,
-        say=say,
         **codes,
     )
     system = Path(run.system or resolve_init(run.init))

@@ -44,7 +44,7 @@ class LanguageModel:
         self.rows = f"{run.batch_size} x {run.context} rows"
 
     def start(self) -> Flat:
-        self.config, trainable, self.frozen = starting_parameters(self._run, self._mesh, self._say)
+        self.config, trainable, self.frozen = starting_parameters(self._run, self._mesh)
         return trainable
 
     def state_shardings(self) -> TrainState:
