@@ -113,7 +113,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    constrained: jax.Array = jax.lax.with_sharding_constraint(x, _fitting_spec(axes, x.shape, mesh))  # type: ignore[no-untyped-call]  # untyped in jax
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, _fitting_spec(axes, x.shape, mesh))
     return constrained
 
 
@@ -149,7 +149,7 @@ def per_device(
         arrays = [i for i in present if not hasattr(args[i], "manual_sharding_spec")]
         # Mesh axes with a dimension that is not divisible are not used at all: query heads must not be sharded where
         # the key/value heads that they read are replicated.
-        unused = set()
+        unused: set[str] = set()
         for i in arrays:
             for name, size in zip(sharded_axes[i], args[i].shape, strict=True):
                 if name is not None and size % _mesh_size(rules[name], mesh):
@@ -197,7 +197,7 @@ def _spec(names: Axes, rules: Rules = RULES) -> P:
                 )
             used[mesh_axis] = name
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
-    return P(*entries)  # type: ignore[no-untyped-call]  # untyped in jax
+    return P(*entries)
 
 
 def _mesh_size(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
@@ -215,4 +215,4 @@ def _check_divides(names: Axes, spec: P, shape: Sequence[int], mesh: Mesh) -> No
 
 def _fitting_spec(names: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     entries = zip(_spec(names), shape, strict=True)
-    return P(*(None if size % _mesh_size(entry, mesh) else entry for entry, size in entries))  # type: ignore[no-untyped-call]  # untyped in jax
+    return P(*(None if size % _mesh_size(entry, mesh) else entry for entry, size in entries))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from moss_jax.checkpoint import check_shapes, open_tensors
+from moss_jax.checkpoint import TensorReader, check_shapes, open_tensors
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.components import check_codes
@@ -155,13 +155,18 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
     if "num_shared_layers" in data:
         config = language_config(folder)
         reader = open_tensors(folder)
-        config = replace(config, **compute_dtypes(reader))
+        config = _with_stored_dtypes(config, reader)
         rows = released_table.table(config)
         shapes = model_shapes(config)
         rows.check(tensor_shapes(reader), shapes, str(reader.path))
         return config, ((entry.path, entry.to_ours(reader.read)) for entry in rows.entries(shapes))
     model_type = data.get("model_type")
     raise MossError(f"{path}: model_type is {model_type!r}, expected a system, a Qwen3 or a released MOSS-Speech")
+
+
+def _with_stored_dtypes(config: SpeechLMConfig, reader: TensorReader) -> SpeechLMConfig:
+    dtypes = compute_dtypes(reader)
+    return replace(config, dtype=dtypes["dtype"], param_dtype=dtypes["param_dtype"])
 
 
 def _ours(folder: Path) -> Parameters:
@@ -173,7 +178,7 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     reader = open_tensors(folder)
     special = special_ids(folder / "tokenizer.json")
     config, vocab = split_config(folder, special, modality_layers, codes)
-    config = replace(config, **compute_dtypes(reader))
+    config = _with_stored_dtypes(config, reader)
     source = qwen3_config(config, vocab)
     shapes = dict(model_shapes(source))
     tied = "lm_head.weight" not in reader.tensors and bool(read_json(folder / "config.json").get("tie_word_embeddings"))
