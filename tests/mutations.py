@@ -129,7 +129,7 @@ MUTATIONS = (
         "moss_jax/data/batches.py",
         "        self.skip_to(step)\n",
         "        pass\n",
-        ("tests/data/test_pipeline.py::test_a_restored_state_goes_on_exactly",),
+        ("tests/data/test_pipeline.py::test_a_restored_state_continues_exactly",),
     ),
     Mutation(
         "codebook does not follow its vectors",

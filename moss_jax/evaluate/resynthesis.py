@@ -15,8 +15,8 @@ from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, file_hash, word_error_row, write_table
-from moss_jax.evaluate.words import errors, words
 from moss_jax.speech_decoder.flow.sampler import check_codes
+from moss_jax.text.words import normalized_words, word_errors
 
 PROTOCOL = "Resynthesis: recording -> codes -> sound -> judge. Not a recogniser trained on the codes."
 WAVES = "waves"
@@ -40,7 +40,7 @@ def run(
         seed: of the noise in the voice.
     """
     sentences = read_sentences(file, model.system.speech_decoder.config.flow.codebook_size)
-    if wordless := [s.name for s in sentences if not words(s.text)]:
+    if wordless := [s.name for s in sentences if not normalized_words(s.text)]:
         raise MossError(f"{file}: no words in the text of {', '.join(wordless)}")
     spoken, notices = model.system.voice(voice)
     about = {"task": "resynthesis", "file": file_hash(file), "judge": judge.name, "voice": voice, "seed": seed}
@@ -69,11 +69,11 @@ def _record(
         raise MossError(f"{sentence.name}: {error}") from error
     path = waves / f"{sentence.name}.wav"
     save_audio(path, decoder.decode(codes, voice, seed), decoder.config.sample_rate)
-    wanted = words(sentence.text)
+    wanted = normalized_words(sentence.text)
     heard = {"resynthesis": judge(path)}
     if sentence.speech.audio is not None:
         heard["original"] = judge(sentence.speech.audio)
-    counts = {kind: errors(wanted, words(text)) for kind, text in heard.items()}
+    counts = {kind: word_errors(wanted, normalized_words(text)) for kind, text in heard.items()}
     return {"id": sentence.name, "codes": len(codes), "words": len(wanted), "heard": heard, "errors": counts}
 
 

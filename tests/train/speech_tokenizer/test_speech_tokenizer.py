@@ -221,7 +221,7 @@ def test_an_epoch_holds_every_clip_once_and_any_step_can_be_next(data):
     with pytest.raises(MossError, match="other data"):
         ClipBatches(clips, units, 4, 5).set_state(state)
     shorter = Clips([data / "train.jsonl"], tones.RATE, (0.8,), 1280)
-    assert shorter.left_out + len(shorter) == 18 and shorter.left_out
+    assert shorter.skipped + len(shorter) == 18 and shorter.skipped
     for batches in (everything, *halves):
         batches.close()
 
@@ -266,11 +266,11 @@ def test_bad_input_is_one_line(whole, settings, says):
 
 
 def test_nano_has_its_size():
-    from moss_jax.speech_tokenizer.config import NANO
+    from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER
     from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
-    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(NANO).values()) < 1.5e6
-    assert NANO.code_rate == 12.5
+    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(SPEECH_TOKENIZER).values()) < 1.5e6
+    assert SPEECH_TOKENIZER.code_rate == 12.5
 
 
 @pytest.mark.long
