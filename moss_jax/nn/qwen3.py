@@ -264,7 +264,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Layers with one program for all of them: parameters [L, ...] under `layers`, scanned over L.
 
-    Collections: "params"; "lora", low-rank adapters beside kernels, where there are any; "intermediates", see `Layer`.
+    Collections: "params"; "lora", optional low-rank adapters of kernels; "intermediates", see `Layer`.
     A stack without layers returns its input.
     """
 

@@ -1,4 +1,4 @@
-"""What a stage selects, and that splitting and joining loses nothing."""
+"""The parameters that stages select; splitting and joining is lossless."""
 
 from dataclasses import replace
 
