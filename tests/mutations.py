@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "frozen parameters are trained",
         "moss_jax/train/speech_lm/stages.py",
-        "            found = {path for path in paths if fnmatchcase(path, pattern)}\n",
-        "            found = set(paths)\n",
+        "            matches = {path for path in paths if fnmatchcase(path, pattern)}\n",
+        "            matches = set(paths)\n",
         ("tests/train/speech_lm/test_stages.py",),
     ),
     Mutation(

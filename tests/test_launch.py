@@ -140,7 +140,7 @@ except MossError as error:
     run = child(code, **TPU, PYTHONPATH=str(ROOT))
     assert run.stdout.splitlines() == [
         "[[0], [0], [1], [1]] {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 2}",
-        "mesh: data is 1, expected a multiple of 2: it alone lies across the TPU slices",
+        "mesh: data is 1, expected a multiple of the number of TPU slices, 2",
     ], run.stderr
 
 

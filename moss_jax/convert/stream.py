@@ -23,8 +23,11 @@ Say = Callable[[str], None]
 
 
 class TensorSource(Protocol):
-    path: Path
-    tensors: Mapping[str, Any]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 

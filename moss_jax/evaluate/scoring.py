@@ -50,19 +50,19 @@ def log_likelihoods(
     wanted = jnp.roll(scored, -1, 1).at[:, -1].set(False)
     spoken = target[..., 0] == config.modality_pad_id
     total = jnp.zeros(grid.shape[0], jnp.float32)
-    for channel, name in enumerate(("text", "audio")):
-        if name not in branches:
+    for index, channel in enumerate(config.channels):
+        if channel.name not in branches:
             continue
-        y = call(name, h, positions, method="block")
-        weights = (wanted & (spoken == bool(channel))).astype(jnp.float32)
+        y = call(channel.name, h, positions, method="block")
+        weights = (wanted & (spoken == bool(index))).astype(jnp.float32)
 
-        def stretch(part, name=name):
+        def stretch(part, name=channel.name):
             y, ids, weights = part
             logits = call(name, y, method="logits")
             own = jnp.take_along_axis(logits, ids[..., None], -1)[..., 0]
             return ((own - jax.nn.logsumexp(logits, -1)) * weights).sum(-1)
 
-        total += jax.lax.map(stretch, tuple(_stretches(x) for x in (y, target[..., channel], weights))).sum(0)
+        total += jax.lax.map(stretch, tuple(_stretches(x) for x in (y, target[..., index], weights))).sum(0)
     return total
 
 

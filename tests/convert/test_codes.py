@@ -114,7 +114,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     made = json.loads((data / "source.json").read_text())["vocabulary"]
     for init, more in ((qwen, ["model=None", f"system={started}", "split=2"]), (started, ["model=None"])):
         run = load_run(write_run(tmp_path / "run.py", data, tmp_path / "run"), [f"init={init}", *more])
-        config, _, _ = starting_parameters(run, make_mesh(), quiet)
+        config, _, _ = starting_parameters(run, make_mesh())
         assert vocabulary(config) == made
     (tmp_path / "bad.jsonl").write_text(json.dumps({"codes": [OTHER]}) + "\n")
     arguments = [str(tmp_path / "bad.jsonl"), "--model", str(started), "--format", "speech", "-o", str(data) + "2"]

@@ -1,4 +1,4 @@
-"""The loss on held-out data: always the same batches, so that two evaluations of a run can be compared."""
+"""The loss on held-out data: always on the same batches, so that evaluations of a run are comparable."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from moss_jax.train.speech_lm.step import make_eval_step
 
 
 class Evaluation:
-    """The first `run.evaluate_batches` batches of held-out data, of the batch size of the run."""
+    """Measures the loss on the first `evaluate_batches` batches of `held_out`, with the batch size of training."""
 
     def __init__(self, run: Run, held_out: Mixture, config: SpeechLMConfig, mesh: Mesh):
         self._run = run
@@ -30,9 +30,9 @@ class Evaluation:
     def measure(
         self, trainable: dict[str, jax.Array], frozen: dict[str, jax.Array], preemption: Preemption
     ) -> dict[str, Any] | None:
-        """{"loss", "text_loss", "audio_loss", "sources"}; None when a notice to end came meanwhile.
+        """{"loss", "text_loss", "audio_loss", "sources"}; None if the run is asked to stop meanwhile.
 
-        The loss of a target that the data does not have is left out.
+        The loss of a channel without targets in the data is left out.
         """
         run = self._run
         totals: dict[str, np.ndarray] = {}

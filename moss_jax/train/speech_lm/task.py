@@ -22,7 +22,7 @@ from moss_jax.train.speech_lm.step import make_step, state_shardings, unrolled
 from moss_jax.train.state import TrainState, new_state
 from moss_jax.train.task import Batch, Evaluate, Flat, Step, check_rows, scalars
 
-COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the model that change how it computes, not what
+COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the config that are not part of the architecture
 
 
 def prepare(run: Run, mesh: Mesh, say: Say) -> tuple["LanguageModelTask", Flat]:
