@@ -209,7 +209,7 @@ def test_the_text_path_of_a_released_model_is_a_qwen3(tmp_path):
 
 
 def test_an_unknown_audio_branch_is_refused(tmp_path):
-    with pytest.raises(MossError, match="audio branch 'both': unknown, there are copy, random"):
+    with pytest.raises(MossError, match="audio branch is 'both', expected one of copy, random"):
         import_qwen3(tmp_path, tmp_path / "system", audio_branch="both")
 
 
