@@ -213,7 +213,7 @@ def test_an_unknown_audio_branch_is_refused(tmp_path):
         import_qwen3(tmp_path, tmp_path / "system", audio_branch="both")
 
 
-@pytest.mark.parametrize(("split", "message"), [(-1, "-1 layers for each branch"), (5, "expected 0 to 4 of the 5")])
+@pytest.mark.parametrize(("split", "message"), [(-1, "-1 layers for each branch"), (5, "expected 0 to 4 of its 5")])
 def test_an_impossible_split_is_refused(tmp_path, split, message):
     write_qwen3(tmp_path / "qwen", True)
     with pytest.raises(MossError, match=message):
