@@ -79,7 +79,7 @@ def curves(name, *columns):
 # A closed domain: sums, capitals, colours, digits. Questions are spoken by twelve voices, answers by one.
 
 # %%
-recipe.make(to_step="corpus")
+recipe.run(to_step="corpus")
 for name in ("tokenizer", "decoder"):
     clip = lines(CORPUS / f"{name}.jsonl")[0]
     print(clip["text"])
@@ -92,7 +92,7 @@ for name in ("tokenizer", "decoder"):
 # number of codes in use.
 
 # %%
-recipe.make(to_step="speech_tokenizer")
+recipe.run(to_step="speech_tokenizer")
 curves("speech_tokenizer", "asr_loss", "mel_loss", "perplexity")
 
 # %% [markdown]
@@ -101,7 +101,7 @@ curves("speech_tokenizer", "asr_loss", "mel_loss", "perplexity")
 # A flow model is trained to generate mel spectrograms from codes, and a vocoder to generate audio from them.
 
 # %%
-recipe.make(to_step="vocoder")
+recipe.run(to_step="vocoder")
 curves("flow", "loss", "grad_norm")
 curves("vocoder", "loss", "mel_loss")
 
@@ -113,7 +113,7 @@ curves("vocoder", "loss", "mel_loss")
 # conversations.
 
 # %%
-recipe.make(to_step="sft")
+recipe.run(to_step="sft")
 for name in ("text", "stage1", "stage2", "sft"):
     curves(name, "loss", "grad_norm")
 
@@ -124,7 +124,7 @@ for name in ("text", "stage1", "stage2", "sft"):
 # is asked the same question.
 
 # %%
-recipe.make(to_step="system")
+recipe.run(to_step="system")
 question = moss_jax.Turn("user", text="What is two plus three?")
 codes = 25 if QUICK else 100
 for name, system in (("this model", moss_jax.load("nano/system")), ("complete recipe", moss_jax.load())):

@@ -10,6 +10,7 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
+from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
@@ -79,7 +80,8 @@ class EvaluatedModel:
         _, parts = self.system.folder.load(SPEECH_DECODER)
         speech = {name: parts[name] for name in ("flow", "vocoder")}
         params = {"speech_tokenizer": self.system.speech_tokenizer.params, **speech}
-        return f"{fingerprint(flatten(params)):08x}"
+        # Under the parameter names of version 0.1.0, so that results of that version can be continued.
+        return f"{fingerprint({old_path(path): leaf for path, leaf in flatten(params).items()}):08x}"
 
     def codes(
         self, parts: Sequence[ContentPart], say: Callable[[str], None] = lambda line: None

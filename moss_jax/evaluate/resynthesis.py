@@ -17,9 +17,9 @@ from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, file_hash, word_error_row, write_table
-from moss_jax.evaluate.words import errors, words
 from moss_jax.speech_decoder.flow.sampler import check_codes
 from moss_jax.speech_decoder.voice import Voice
+from moss_jax.text.words import normalized_words, word_errors
 
 PROTOCOL_NOTE = "Resynthesis: recording -> codes -> audio -> judge. Not a recognizer trained on the codes."
 WAVE_FOLDER = "waves"
@@ -48,7 +48,7 @@ def run(
             fails, or a folder with results of another evaluation.
     """
     sentences = read_sentences(file, model.system.speech_decoder.config.flow.codebook_size)
-    if wordless := [s.name for s in sentences if not words(s.text)]:
+    if wordless := [s.name for s in sentences if not normalized_words(s.text)]:
         raise MossError(f"{file}: no words in the text of {', '.join(wordless)}")
     used_voice, notices = model.system.voice(voice)
     about = {"task": "resynthesis", "file": file_hash(file), "judge": judge.name, "voice": voice, "seed": seed}
@@ -77,11 +77,11 @@ def _record(
         raise MossError(f"{sentence.name}: {error}") from error
     path = waves / f"{sentence.name}.wav"
     save_audio(path, decoder.decode(codes, voice, seed), decoder.config.sample_rate)
-    reference = words(sentence.text)
+    reference = normalized_words(sentence.text)
     transcripts = {"resynthesis": judge(path)}
     if sentence.speech.audio is not None:
         transcripts["original"] = judge(sentence.speech.audio)
-    counts = {kind: errors(reference, words(text)) for kind, text in transcripts.items()}
+    counts = {kind: word_errors(reference, normalized_words(text)) for kind, text in transcripts.items()}
     return {"id": sentence.name, "codes": len(codes), "words": len(reference), "heard": transcripts, "errors": counts}
 
 

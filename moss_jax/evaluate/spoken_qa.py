@@ -16,8 +16,9 @@ from moss_jax.evaluate.items import ContentPart, need, need_string, read_items, 
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
-from moss_jax.evaluate.words import contains_answer, words
+from moss_jax.evaluate.words import contains_answer
 from moss_jax.text.chat_template import REPLIES
+from moss_jax.text.words import normalized_words
 
 WAVE_FOLDER = "waves"
 
@@ -43,7 +44,7 @@ def read_spoken_questions(path: str | Path, code_count: int | None = None) -> li
         answers = entry["answers"]
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise MossError("answers: expected a list of strings, at least one")
-        if wordless := [a for a in answers if not words(a)]:
+        if wordless := [a for a in answers if not normalized_words(a)]:
             raise MossError(f"answers: {wordless[0]!r} has no words")
         group = need_string(entry, "group") if "group" in entry else None
         return SpokenQuestion(name, read_part(entry["question"], folder, "question", code_count), tuple(answers), group)

@@ -6,16 +6,14 @@ serves every language. Numbers are not normalized: "4" and "four" differ, so a f
 
 from collections.abc import Sequence
 
-from moss_jax.data.words import NO_SPACES, errors, words
-
-__all__ = ["contains_answer", "continuation", "errors", "words"]
+from moss_jax.text.words import UNSPACED_CHARACTER, normalized_words
 
 ARTICLES = {"a", "an", "the"}
 
 
 def continuation(first: str, second: str) -> str:
     """`second` as the continuation of `first`: with a space before it if the script uses spaces."""
-    if not first or first[-1].isspace() or second[:1].isspace() or NO_SPACES.match(second):
+    if not first or first[-1].isspace() or second[:1].isspace() or UNSPACED_CHARACTER.match(second):
         return second
     return f" {second}"
 
@@ -32,4 +30,4 @@ def contains_answer(reply: str, answers: Sequence[str]) -> bool:
 
 
 def _without_articles(text: str) -> list[str]:
-    return [word for word in words(text) if word not in ARTICLES]
+    return [word for word in normalized_words(text) if word not in ARTICLES]

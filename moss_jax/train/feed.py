@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moss_jax.data import Mixture, open_batches
-from moss_jax.data.pipeline import Batches
+from moss_jax.data.pipeline import PackedBatches
 from moss_jax.sharding import fitting
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.run import Run
@@ -102,7 +102,7 @@ class Feed(RowFeed):
         shape = (run.batch_size, run.context)
         shardings = batch_shardings(mesh, shape)
 
-        def open_part(index: int, count: int) -> Batches:
+        def open_part(index: int, count: int) -> PackedBatches:
             return open_batches(
                 mixture,
                 config,
@@ -120,7 +120,7 @@ class Feed(RowFeed):
 
 
 class ClipFeed(RowFeed):
-    """Batches of recordings (`ClipBatches`, `SpokenBatches`); only their rows are divided over devices.
+    """Batches of recordings (`ClipBatches`, `DecoderBatches`); only their rows are divided over devices.
 
     Args:
         open_part: (index, count) -> one of `count` equal parts of each batch.

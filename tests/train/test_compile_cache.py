@@ -82,8 +82,8 @@ def test_speech_decoder(kind, spoken, tmp_path, monkeypatch):  # noqa: F811
 def test_a_folder_that_the_user_names_stays(tmp_path):
     code = """
 import jax
-from moss_jax.cli.system_arguments import keep_compiled
-keep_compiled()
+from moss_jax.compile_cache import enable_compile_cache
+enable_compile_cache()
 print(jax.config.jax_compilation_cache_dir)
 """
     found = {}

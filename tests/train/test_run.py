@@ -94,7 +94,7 @@ def test_data_is_set_on_the_command_line():
         ("remat=some", "remat is 'some', expected one of none, dots, full"),
         ("batch_size=0", "batch_size is 0, expected a whole number above 0"),
         ("accumulate=3", "batch_size 16 does not divide into 3 parts"),
-        ("data.sources=[]", "it has no source"),
+        ("data.sources=[]", "has no source"),
         ("profile=(5, 3)", "profile is (5, 3)"),
     ],
 )

@@ -17,8 +17,8 @@ from moss_jax.checkpoint import load_tree
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
-from moss_jax.data.spoken import Spoken
-from moss_jax.data.spoken_batches import SpokenBatches
+from moss_jax.data.decoder_batches import DecoderBatches
+from moss_jax.data.decoder_data import DecoderDataset
 from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.progress import Say
@@ -94,8 +94,8 @@ class SpeechDecoderTask:
         return self._feed(self._run.data, self._run.workers)
 
     def _feed(self, mixture: Mixture, workers: int) -> ClipFeed:
-        def open_part(index: int, count: int) -> SpokenBatches:
-            return SpokenBatches(
+        def open_part(index: int, count: int) -> DecoderBatches:
+            return DecoderBatches(
                 mixture,
                 self.config,
                 batch_size=self._run.batch_size,
@@ -184,7 +184,7 @@ class FlowTask(SpeechDecoderTask):
         if run.init != RANDOM:
             return self._loaded(flow_stem(), flow_shapes(config))
         params = jax.jit(lambda key: flatten(nn.unbox(FlowModel(config).init(key))["params"]))(jax.random.key(run.seed))
-        about = [Spoken(folder, self.config, True).about for _, folder, _ in run.data.sources]
+        about = [DecoderDataset(folder, self.config, True).about for _, folder, _ in run.data.sources]
         mean = np.average([entry["mel_mean"] for entry in about], 0, [weight for *_, weight in run.data.sources])
         return jax.device_put(centred(params, config, mean), self._everywhere)
 

@@ -16,20 +16,21 @@ from moss_jax.checkpoint import load_tree, save_tree
 from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert.files import write_json
 from moss_jax.data.clips import LABELS_UNIT, ClipBatches, Clips
-from moss_jax.data.words import errors, words
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import replace_folder
+from moss_jax.nn.quantize import new_codebook
 from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes, init_params
+from moss_jax.text.words import normalized_words, word_errors
 from moss_jax.train.feed import ClipFeed
 from moss_jax.train.gather import gather_to_host
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_tokenizer.head import head_shapes, init_head
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
-from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, new_codebook, perplexity
+from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, perplexity
 from moss_jax.train.speech_tokenizer.units import BLANK, Units, WhisperUnits
 from moss_jax.train.state import TrainState, new_state, shardings_of
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars
@@ -123,8 +124,8 @@ class SpeechTokenizerTask:
         return shapes | {f"head/{path}": shape for path, shape in head_shapes(self._recogniser.head).items()}
 
     def feed(self) -> ClipFeed:
-        if self._clips.left_out:
-            self._say(f"note: {self._clips.left_out} recordings are longer than {self._run.buckets[-1]:g} s: left out")
+        if self._clips.skipped:
+            self._say(f"note: {self._clips.skipped} recordings are longer than {self._run.buckets[-1]:g} s: left out")
         return self._feed(self._clips, self._run.workers)
 
     def new_state(self, parameters: Flat) -> TrainState:
@@ -199,7 +200,7 @@ class SpeechTokenizerTask:
 
         def open_part(index: int, count: int) -> ClipBatches:
             batches = ClipBatches(clips, self._units, run.batch_size, run.seed, index, count, workers)
-            needed = -(-batches.most_labels // LABELS_UNIT) * LABELS_UNIT + len(self._recogniser.begin)
+            needed = -(-batches.max_labels // LABELS_UNIT) * LABELS_UNIT + len(self._recogniser.begin)
             if run.objective.head == "attention" and needed > run.objective.max_units:
                 raise MossError(f"objective: max_units is {run.objective.max_units}, expected {needed} for this data")
             return batches
@@ -259,9 +260,9 @@ class Evaluation:
                     totals[name] = totals.get(name, 0) + np.asarray(pair, np.float64)
                 used = used + chosen.astype(np.float64)
                 for row in np.flatnonzero(weights):
-                    expected = words(self._clips.texts[clips[row]])
-                    heard = words(self._units.text(self._transcript(found[row])))
-                    self.by_clip.append((errors(expected, heard), len(expected)))
+                    expected = normalized_words(self._clips.texts[clips[row]])
+                    heard = normalized_words(self._units.text(self._transcript(found[row])))
+                    self.by_clip.append((word_errors(expected, heard), len(expected)))
         finally:
             self._feed.close()
         loss, parts = loss_of(totals, self._objective, self._objective.commitment_from)

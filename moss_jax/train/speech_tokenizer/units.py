@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from moss_jax.data.words import words
 from moss_jax.documents import located, read_text
 from moss_jax.errors import MossError
 from moss_jax.text.tokenizer import build_tokenizer
+from moss_jax.text.words import normalized_words
 
 # of words and characters; for the attention head, 0 begins and ends a transcript
 BLANK = 0
@@ -40,7 +40,7 @@ class Units:
         return ("" if self._characters else " ").join(self.names[number] for number in numbers)
 
     def _pieces(self, text: str) -> Sequence[str]:
-        return " ".join(words(text)) if self._characters else words(text)
+        return " ".join(normalized_words(text)) if self._characters else normalized_words(text)
 
 
 class WhisperUnits:

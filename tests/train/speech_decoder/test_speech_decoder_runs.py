@@ -11,7 +11,7 @@ import pytest
 from dev.reference.stream import reference_stream
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
-from moss_jax.data.spoken import FORMAT, SOURCE
+from moss_jax.data.decoder_data import DECODER_DATA_FORMAT, SOURCE_FILE
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder.component import SPEECH_DECODER
@@ -71,7 +71,7 @@ def data(tmp_path_factory):
     for name, value in arrays.items():
         np.save(shard / f"{name}.npy", value)
     about = {
-        "format": FORMAT,
+        "format": DECODER_DATA_FORMAT,
         "codes": 90,
         "mel_bins": 8,
         "hop": 480,
@@ -82,7 +82,7 @@ def data(tmp_path_factory):
         "frames": frames,
         "mel_mean": arrays["mel"].mean(0).tolist(),
     }
-    (folder / SOURCE).write_text(json.dumps(about))
+    (folder / SOURCE_FILE).write_text(json.dumps(about))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Nano's stage 2: all of the model learns, from speech and some text.
+"""Nano's stage 2: all parameters are trained, on speech and some text.
 
 moss-jax train --config moss_jax/recipes/nano/configs/stage2.py
 
