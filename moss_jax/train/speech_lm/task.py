@@ -28,7 +28,7 @@ COMPUTE = ("attention", "remat", "dtype", "param_dtype")  # fields of the config
 def prepare(run: Run, mesh: Mesh, say: Say) -> tuple["LanguageModelTask", Flat]:
     """Loads the parameters that a run starts from; see `moss_jax.train.tasks.prepare`."""
     check_rows(run.batch_size, mesh, run.accumulate)
-    config, trainable, frozen = starting_parameters(run, mesh, say)
+    config, trainable, frozen = starting_parameters(run, mesh)
     return LanguageModelTask(run, config, frozen, mesh, say), trainable
 
 
