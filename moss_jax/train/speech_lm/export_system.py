@@ -21,9 +21,9 @@ from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.gather import gather_to_host
-from moss_jax.train.run import Run
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.lora import PREFIX, is_adapter
+from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.stages import Stage, join_params
 
 Flat = dict[str, jax.Array]

@@ -27,7 +27,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.lora import is_adapter, scaled
 from moss_jax.train.speech_lm.losses import channel_sums, mean_or_zero, next_row_targets, token_nll
 from moss_jax.train.speech_lm.stages import STACK, Stage, stage_axes, stage_shapes
-from moss_jax.train.state import TrainState, new_state, shardings_of, updated
+from moss_jax.train.state import TrainState, apply_update, new_state, shardings_of
 
 Flat = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
@@ -179,7 +179,7 @@ def make_step(
                 config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
             )
         with jax.named_scope("update"):
-            state, update_metrics = updated(state, grads, metrics["loss"], limit, optimizer)
+            state, update_metrics = apply_update(state, grads, metrics["loss"], limit, optimizer)
         return state, metrics | update_metrics
 
     if mesh is None:
