@@ -189,7 +189,7 @@ def test_a_vocoder_resumes_and_the_export_of_both_speaks(flow, data, tmp_path):
 @pytest.mark.long
 @pytest.mark.slow
 def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
-    """A system that has files for chunk sizes gets the one flow under their names; a run goes on from an export."""
+    """A system that has files for chunk sizes has the trained flow under their names; a run starts from an export."""
     started = flow_run(data, tmp_path / "run", init=flow.folder, model=None, steps=1)
     assert loop.train(started, lambda line: None) == loop.DONE
     assert entries(started)[0]["loss"] < entries(flow)[0]["loss"]
