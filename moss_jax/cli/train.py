@@ -28,9 +28,11 @@ def add_arguments(parser):
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the run")
     parser.add_argument("--print", action="store_true", help="print the run as JSON and exit")
     parser.add_argument("--distributed", action="store_true", help="one of several processes (jax.distributed)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed, where JAX cannot detect it")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed, if JAX cannot detect it")
     parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: the number of processes")
-    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: the index of this process, from 0")
+    parser.add_argument(
+        "--process", type=int, metavar="I", help="with --coordinator: the index of this process, from 0"
+    )
 
 
 def run(args) -> int:
