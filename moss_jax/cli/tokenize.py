@@ -20,6 +20,7 @@ that asks for the same share ends at once with exit code 2.
 """
 
 import sys
+import time
 from pathlib import Path
 
 from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
