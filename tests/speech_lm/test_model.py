@@ -20,8 +20,8 @@ from moss_jax.errors import MossError
 from moss_jax.nn.qwen3 import Layer, LayerInputs
 from moss_jax.nn.rope import rope_angles
 from moss_jax.nn.tree import flatten, param_shapes, unflatten
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
 from moss_jax.speech_lm import MOSS_SPEECH_8B, QWEN3_8B, TINY, LayerSplitModel, SpeechLMConfig, init_cache
-from moss_jax.speech_lm.config import NANO
 
 ROWS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 GRID = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32)
@@ -323,7 +323,7 @@ def test_config_json_is_one_flat_object():
     file = Path(moss_jax.__file__).parent / "assets" / "nano" / "transformer" / "config.json"
     stored = json.loads(file.read_text())
     config = read_config(SpeechLMConfig, stored, "config.json")
-    assert config == replace(NANO, param_dtype="bfloat16")  # exported in another dtype than it was trained in
+    assert config == replace(LANGUAGE_MODEL, param_dtype="bfloat16")  # exported in another dtype than it was trained in
     assert write_config(config) == stored
 
 
