@@ -1,4 +1,4 @@
-"""Runs as values: configs, --set, --print, and what is wrong with them in one line."""
+"""Runs as values: configs, --set, --print, and errors of one line."""
 
 import json
 from pathlib import Path
