@@ -1,4 +1,4 @@
-"""Draw the loss curves of runs, one beside the other.
+"""Draw the loss curves of runs side by side.
 
 moss-jax plot runs/stage1 runs/stage2 runs/sft -o curves.png
 """

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
 from moss_jax.errors import MossError
+from moss_jax.progress import Progress
 
-EVERY = 30.0  # seconds between two lines of progress where nobody watches
+LOG_INTERVAL = 30.0  # seconds between two progress lines when the output is not a terminal
 
 
 def add_arguments(parser):
@@ -75,7 +76,7 @@ def run(args) -> int:
         process_count=count,
         max_audio_bytes=args.max_audio_mib * 2**20,
     )
-    about = tokenize(request, _teller())
+    about = tokenize(request, _progress())
     if about is None:
         say(f"process {index} of {count}: its shards are there")
         while args.distributed and not args.out.exists():  # whoever leaves early makes jax.distributed end the others
@@ -95,7 +96,7 @@ def _decoder(args) -> int:
         raise MossError("--format decoder takes no --variants, --system, --aligner, --process and --distributed")
     limit = args.max_audio_mib * 2**20
     request = DecoderDataRequest(args.manifest, system_folder(args), args.out, args.shard_documents, limit)
-    about = build_decoder_data(request, _teller())
+    about = build_decoder_data(request, _progress())
     seconds = about["frames"] * about["hop"] / about["sample_rate"]
     print(f"{args.out}: {about['documents']} recordings, {seconds / 60:.1f} minutes")
     return 0
@@ -117,16 +118,6 @@ def _process(args) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _teller():
-    """Every line where a person watches; one now and then where the output is kept."""
-    last = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal last
-        if line.startswith("note:"):
-            say(line)
-        elif sys.stderr.isatty() or time.monotonic() - last >= EVERY:
-            say(line)
-            last = time.monotonic()
-
-    return tell
+def _progress() -> Progress:
+    """Every line on a terminal; one per LOG_INTERVAL where the output is redirected."""
+    return Progress(say, 0.0 if sys.stderr.isatty() else LOG_INTERVAL)

@@ -1,14 +1,14 @@
-"""Train a language model (stage 1: what is new for speech; stage 2: all of it; fine-tuning) or a part of the codec.
+"""Train a language model (stage 1: the audio parts; stage 2: all parameters; fine-tuning) or a part of the codec.
 
-  moss-jax train --config configs/miniature/stage1.py                     begins; the same command again goes on
+  moss-jax train --config configs/miniature/stage1.py                     rerun the same command to resume
   moss-jax train --config configs/stage1.py --init Qwen3-8B --folder runs/stage1 --set steps=2000
-  moss-jax train --config configs/stage1.py --print                       what it would do, as JSON
+  moss-jax train --config configs/stage1.py --print                       the resulting run as JSON
   moss-jax train --config configs/stage1.py --distributed                 on every host of several
   moss-jax train --config moss_jax/recipes/nano/configs/speech_tokenizer.py    the speech tokenizer
 
 --set changes any field of the config: steps=100, optimizer.learning_rate=1e-4, mesh.tensor=2, guard.action=stop.
-SIGTERM, Ctrl-C or a preemption notice: the step is finished, everything saved, exit code 75. Exit codes: 0 done, 2 bad
-input, or another process trains in the folder (one line says what), 3 stopped by the guard over NaN or spikes, 75
+SIGTERM, Ctrl-C or a preemption notice: the step is finished and everything saved. Exit codes: 0 done, 2 bad input or
+another process trains in the folder (reported in one line), 3 stopped by the guard because of NaN or spikes, 75
 preempted. See docs/training_loop.md.
 """
 
@@ -24,13 +24,15 @@ def add_arguments(parser):
         metavar="FOLDER",
         help="what to start from: a Qwen3, a released model, a system, or the folder of an earlier run",
     )
-    parser.add_argument("--folder", metavar="FOLDER", help="gets checkpoints, metrics and exports")
+    parser.add_argument("--folder", metavar="FOLDER", help="receives checkpoints, metrics and exports")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the run")
-    parser.add_argument("--print", action="store_true", help="print the run as JSON and leave")
+    parser.add_argument("--print", action="store_true", help="print the run as JSON and exit")
     parser.add_argument("--distributed", action="store_true", help="one of several processes (jax.distributed)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed, where JAX cannot know")
-    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed, if JAX cannot detect it")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: the number of processes")
+    parser.add_argument(
+        "--process", type=int, metavar="I", help="with --coordinator: the index of this process, from 0"
+    )
 
 
 def run(args) -> int:

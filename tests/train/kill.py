@@ -1,9 +1,9 @@
-"""Kills a run at random moments, resumes it each time, and compares it with one that nothing happened to.
+"""Kills a run at random moments, resumes it each time, and compares it with an uninterrupted one.
 
     python -m tests.train.kill --times 20
 
-Every second kill waits for an unfinished checkpoint on disk, so that it falls into the middle of a save. The losses,
-the gradient norms and the exported weights must be the same to the last bit.
+Every second kill waits for an unfinished checkpoint on disk, so that it interrupts a save. The losses,
+the gradient norms and the exported weights must be bit-identical.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from tests.train import tiny
 
 SAME = ("step", "loss", "text_loss", "audio_loss", "grad_norm", "learning_rate", "skipped", "sources", "tokens")
 SAVE_EVERY = 3
-STEPS_A_KILL = 8  # more than a process lives to see before it is killed, less what it repeats
+STEPS_A_KILL = 8  # more than a process completes before it is killed, minus those it repeats
 
 
 def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int]:
-    """Runs both and raises AssertionError where they differ; counts of what happened on the way."""
+    """Runs both and raises AssertionError where they differ; returns counts of the kills."""
     rng = random.Random(seed)
     steps = STEPS_A_KILL * (times + 1)
     data = tiny.write_data(folder / "data")

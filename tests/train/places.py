@@ -3,7 +3,7 @@
     python -m tests.train.places
 
 fsdp on 8 CPU devices; from step 10 on, 4 devices with tensor parallelism, for 20 steps; 2 processes of 4 devices each
-over jax.distributed, asked to end by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative;
+over jax.distributed, preempted by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative;
 each process reads half of the data.
 """
 
@@ -22,7 +22,7 @@ from tests.train import tiny
 
 TOLERANCE = 1e-5
 
-# `moss-jax train`, writing down which packed rows this process asks for.
+# `moss-jax train` that records which packed rows this process reads.
 RECORDING = """
 import sys
 from moss_jax.cli import main
@@ -40,7 +40,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Place:
-    """A folder with data, and a run of so many steps for each name in it."""
+    """A folder with data and runs of `steps` steps, by name."""
 
     def __init__(self, folder: Path, steps: int, save_every: int):
         self.folder = folder

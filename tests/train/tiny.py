@@ -35,7 +35,7 @@ RUN = Run(
 
 
 def documents(seed: int, spoken: bool, count: int = 60):
-    """Random documents: text, and in every second piece of a spoken one codes."""
+    """Random documents of text, and of text followed by codes where they are spoken."""
     random = np.random.default_rng(seed)
     for index in range(count):
         length = int(random.integers(5, 40))
@@ -63,7 +63,7 @@ def write_config(path: Path, data: Path, folder: Path) -> Path:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many CPU devices."""
+    """The environment of a process with `devices` CPU devices."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags.devices(devices), **more}
 
 
