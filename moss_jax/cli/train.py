@@ -34,7 +34,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from moss_jax.train.run import load_run, run_text
+    from moss_jax.train.run_file import load_run, run_text
 
     given = [f"{name}={value}" for name in ("init", "folder") if (value := getattr(args, name)) is not None]
     run = load_run(args.config, [*given, *args.set])

@@ -83,8 +83,8 @@ def speech(codes: np.ndarray, config: SpeechLMConfig) -> Rows:
 def interleaved(pieces: Sequence[Sequence[int] | np.ndarray], config: SpeechLMConfig, spoken_first: bool) -> Rows:
     """Pieces of one document in order, codes and text ids in turn; endoftext."""
     rows = [
-        speech_rows(piece, config) if (place % 2 == 0) == spoken_first else text_rows(list(piece), config)
-        for place, piece in enumerate(pieces)
+        speech_rows(piece, config) if (number % 2 == 0) == spoken_first else text_rows(list(piece), config)
+        for number, piece in enumerate(pieces)
     ]
     return _all_scored(rows, config)
 
@@ -171,8 +171,8 @@ class ExampleBuilder:
         pieces = cut_interleaved(document.text, document.words, len(recording), self.code_rate, random)
         spoken_first = bool(random.integers(2))
         contents = [
-            recording[begin:end] if (place % 2 == 0) == spoken_first else self._encode(words)
-            for place, (words, begin, end) in enumerate(pieces)
+            recording[begin:end] if (number % 2 == 0) == spoken_first else self._encode(words)
+            for number, (words, begin, end) in enumerate(pieces)
         ]
         return interleaved(contents, self.config, spoken_first)
 

@@ -197,7 +197,7 @@ class Manifest:
             raise MossError(f"turns is {_excerpt(entries)}, expected a list of turns")
         turns: list[Turn] = []
         sounds: list[Sound | None] = []
-        for place, entry in enumerate(entries):
+        for index, entry in enumerate(entries):
             try:
                 if not isinstance(entry, dict):
                     raise MossError(f"is {_excerpt(entry)}, expected an object")
@@ -210,12 +210,12 @@ class Manifest:
                 turns.append(Turn(role, text=text or ""))  # which checks the role
                 sounds.append(sound)
             except MossError as error:
-                raise MossError(f"turns[{place}]: {error}") from error
+                raise MossError(f"turns[{index}]: {error}") from error
         if turns[-1].role != "assistant":
             raise MossError(f"turns: the last one is the {turns[-1].role}'s, expected the assistant's")
-        for place, turn in enumerate(turns):
-            if turn.role == "system" and place > 0:
-                raise MossError(f"turns[{place}]: a system turn, expected only as the first turn")
+        for index, turn in enumerate(turns):
+            if turn.role == "system" and index > 0:
+                raise MossError(f"turns[{index}]: a system turn, expected only as the first turn")
         return replace(document, turns=tuple(turns), sounds=tuple(sounds))
 
     def _sound(self, entry: dict[str, Any]) -> Sound | None:
@@ -317,7 +317,7 @@ def _words(entries: Any) -> tuple[Word, ...] | None:
     if not isinstance(entries, list) or not entries:
         raise MossError(f"words is {_excerpt(entries)}, expected [[word, start, end], ...]")
     words: list[Word] = []
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         valid = (
             isinstance(entry, list)
             and len(entry) == 3
@@ -325,17 +325,17 @@ def _words(entries: Any) -> tuple[Word, ...] | None:
             and all(type(time) in (int, float) and math.isfinite(time) for time in entry[1:])
         )
         if not valid or not entry[0].strip():
-            raise MossError(f"words[{place}] is {_excerpt(entry)}, expected [word, start, end] with times in seconds")
+            raise MossError(f"words[{index}] is {_excerpt(entry)}, expected [word, start, end] with times in seconds")
         word = Word(entry[0].strip(), float(entry[1]), float(entry[2]))
         if not 0 <= word.start <= word.end:
             raise MossError(
-                f"words[{place}]: {word.text!r} has the times {word.start:g} to {word.end:g} s, "
+                f"words[{index}]: {word.text!r} has the times {word.start:g} to {word.end:g} s, "
                 "expected 0 <= start <= end"
             )
         if words and (word.start < words[-1].start or word.end < words[-1].end):
             previous = words[-1]
             raise MossError(
-                f"words[{place}]: times are not in order, {word.text!r} {word.start:g} to {word.end:g} s follows "
+                f"words[{index}]: times are not in order, {word.text!r} {word.start:g} to {word.end:g} s follows "
                 f"{previous.text!r} {previous.start:g} to {previous.end:g} s"
             )
         words.append(word)
@@ -344,10 +344,10 @@ def _words(entries: Any) -> tuple[Word, ...] | None:
 
 def _check_words_in_text(words: Sequence[Word], text: str) -> None:
     end = 0
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         start = text.find(word.text, end)
         if start < 0:
-            raise MossError(f"words[{place}]: {word.text!r} is not in the text, in this order")
+            raise MossError(f"words[{index}]: {word.text!r} is not in the text, in this order")
         end = start + len(word.text)
 
 

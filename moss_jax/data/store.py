@@ -237,8 +237,8 @@ class Examples:
             raise MossError(f"{folder}: no {SOURCE_FILE} in it, expected a data set (moss-jax tokenize makes one)")
         self.about = read_json(self.folder / SOURCE_FILE)
         if self.about.get("format") != EXAMPLES_FORMAT:
-            found = self.about.get("format")
-            raise MossError(f"{self.folder / SOURCE_FILE}: format is {shown(found)}, expected {EXAMPLES_FORMAT!r}")
+            stored = self.about.get("format")
+            raise MossError(f"{self.folder / SOURCE_FILE}: format is {shown(stored)}, expected {EXAMPLES_FORMAT!r}")
         read_config(_Source, self.about, self.folder / SOURCE_FILE, foreign=True)
         if config is not None:
             self._check_vocabulary(config)
@@ -282,11 +282,11 @@ class Examples:
             raise MossError("\n  ".join([f"{self.folder}: {len(missing)} shard files are missing", *map(str, missing)]))
 
     def _check_vocabulary(self, config: SpeechLMConfig) -> None:
-        found = self.about.get("vocabulary") or {}
+        stored = self.about.get("vocabulary") or {}
         differences = [
-            f"{name} is {found.get(name)}, the model's is {value}"
+            f"{name} is {stored.get(name)}, the model's is {value}"
             for name, value in vocabulary(config).items()
-            if found.get(name) != value
+            if stored.get(name) != value
         ]
         if differences:
             summary = (

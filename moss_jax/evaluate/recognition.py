@@ -5,9 +5,9 @@ from pathlib import Path
 
 from moss_jax.errors import MossError
 from moss_jax.evaluate.results import markdown_table, word_error_row
-from moss_jax.train.export import restored
+from moss_jax.train.export import load_checkpoint
 from moss_jax.train.preemption import Preemption
-from moss_jax.train.run import read_run
+from moss_jax.train.run_file import read_run
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 from moss_jax.train.speech_tokenizer.task import SpeechTokenizerTask
 
@@ -26,7 +26,7 @@ def recognition(folder: str | Path, files: Sequence[str | Path], say: Callable[[
     run = read_run(folder)
     if not isinstance(run, SpeechTokenizerRun):
         raise MossError(f"{folder}: is a run of kind {run.kind}, expected a run of a speech tokenizer")
-    task, state = restored(folder, say=say)
+    task, state = load_checkpoint(folder, say=say)
     assert isinstance(task, SpeechTokenizerTask)
     rows = []
     for file in files:

@@ -51,19 +51,19 @@ def log_likelihoods(
     scored_target = jnp.roll(scored, -1, 1).at[:, -1].set(False)
     spoken = target[..., 0] == config.modality_pad_id
     total = jnp.zeros(grid.shape[0], jnp.float32)
-    for channel, name in enumerate(("text", "audio")):
-        if name not in branches:
+    for index, channel in enumerate(config.channels):
+        if channel.name not in branches:
             continue
-        y = call(name, h, positions, method="block")
-        weights = (scored_target & (spoken == bool(channel))).astype(jnp.float32)
+        y = call(channel.name, h, positions, method="block")
+        weights = (scored_target & (spoken == bool(index))).astype(jnp.float32)
 
-        def log_likelihood(inputs: tuple[jax.Array, jax.Array, jax.Array], name: str = name) -> jax.Array:
+        def log_likelihood(inputs: tuple[jax.Array, jax.Array, jax.Array], name: str = channel.name) -> jax.Array:
             y, ids, weights = inputs
             logits = call(name, y, method="logits")
             chosen = jnp.take_along_axis(logits, ids[..., None], -1)[..., 0]
             return ((chosen - jax.nn.logsumexp(logits, -1)) * weights).sum(-1)
 
-        total += jax.lax.map(log_likelihood, tuple(_in_chunks(x) for x in (y, target[..., channel], weights))).sum(0)
+        total += jax.lax.map(log_likelihood, tuple(_in_chunks(x) for x in (y, target[..., index], weights))).sum(0)
     return total
 
 

@@ -103,7 +103,7 @@ def test_tokenize_and_train_work_with_a_copied_codec(started, qwen, tmp_path):
     """A data set made with the system is one for a run that starts from the Qwen3 and names the system."""
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
-    from moss_jax.train.run import load_run
+    from moss_jax.train.run_file import load_run
     from moss_jax.train.speech_lm.initial import starting_parameters
     from tests.train.tiny import write_config as write_run
 
@@ -114,7 +114,7 @@ def test_tokenize_and_train_work_with_a_copied_codec(started, qwen, tmp_path):
     made = json.loads((data / "source.json").read_text())["vocabulary"]
     for init, more in ((qwen, ["model=None", f"system={started}", "split=2"]), (started, ["model=None"])):
         run = load_run(write_run(tmp_path / "run.py", data, tmp_path / "run"), [f"init={init}", *more])
-        config, _, _ = starting_parameters(run, make_mesh(), quiet)
+        config, _, _ = starting_parameters(run, make_mesh())
         assert vocabulary(config) == made
     (tmp_path / "bad.jsonl").write_text(json.dumps({"codes": [OTHER]}) + "\n")
     arguments = [str(tmp_path / "bad.jsonl"), "--model", str(started), "--format", "speech", "-o", str(data) + "2"]

@@ -18,7 +18,8 @@ from moss_jax.recipes.nano.train import CONFIGS, Recipe, make_base, make_system
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.text.tokenizer import TextTokenizer
-from moss_jax.train.run import BaseRun, Run
+from moss_jax.train import Run
+from moss_jax.train.run import BaseRun
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGE = ("text", "stage1", "stage2", "sft")

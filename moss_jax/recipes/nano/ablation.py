@@ -41,8 +41,9 @@ from moss_jax.recipes.recipe import RecipeStep, run_recipe
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 from moss_jax.train.host_memory import keep_freed_memory
 from moss_jax.train.loop import train
-from moss_jax.train.run import Run, load_run
+from moss_jax.train.run_file import load_run
 from moss_jax.train.run_folder import newest_export
+from moss_jax.train.speech_lm.run import Run
 
 ABLATION_FOLDER = FOLDER / "ablation"
 ARMS = ("FP", "NF", "NF-NoSplit")

@@ -53,6 +53,7 @@ from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 # Hz. Questions are input of the speech tokenizer only, answers are output of the decoder too.
 SAMPLE_RATES = {"question": 16000, "answer": 24000}
+CHUNK_LINES_FILE = "said.jsonl"  # manifest lines of a finished chunk, until the corpus is complete
 UTTERANCES_PER_CHUNK = 100  # synthesised together; an interrupted chunk is made again
 # Spoken questions of each kind, at scale 1.
 QUESTION_COUNTS = {
@@ -402,8 +403,8 @@ def _write_corpus(
     lines = _synthesize_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
     _write_manifests(part, plan, lines, random.Random(f"nano manifests {seed}"))
     write_text(part / "text_tokenizer.json", text_tokenizer(plan))
-    for journal in part.glob("wav/*/said.jsonl"):
-        journal.unlink()
+    for path in part.glob(f"wav/*/{CHUNK_LINES_FILE}"):
+        path.unlink()
     os.rename(part, folder)
 
 
@@ -414,8 +415,8 @@ def _open_part(part: Path, about: dict[str, Any]) -> None:
         raise MossError(f"{part}: cannot be written ({error.strerror})") from error
     path = part / "about.json"
     if path.exists():
-        found = read_json(path)
-        if any(found.get(key) != value for key, value in about.items()):
+        previous = read_json(path)
+        if any(previous.get(key) != value for key, value in about.items()):
             raise MossError(
                 f"{part}: already exists, made with another seed or scale; remove it or choose another folder"
             )
@@ -430,26 +431,27 @@ def _synthesize_all(
         range(first, min(first + UTTERANCES_PER_CHUNK, len(utterances)))
         for first in range(0, len(utterances), UTTERANCES_PER_CHUNK)
     ]
-    places = [f"wav/{number:04d}" for number in range(len(chunks))]
-    left = [i for i, place in enumerate(places) if not (part / place / "said.jsonl").exists()]
-    done = sum(len(chunk) for chunk in chunks) - sum(len(chunks[i]) for i in left)
-    if left:
+    folders = [part / "wav" / f"{number:04d}" for number in range(len(chunks))]
+    missing = [i for i, folder in enumerate(folders) if not (folder / CHUNK_LINES_FILE).exists()]
+    done = len(utterances) - sum(len(chunks[i]) for i in missing)
+    if missing:
         # espeak-ng has one voice at a time per process.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(left)), context, initializer=_exit_with_parent) as pool:
-            jobs = {
-                pool.submit(_synthesize_chunk, part, places[i], [utterances[u] for u in chunks[i]]): i for i in left
-            }
+        with ProcessPoolExecutor(min(processes, len(missing)), context, initializer=_exit_with_parent) as pool:
+            jobs = {}
+            for i in missing:
+                chunk = [utterances[index] for index in chunks[i]]
+                jobs[pool.submit(_synthesize_chunk, part, folders[i], chunk)] = len(chunk)
             try:
                 for job in as_completed(jobs):
                     job.result()
-                    done += len(chunks[jobs[job]])
+                    done += jobs[job]
                     if progress is not None:
                         progress(done, len(utterances))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [parse_object(line.content) for place in places for line in read_lines(part / place / "said.jsonl")]
+    return [parse_object(line.content) for folder in folders for line in read_lines(folder / CHUNK_LINES_FILE)]
 
 
 def _exit_with_parent() -> None:
@@ -464,15 +466,16 @@ def _exit_with_parent() -> None:
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def _synthesize_chunk(part: Path, place: str, utterances: Sequence[Utterance]) -> None:
-    """Synthesises some utterances into PART/PLACE; said.jsonl is written last."""
-    (part / place).mkdir(parents=True, exist_ok=True)
-    lines = [synthesize(part, f"{place}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
-    write_text(part / place / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def _synthesize_chunk(part: Path, folder: Path, utterances: Sequence[Utterance]) -> None:
+    """Synthesises some utterances into a folder of PART; the file with their manifest lines is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder.relative_to(part).as_posix()
+    lines = [synthesize(part, f"{name}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
+    write_text(folder / CHUNK_LINES_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def synthesize(folder: Path, place: str, utterance: Utterance) -> ManifestLine:
-    """Writes the recording FOLDER/PLACE and returns its manifest line."""
+def synthesize(folder: Path, path: str, utterance: Utterance) -> ManifestLine:
+    """Writes the recording FOLDER/PATH and returns its manifest line."""
     wave, rate, words = speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
     target_rate = SAMPLE_RATES[utterance.use]
     # Rounded to 50 Hz: the resampling filter is shorter for rates with a large common divisor.
@@ -482,10 +485,10 @@ def synthesize(folder: Path, place: str, utterance: Utterance) -> ManifestLine:
     wave = resample(wave, played_rate, target_rate)
     if conditions is not None:
         wave = conditions.record(wave, target_rate, zlib.crc32(utterance.text.encode()))
-    save_audio(folder / place, wave, target_rate)
+    save_audio(folder / path, wave, target_rate)
     before = 0.0 if conditions is None else conditions.before
     times = [[word, round(before + start / speed, 3), round(before + end / speed, 3)] for word, start, end in words]
-    return {"audio": place, "text": utterance.text, "words": times}
+    return {"audio": path, "text": utterance.text, "words": times}
 
 
 def _write_manifests(part: Path, plan: CorpusPlan, lines: Sequence[ManifestLine], draw: random.Random) -> None:

@@ -38,7 +38,8 @@ from moss_jax.speech_lm.config import SpeechLMConfig
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 from moss_jax.text.tokenizer import TextTokenizer
 from moss_jax.train.loop import train
-from moss_jax.train.run import BaseRun, load_run, override
+from moss_jax.train.run import BaseRun
+from moss_jax.train.run_file import load_run, override
 from moss_jax.train.run_folder import newest_export
 from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 

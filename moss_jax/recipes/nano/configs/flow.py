@@ -9,9 +9,7 @@ SYSTEM is the export of the speech tokenizer's run. About 8 minutes on two cores
 
 from moss_jax.data import Mixture
 from moss_jax.recipes.nano.sizes import SPEECH_DECODER
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_decoder.flow import FlowObjective
-from moss_jax.train.speech_decoder.run import FlowRun
+from moss_jax.train import FlowObjective, FlowRun, OptimizerConfig
 
 STEPS = 2000
 RUN = FlowRun(
@@ -29,7 +27,7 @@ RUN = FlowRun(
     codes=32,
     batch_size=8,
     steps=STEPS,
-    average=0.998,
+    ema_decay=0.998,
     export_dtype="float16",
     save_every=500,
     evaluate_every=500,

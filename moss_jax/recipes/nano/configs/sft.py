@@ -10,7 +10,7 @@ import runpy
 from pathlib import Path
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train import OptimizerConfig
 from moss_jax.train.speech_lm.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]

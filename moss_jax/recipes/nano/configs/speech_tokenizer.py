@@ -7,9 +7,7 @@ nano/runs/speech_tokenizer/exports/STEP/speech_tokenizer.
 """
 
 from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import MeshSizes
-from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
+from moss_jax.train import MeshSizes, Objective, OptimizerConfig, SpeechTokenizerRun
 
 STEPS = 4500
 RUN = SpeechTokenizerRun(

@@ -7,8 +7,7 @@ About 4 minutes on two cores. The held-out loss of text does not change at all.
 
 from moss_jax.data import Mixture
 from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_1
 
 STEPS = 300

@@ -9,8 +9,7 @@ on two cores.
 
 from moss_jax.data import Mixture
 from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import Stage
 
 STEPS = 900

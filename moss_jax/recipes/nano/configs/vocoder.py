@@ -8,9 +8,7 @@ discriminators.
 
 from moss_jax.data import Mixture
 from moss_jax.recipes.nano.sizes import SPEECH_DECODER
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_decoder.run import VocoderRun
-from moss_jax.train.speech_decoder.vocoder import VocoderObjective
+from moss_jax.train import OptimizerConfig, VocoderObjective, VocoderRun
 
 STEPS = 4000
 RUN = VocoderRun(
@@ -27,7 +25,7 @@ RUN = VocoderRun(
     frames=24,
     batch_size=8,
     steps=STEPS,
-    average=0.998,
+    ema_decay=0.998,
     export_dtype="float16",
     save_every=500,
     evaluate_every=500,
