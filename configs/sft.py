@@ -1,11 +1,11 @@
-"""Fine-tuning of the 8B on conversations: speech or text in, speech or text out.
+"""Supervised fine-tuning of the 8B model on conversations with spoken and written turns.
 
   moss-jax train --config configs/sft.py [--distributed]
   moss-jax chat --model runs/sft/exports/1400 QUESTION.wav -o ANSWER.wav
 
-Goes on from the last export of stage 2. Only what the assistant says is scored. Expect an audio loss below stage 2's:
-one voice answers.
-v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20, a row on each at a time.
+Starts from the last export of stage 2. The loss is computed on the assistant's turns only.
+Expect an audio loss below that of stage 2, because all replies are in one voice.
+v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20 (one sequence per GPU at a time).
 Source: arXiv 2510.00499 (1e-5 to 1e-6, context 10240, packed, two epochs; the batch is given as 8 without a unit).
 """
 

@@ -1,11 +1,12 @@
-"""Fine-tuning of the 8B on one card: LoRA adapters beside frozen bfloat16 weights.
+"""Supervised fine-tuning of the 8B model on one GPU: LoRA adapters on frozen bfloat16 weights.
 
   moss-jax train --config configs/sft_lora.py --init fnlp/MOSS-Speech --set system=SYSTEM
   moss-jax chat --model runs/sft_lora/exports/3000 QUESTION.wav -o ANSWER.wav
 
-80 GB hold 18 GB of weights, adapters with their moments, and one row of context at a time. The adapters are merged into
-their kernels in every export. Expect what configs/sft.py gives, a little above in loss. Source: arXiv 2106.09685; ranks
-and rates are ours.
+80 GB of memory hold 18 GB of weights, the adapters with their optimizer state, and one sequence at a time. Every export
+has the adapters merged into the kernels.
+Expect the result of configs/sft.py with a slightly higher loss.
+Source: arXiv 2106.09685; rank and learning rate are our choice.
 """
 
 from moss_jax.data import Mixture

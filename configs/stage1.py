@@ -1,12 +1,12 @@
-"""Stage 1 of the 8B: the audio branch learns to speak beside a frozen Qwen3.
+"""Stage 1 of the 8B model: the audio branch learns speech while the Qwen3 weights are frozen.
 
   moss-jax convert --from-qwen3 Qwen/Qwen3-8B --codec fnlp/MOSS-Speech-Codec -o systems/Qwen3-8B
   moss-jax train --config configs/stage1.py [--distributed]
 
-Trains the audio table, block, norm and head; every text parameter stays as it is, bit for bit, in bfloat16. The text
-loss counts: through the frozen text branch it teaches the audio table. Expect the audio loss to begin at
-ln(16512) = 9.7 and the text loss on text pieces to stay what it was.
-v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20, a row on each at a time.
+Trains the audio embedding, branch, norm and head. The text parameters are frozen in bfloat16 and stay bit-identical.
+The text loss is part of the loss: its gradient reaches the audio embedding through the frozen text branch.
+Expect the audio loss to start at ln(16512) = 9.7, and the text loss on text segments to stay constant.
+v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20 (one sequence per GPU at a time).
 Source: arXiv 2510.00499 (AdamW, cosine, 4e-4, weight decay 0.1, 2.2 M rows a step); warm-up and clipping are ours.
 """
 

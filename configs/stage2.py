@@ -1,11 +1,12 @@
-"""Stage 2 of the 8B: everything trains on speech and some text.
+"""Stage 2 of the 8B model: all parameters train, on speech and some text.
 
   moss-jax train --config configs/stage2.py [--distributed]
 
-Goes on from the last export of stage 1 (--init names another). Only the shared layers, or layer by layer from the back:
+Starts from the last export of stage 1 (--init selects another start). To train only the shared layers, or only the last
+8 of them:
   --set stage.trainable="['shared/*']"        --set stage.last_shared_layers=8
-Expect both losses to go down together, the text loss of text alone to rise a little at first and come back.
-v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20, a row on each at a time.
+Expect both losses to decrease; the text loss on text alone rises a little at first and then recovers.
+v5e-256: add --set mesh.sequence=8. One host of eight GPUs: add --set accumulate=20 (one sequence per GPU at a time).
 Source: arXiv 2510.00499 (AdamW, 6e-5 to 6e-6, 2.8 M rows a step; speech twice, a tenth of an epoch of text).
 """
 

@@ -1,50 +1,23 @@
-"""Stage 2 of a model of Qwen3-1.7B's size: everything trains on speech and some text.
+"""Stage 2 of a model of the size of Qwen3-1.7B: configs/stage2.py with a smaller batch and fewer steps.
 
   moss-jax train --config configs/stage2_1.7b.py [--distributed]
 
-Goes on from the last export of stage 1 (--init names another). Only the shared layers, or layer by layer from the back:
-  --set stage.trainable="['shared/*']"        --set stage.last_shared_layers=8
-Expect both losses to go down together, the text loss of text alone to rise a little at first and come back.
-One host of eight GPUs or chips: as it is. One card: add --set accumulate=16.
-Source: arXiv 2510.00499 (AdamW, 6e-5 to 6e-6, 2.8 M rows a step; speech twice, a tenth of an epoch of text).
+Starts from the last export of stage 1. Expect both losses to decrease; the text loss on text alone rises a little at
+first and then recovers.
+One host with eight GPUs or chips: use it as it is. One GPU: add --set accumulate=16.
 """
 
-from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
-from moss_jax.train.speech_lm.stages import STAGE_2
+from pathlib import Path
 
-STEPS = 40_000
+from moss_jax.train.run import load_run
 
-RUN = Run(
-    name="stage2-1.7b",
-    folder="runs/stage2_1.7b",
-    init="runs/stage1_1.7b",
-    stage=STAGE_2,
-    optimizer=OptimizerConfig(
-        learning_rate=6e-5, final_learning_rate=6e-6, warmup_steps=1_000, total_steps=STEPS, weight_decay=0.1
-    ),
-    data=Mixture(
-        (
-            ("interleaved", "data/interleaved", 1.0),
-            ("synthetic", "data/synthetic", 1.0),
-            ("speech", "data/speech", 1.4),
-            ("text", "data/text", 0.3),
-        )
-    ),
-    held_out=Mixture(
-        (
-            ("interleaved", "data/interleaved-valid", 1.0),
-            ("speech", "data/speech-valid", 1.0),
-            ("text", "data/text-valid", 1.0),
-        )
-    ),
-    context=14336,
-    batch_size=32,
-    steps=STEPS,
-    workers=4,
-    save_every=500,
-    evaluate_every=1_000,
-    evaluate_batches=4,
-    export_every=10_000,
+# The same as --set on the command line.
+CHANGES = (
+    "name=stage2-1.7b",
+    "folder=runs/stage2_1.7b",
+    "init=runs/stage1_1.7b",
+    "batch_size=32",
+    "steps=40000",
 )
+
+RUN = load_run(Path(__file__).with_name("stage2.py"), CHANGES)

@@ -1,7 +1,7 @@
-"""What a miniature run shows: python launch/miniature_report.py miniature
+"""Report on a miniature run: python launch/miniature_report.py miniature
 
-Prints whether the Qwen3 inside the model kept its bytes in stage 1, and the held-out loss of text before and after
-stage 1, frozen and not. Exit code 1 when a byte changed.
+Prints whether the Qwen3 tensors are unchanged after stage 1, and the held-out loss of text before and after
+stage 1, frozen and not. Exit code 1 if a byte changed.
 """
 
 import json
@@ -23,14 +23,14 @@ def main(folder: Path) -> int:
     ]
     print(f"stage 1: {len(same)} of {len(before.tensors)} tensors of the Qwen3 are the same, byte for byte")
     print("\n| run | held-out loss of text |\n| --- | --- |")
-    for name, told in (
+    for name, label in (
         ("text", "the Qwen3, before"),
         ("stage1", "after stage 1, frozen"),
         ("unfrozen", "the same steps, not frozen"),
         ("stage2", "after stage 2, with text in the mixture"),
     ):
         lines = (folder / "runs" / name / "evaluations.jsonl").read_text().splitlines()
-        print(f"| {told} | {json.loads(lines[-1])['text_loss']:.4f} |")
+        print(f"| {label} | {json.loads(lines[-1])['text_loss']:.4f} |")
     return int(set(same) != set(before.tensors) or set(before.tensors) != set(after.tensors))
 
 

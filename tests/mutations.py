@@ -133,9 +133,9 @@ MUTATIONS = (
     ),
     Mutation(
         "codebook does not follow its vectors",
-        "moss_jax/train/speech_tokenizer/step.py",
-        '    sums = decay * book["sum"] + (1 - decay) * total\n',
-        '    sums = decay * book["sum"]\n',
+        "moss_jax/nn/quantize.py",
+        '    sums = decay * state["sum"] + (1 - decay) * total\n',
+        '    sums = decay * state["sum"]\n',
         (
             "tests/train/speech_tokenizer/test_speech_tokenizer.py::test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again",
         ),
@@ -157,8 +157,8 @@ MUTATIONS = (
     Mutation(
         "causal mask off by one",
         "moss_jax/nn/attention.py",
-        "    seen = (rows[:, None] >= jnp.arange(columns))[None, None]\n",
-        "    seen = (rows[:, None] + 1 >= jnp.arange(columns))[None, None]\n",
+        "    causal = (rows[:, None] >= jnp.arange(columns))[None, None]\n",
+        "    causal = (rows[:, None] + 1 >= jnp.arange(columns))[None, None]\n",
         ("tests/nn/test_attention.py::test_plain_attention_is_the_definition",),
     ),
     Mutation(
@@ -170,9 +170,9 @@ MUTATIONS = (
     ),
     Mutation(
         "cache index off by one",
-        "moss_jax/speech_lm/cache.py",
-        "        at = (0, 0, index, 0, 0)\n",
-        "        at = (0, 0, index + 1, 0, 0)\n",
+        "moss_jax/nn/qwen3.py",
+        "        start = (0, 0, index, 0, 0)\n",
+        "        start = (0, 0, index + 1, 0, 0)\n",
         ("tests/speech_lm/test_model.py::test_any_chunking_through_the_cache_equals_one_pass",),
     ),
     Mutation(
@@ -206,8 +206,8 @@ MUTATIONS = (
     Mutation(
         "special tokens leak from what people write",
         "moss_jax/text/tokenizer.py",
-        "        return self._plain.encode(text, add_special_tokens=False).ids\n",
-        "        return self._with_specials.encode(text, add_special_tokens=False).ids\n",
+        "        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids\n",
+        "        ids: list[int] = self._with_specials.encode(text, add_special_tokens=False).ids\n",
         ("tests/dialogue/test_grid.py::test_special_strings_in_a_turn_are_plain_text",),
     ),
     Mutation(

@@ -17,9 +17,9 @@ ALLOWED = {
     "files": {"errors"},
     "progress": set(),
     "audio": {"errors", "files"},
-    "nn": {"errors", "documents"},
+    "nn": {"errors", "documents", "sharding"},
     "checkpoint": {"errors", "documents", "files", "nn", "sharding"},
-    "sharding": {"errors", "nn"},
+    "sharding": {"errors"},
     "text": {"errors", "documents", "files"},
     **{model: GROUND for model in sorted(MODELS)},
     "components": GROUND | MODELS,
@@ -74,7 +74,8 @@ OWN_JSON = {
     "data/tokenize.py",
     "text/byte_level.py",
     "recipes/nano/ablation.py",
-    "compile/serving.py",
+    "compile/process.py",
+    "compile/measure.py",
 }
 
 

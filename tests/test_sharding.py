@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings, request_keys
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill, request_keys
 from moss_jax.nn.tree import param_axes, param_shapes, unflatten
 from moss_jax.sharding import RULES, make_mesh, shardings_for
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, LayerSplitModel

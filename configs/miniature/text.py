@@ -1,9 +1,9 @@
-"""A tiny Qwen3 learns the corpus' facts in writing: the shared layers and the text branch, text alone.
+"""A tiny Qwen3 learns the facts of the corpus from text: the shared layers and the text branch train.
 
   moss-jax train --config configs/miniature/text.py
   moss-jax convert --model miniature/runs/text/exports/200 --export qwen3 -o miniature/qwen3
 
-Expect: a text loss of 6.4 at the first step and below 0.2 after 200, in a minute or two on two cores.
+Expect a text loss of 6.4 at the first step and below 0.2 after 200 steps, in a minute or two on two cores.
 """
 
 from moss_jax.data import Mixture

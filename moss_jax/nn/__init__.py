@@ -1,1 +1,1 @@
-"""What models share: layers with logical axis names, attention picked by backend, RoPE, causal convolution."""
+"""Building blocks that the models share: layers with logical axis names, attention, convolution, quantisation."""

@@ -1,4 +1,4 @@
-"""One-dimensional convolution over time, and its causal form that carries a tail from call to call."""
+"""One-dimensional convolution over time, and its causal form, which keeps a tail between calls."""
 
 import flax.linen as nn
 import jax
@@ -7,8 +7,19 @@ import jax.numpy as jnp
 from moss_jax.nn.layers import named
 
 
-def conv1d(x, kernel, bias=None, *, stride: int = 1, dilation: int = 1, padding: tuple[int, int] = (0, 0)) -> jax.Array:
-    """Cross-correlation, as in torch: x [B, T, I], kernel [K, I, O], bias [O] -> [B, T', O]."""
+def conv1d(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: tuple[int, int] = (0, 0),
+) -> jax.Array:
+    """Cross-correlation as in torch: x [B, T, in], kernel [W, in, out], bias [out] -> [B, T', out].
+
+    `padding`: zeros on the left and on the right.
+    """
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride,), [padding], rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
     )
@@ -16,7 +27,7 @@ def conv1d(x, kernel, bias=None, *, stride: int = 1, dilation: int = 1, padding:
 
 
 class Conv1d(nn.Module):
-    """`conv1d` with its parameters: kernel [K, I, O], bias [O]. `padding` is (left, right) zeros."""
+    """`conv1d` with its parameters: kernel [W, in, out], bias [out]."""
 
     features: int
     width: int
@@ -28,17 +39,12 @@ class Conv1d(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = _conv_params(self, x.shape[-1])
+        kernel, bias = _parameters(self, x.shape[-1])
         return conv1d(x, kernel, bias, stride=self.stride, dilation=self.dilation, padding=self.padding)
 
 
 class CausalConv1d(nn.Module):
-    """A convolution whose output at a step sees no later input.
-
-    `__call__(x)` pads `width - 1` zeros on the left. `__call__(x, tail)` puts the last `width - 1` inputs of the call
-    before there instead and returns `(y, tail)`; the lengths of all calls must be multiples of the stride. A stream
-    starts with a tail of zeros [B, width - 1, I].
-    """
+    """A convolution whose output at a step depends on no later input. Parameters: kernel [W, in, out], bias [out]."""
 
     features: int
     width: int
@@ -47,18 +53,27 @@ class CausalConv1d(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, tail: jax.Array | None = None):
-        kernel, bias = _conv_params(self, x.shape[-1])
+    def __call__(self, x: jax.Array, tail: jax.Array | None = None) -> jax.Array:
+        """x [B, T, in] -> [B, T / stride, out].
+
+        Args:
+            tail: [B, W - 1, in], the inputs before x in a stream: zeros for its first call, then `tail_after`. The
+                lengths of all calls must be multiples of the stride. None: zeros.
+        """
+        kernel, bias = _parameters(self, x.shape[-1])
         if tail is None:
             return conv1d(x, kernel, bias, stride=self.stride, padding=(self.width - 1, 0))
-        x = jnp.concatenate([tail.astype(x.dtype), x], 1)
-        return conv1d(x, kernel, bias, stride=self.stride), x[:, x.shape[1] - (self.width - 1) :]
+        return conv1d(jnp.concatenate([tail.astype(x.dtype), x], 1), kernel, bias, stride=self.stride)
 
 
-def _conv_params(conv: nn.Module, channels: int):
+def tail_after(x: jax.Array, tail: jax.Array, length: jax.Array | int) -> jax.Array:
+    """The tail [B, W - 1, C] of a causal convolution after the first `length` rows of x, given the tail before x."""
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([tail, x], 1), length, tail.shape[1], 1)
+
+
+def _parameters(conv: Conv1d | CausalConv1d, channels: int) -> tuple[jax.Array, jax.Array | None]:
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", (0, 1), 2)
     kernel = conv.param("kernel", named(init, None, *conv.axes), (conv.width, channels, conv.features), jnp.float32)
-    bias = None
-    if conv.use_bias:
-        bias = conv.param("bias", named(nn.initializers.zeros, conv.axes[1]), (conv.features,), jnp.float32)
-    return kernel, bias
+    if not conv.use_bias:
+        return kernel, None
+    return kernel, conv.param("bias", named(nn.initializers.zeros, conv.axes[1]), (conv.features,), jnp.float32)

@@ -1,4 +1,4 @@
-"""A number by which parameters are recognised."""
+"""A number that identifies the parameters of a model."""
 
 import json
 import zlib
@@ -11,9 +11,9 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def fingerprint(flat: Mapping[str, jax.Array]) -> int:
-    """32 bits that change with any bit of the arrays {path: array}, and not with their layout on devices.
+    """32 bits that depend on every bit of the arrays {path: array} and on their paths, not on their layout on devices.
 
-    Every array is read once, on its device; only one number of each is moved.
+    Every array is read once, on its device; one number of each is copied to the host.
     """
     if not flat:
         return 0
@@ -25,11 +25,11 @@ def fingerprint(flat: Mapping[str, jax.Array]) -> int:
 def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Sums modulo 2^32, in which every entry has an odd factor that depends on its place."""
 
-    def one(x):
+    def weighted_sum(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)
         for axis in range(x.ndim):
             place = place * jnp.uint32(1000003) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
-    return {path: one(x) for path, x in flat.items()}
+    return {path: weighted_sum(x) for path, x in flat.items()}

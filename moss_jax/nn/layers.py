@@ -1,36 +1,49 @@
 """Layers with logical axis names on every parameter. Channels are last everywhere: `[batch, time, channels]`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+Initializer = Callable[..., Any]  # (key, shape, dtype) -> a parameter
 
-def named(init, *axes: str | None):
-    """An initialiser whose parameter carries logical axis names; `sharding.py` says what they mean on a mesh."""
+
+def named(init: Initializer, *axes: str | None) -> Initializer:
+    """An initialiser whose parameter carries logical axis names; `moss_jax.sharding` maps them to axes of a mesh."""
     return nn.with_logical_partitioning(init, axes)
 
 
-def product(x: jax.Array, kernel: jax.Array, in_dims: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., *in] and a kernel [*in, *out] of the same dtype -> [..., *out] of `dtype`, None: the same.
+def product(x: jax.Array, kernel: jax.Array, in_dims: int = 1, dtype: Any = None) -> jax.Array:
+    """x [..., *in] times a kernel [*in, *out] of the same dtype -> [..., *out].
 
-    Its kernel gradient is one product in the kernel's own layout. Left to itself JAX makes the transposed one, and
-    XLA's CPU backend then computes what lies before it, an activation's derivative say, in transposed order.
+    The gradient of the kernel is one product in the kernel's own layout. JAX would compute the transposed one, and
+    XLA's CPU backend would then compute the operations before it, such as an activation's derivative, in transposed
+    order.
+
+    Args:
+        in_dims: the number of axes that are contracted.
+        dtype: of the result; None: that of x.
     """
-    return _product(x, kernel, in_dims, dtype)
+    y: jax.Array = _product(x, kernel, in_dims, dtype)
+    return y
 
 
-def _dot(x, kernel, in_dims, dtype):
+def _dot(x: jax.Array, kernel: jax.Array, in_dims: int, dtype: Any) -> jax.Array:
     contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims))
     return jax.lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=dtype)
 
 
-def _product_forward(x, kernel, in_dims, dtype):
+def _product_forward(
+    x: jax.Array, kernel: jax.Array, in_dims: int, dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _dot(x, kernel, in_dims, dtype), (x, kernel)  # as an operation that a policy of jax.checkpoint can see
 
 
-def _product_backward(in_dims, _, saved, y):
+def _product_backward(
+    in_dims: int, _: Any, saved: tuple[jax.Array, jax.Array], y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     out = tuple(range(in_dims, kernel.ndim))
     lead = tuple(range(x.ndim - in_dims))
@@ -46,17 +59,20 @@ _product.defvjp(_product_forward, _product_backward)
 class Linear(nn.Module):
     """`x @ kernel + bias`, contracting the last `in_dims` axes of x: [..., *in] -> [..., *out_shape].
 
-    `axes` names the axes of the kernel, inputs first. Parameters: kernel [*in, *out_shape], bias [*out_shape].
-    The result has dtype `dtype`, or that of x and the kernel promoted when None. A low-rank adapter is added where the
-    collection "lora" has one: a [*in, rank], b [rank, *out_shape].
+    Parameters: kernel [*in, *out_shape], bias [*out_shape]. A low-rank adapter is added where the collection "lora"
+    has one: a [*in, rank], b [rank, *out_shape].
+
+    Attributes:
+        axes: logical names of the kernel's axes, inputs first.
+        dtype: of the result; None: that of x and the kernel promoted.
     """
 
     out_shape: int | Sequence[int]
     axes: Sequence[str | None]
     in_dims: int = 1
     use_bias: bool = True
-    dtype: jnp.dtype | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,7 +87,8 @@ class Linear(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = product(x, kernel, self.in_dims)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
+            a = self.get_variable("lora", "a").astype(x.dtype)
+            b = self.get_variable("lora", "b").astype(x.dtype)
             y = y + jnp.tensordot(jnp.tensordot(x, a, self.in_dims), b, 1)
         return y if bias is None else y + bias
 
@@ -87,21 +104,21 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], jnp.float32)
         bias = self.param("bias", named(nn.initializers.zeros, self.axis), x.shape[-1:], jnp.float32)
         y = x.astype(jnp.float32)
-        centred = y - y.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        centered = y - y.mean(-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
         return (y * scale + bias).astype(x.dtype)
 
 
 class Embed(nn.Module):
-    """A table of vectors: int ids [...] -> [..., features]. Parameter: embedding [size, features]."""
+    """A table of vectors: ids int [...] -> [..., features]. Parameter: embedding [size, features]."""
 
     size: int
     features: int
     axes: tuple[str | None, str | None] = ("vocab", "embed")
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         init = named(nn.initializers.normal(0.02), *self.axes)
-        table = self.param("embedding", init, (self.size, self.features), self.param_dtype)
+        table: jax.Array = self.param("embedding", init, (self.size, self.features), self.param_dtype)
         return table[ids]

@@ -1,4 +1,4 @@
-"""Files of speech codes: the JSON lines that `moss-jax encode` writes, or one array in a .npy."""
+"""Files of speech codes: the JSON lines that `moss-jax encode` writes, or one array in a .npy file."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ def read_codes(path: str | Path) -> list[tuple[str, np.ndarray]]:
     """Reads a file of codes.
 
     Returns:
-        (name, codes int [N]) of each recording; the name is that of its file without ending, or the line's number.
+        (name, codes int [N]) of each recording. The name is its file name without extension, or the line number.
 
     Raises:
-        MossError: no such file, or something in it is not codes.
+        MossError: the file does not exist or holds something else than codes.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -29,11 +29,11 @@ def read_codes(path: str | Path) -> list[tuple[str, np.ndarray]]:
                 raise MossError('expected an object with "codes", a list of whole numbers')
             codes = np.array(code_list(item["codes"]), np.int32)
         name = Path(item["path"]).stem if isinstance(item.get("path"), str) else ""
-        # A name that cannot be part of a file's name is replaced by the number of the line.
+        # A name that cannot be part of a file name is replaced by the line number.
         fits = name and "\0" not in name and len(name.encode()) <= MAX_NAME
         items.append((name if fits else str(line.number), codes))
     if not items:
-        raise MossError(f"{path}: no codes in it, expected at least one line")
+        raise MossError(f"{path}: no codes, expected at least one line")
     return items
 
 
@@ -41,9 +41,9 @@ def _array(path: Path) -> np.ndarray:
     if not is_file(path):
         raise MossError(f"{path}: no such file")
     try:
-        # Mapped, so that a damaged header cannot ask for more memory than the file has bytes.
+        # Memory-mapped, so that a damaged header cannot ask for more memory than the file has bytes.
         codes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy evaluates the header, which fails in many ways
+    except Exception as error:  # numpy evaluates the header, which can fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MossError(f"{path}: not an array of codes ({reason[:200]})") from error
     if not isinstance(codes, np.ndarray):

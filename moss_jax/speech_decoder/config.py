@@ -1,4 +1,4 @@
-"""The speech decoder as a whole: codes at 12.5 Hz in, 24 kHz speech out."""
+"""Sizes of the whole speech decoder: codes at 12.5 Hz in, 24 kHz speech out."""
 
 from dataclasses import dataclass, field, replace
 from math import isclose
@@ -19,13 +19,13 @@ class SpeechDecoderConfig:
 
     flow: FlowConfig = field(default_factory=FlowConfig)
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
-    speaker: SpeakerConfig | None = CAMPPLUS  # None: no speaker network, the flow has one fixed voice
-    chunks: tuple[int, ...] = (5, 25)  # codes; the chunk sizes that there are streaming weights for, the default first
-    code_rate: float = 12.5  # codes a second
-    mel_overlap: int = 8  # mel frames that a stream holds back, as the vocoder looks to the right
-    mel_context: int = 12  # mel frames before a piece, the held ones among them, that a cached stream vocodes again
+    speaker: SpeakerConfig | None = CAMPPLUS  # None: no speaker network, the flow has one voice
+    chunks: tuple[int, ...] = (5, 25)  # codes; chunk sizes with weights for streaming, the default first
+    code_rate: float = 12.5  # codes per second
+    mel_overlap: int = 8  # mel frames that a stream holds back, because the vocoder looks ahead
+    mel_context: int = 12  # mel frames before a piece, the held back ones included, that a stream vocodes again
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "speech decoder", zero=("mel_overlap", "mel_context"))
         flow = self.flow.mel_bins
         vocoder = self.vocoder.mel_bins
@@ -52,9 +52,11 @@ class SpeechDecoderConfig:
         return self.flow.frames_per_code * self.vocoder.hop
 
     def streaming(self, chunk: int | None = None) -> tuple[str, FlowConfig]:
-        """The flow of a stream in chunks of so many codes: `flow_stem` of its parameters, and its config.
+        """The flow of a stream: `flow_stem` of its parameters, and its config.
 
-        None takes the default. Where there are no weights for streaming at all, those for offline decoding serve.
+        Args:
+            chunk: codes in a chunk; None: the default. Without weights for streaming, those of offline decoding are
+                used.
 
         Raises:
             MossError: there are no weights for this chunk size.
@@ -69,7 +71,7 @@ class SpeechDecoderConfig:
 
 
 def flow_stem(chunk: int | None = None) -> str:
-    """Name of the flow's parameters, on disk and in memory: offline, or for a stream in chunks of so many codes."""
+    """Name of the flow's parameters, on disk and in memory: offline (None), or for streams with this chunk size."""
     return "flow" if chunk is None else f"flow_chunk_{chunk}"
 
 

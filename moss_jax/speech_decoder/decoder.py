@@ -1,4 +1,4 @@
-"""Codes and a voice -> speech: the whole utterance at once, or as a stream."""
+"""Codes and a voice -> speech: a whole utterance at once, or as a stream."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,23 +16,25 @@ from moss_jax.nn.precision import in_32_bits
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem
 from moss_jax.speech_decoder.flow import sampler
-from moss_jax.speech_decoder.flow.stream import MEMORY, CachedFlow, Prompt
+from moss_jax.speech_decoder.flow.stream import CACHE_BYTES, CachedFlow, Prompt
 from moss_jax.speech_decoder.stream import CachedStream
 from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.model import HiFT, fold_weight_norm, sine_noise
 from moss_jax.speech_decoder.voice import Voice
 
-PROMPTS = 4  # voices that are kept prefilled
+MAX_PROMPTS = 4  # prefilled voices that are kept
+
+PromptKey = tuple[str | bytes, ...]  # the flow's name, and hashes of a voice's arrays
 
 
 class SpeechDecoder:
-    """Codes -> speech with loaded weights. What it keeps between calls only saves time.
+    """Codes -> speech with loaded weights. Results do not depend on earlier calls.
 
     Args:
         config: sizes.
         params: nested parameters by part: "flow" for `decode`, "flow_chunk_5" and the like for `stream`, "vocoder"
-            for both, with its weight norm folded or not. May be a mapping that loads a part when it is asked for.
-        cache_memory, cache_dtype: of a cached stream's flow, see `CachedFlow`.
+            for both, with its weight norm folded or not. May be a mapping that loads a part when it is first used.
+        cache_memory, cache_dtype: of the flow's streams, see `CachedFlow`.
     """
 
     def __init__(
@@ -40,16 +42,16 @@ class SpeechDecoder:
         config: SpeechDecoderConfig,
         params: Mapping[str, Any],
         *,
-        cache_memory: int = MEMORY,
+        cache_memory: int = CACHE_BYTES,
         cache_dtype: str = "float32",
-    ):
+    ) -> None:
         self.config = config
         self.vocoder_config = replace(config.vocoder, weight_norm=False)
         self._params = params
         self._cache_memory = cache_memory
         self._cache_dtype = cache_dtype
         self._flows: dict[str, CachedFlow] = {}
-        self._prompts: dict[tuple, Prompt] = {}
+        self._prompts: dict[PromptKey, Prompt] = {}
 
     @in_32_bits
     def decode(self, codes: np.ndarray, voice: Voice, seed: int = 0) -> np.ndarray:
@@ -58,8 +60,8 @@ class SpeechDecoder:
         Other lengths in the same bucket compile nothing. The same seed gives the same speech.
 
         Raises:
-            MossError: an invalid seed, no codes, codes out of range, more than the flow's noise reaches with the
-                voice's prompt, a voice that does not fit, or no weights for it.
+            MossError: an invalid seed, no codes, codes out of range, more of them than the flow supports after the
+                voice's prompt, a voice that does not fit, or missing weights.
         """
         config = self.config
         seed = check_seed(seed)
@@ -88,32 +90,32 @@ class SpeechDecoder:
         return CachedStream(config, self._flows[stem], self._prompt(stem, voice), self.vocoder_params, seed)
 
     def _prompt(self, stem: str, voice: Voice) -> Prompt:
-        """The voice prefilled; the last few are kept."""
+        """The prefilled voice; the most recent ones are kept."""
         parts = [np.ascontiguousarray(leaf).tobytes() for leaf in (voice.codes, voice.mel, voice.embedding)]
-        key = (stem, *(hashlib.sha256(part).digest() for part in parts))
+        key: PromptKey = (stem, *(hashlib.sha256(part).digest() for part in parts))
         if key not in self._prompts:
-            if len(self._prompts) >= PROMPTS:
+            if len(self._prompts) >= MAX_PROMPTS:
                 del self._prompts[next(iter(self._prompts))]
             self._prompts[key] = self._flows[stem].prefill(voice)
-        self._prompts[key] = self._prompts.pop(key)  # the newest is last
+        self._prompts[key] = self._prompts.pop(key)  # the most recently used one is last
         return self._prompts[key]
 
     def part(self, name: str) -> Any:
         """The nested parameters of one part, such as "flow". Raises MossError when there are none."""
         if name not in self._params:
-            there = ", ".join(f"{part}.safetensors" for part in sorted(self._params)) or "none"
-            raise MossError(f"speech decoder: {name}.safetensors is missing, there are: {there}")
+            present = ", ".join(f"{part}.safetensors" for part in sorted(self._params)) or "none"
+            raise MossError(f"speech decoder: {name}.safetensors is missing, there are: {present}")
         return self._params[name]
 
     @cached_property
     def vocoder_params(self) -> Any:
-        """Folded, for `vocoder_config`."""
+        """Nested parameters of HiFT with folded weight norm, for `vocoder_config`."""
         folded = fold_weight_norm(flatten(self.part("vocoder")))
         return unflatten({path: jnp.asarray(leaf) for path, leaf in folded.items()})
 
 
 def vocode(params: Any, config: VocoderConfig, mel: np.ndarray, seed: int) -> np.ndarray:
-    """Log-mel float32 [T, M] -> speech float32 [hop * T]; `params` are folded."""
+    """Log-mel float32 [T, M] -> speech float32 [hop * T]. `params`: with folded weight norm."""
     frames = len(mel)
     rows = sampler.bucket(frames, 2 * frames + 8)
     padded = np.pad(mel, ((0, rows - frames), (0, 0)))
@@ -122,18 +124,21 @@ def vocode(params: Any, config: VocoderConfig, mel: np.ndarray, seed: int) -> np
 
 
 @lru_cache(maxsize=4)
-def _vocode(config: VocoderConfig):
-    def run(params, mel, lengths, seeds):
+def _vocode(config: VocoderConfig) -> Any:
+    """(params, mel [B, T, M], lengths int32 [B], seeds uint32 [B]) -> waves [B, hop * T], compiled."""
+
+    def run(params: Any, mel: jax.Array, lengths: jax.Array, seeds: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             draw = partial(sine_noise, config, first=0, frames=mel.shape[1])
             noise = jax.vmap(lambda seed: draw(jax.random.key(seed)))(seeds)
-            return HiFT(config).apply({"params": params}, mel, noise, lengths)[0]
+            wave, _ = HiFT(config).apply({"params": params}, mel, noise, lengths)
+        return wave
 
     return jax.jit(run)
 
 
 def check_voice(config: SpeechDecoderConfig, voice: Voice) -> None:
-    """Raises MossError when the arrays of a voice do not fit the decoder or each other."""
+    """Raises MossError when the arrays of a voice do not fit the decoder, or each other."""
     flow = config.flow
     codes = np.shape(voice.codes)
     mel = np.shape(voice.mel)

@@ -9,8 +9,8 @@ from moss_jax.errors import MossError
 
 @dataclass(frozen=True)
 class SpeechTokenizerConfig:
-    """The causal Whisper-VQ encoder and its quantiser. Fields keep the names of the released config.json where it has
-    them."""
+    """Sizes of the causal Whisper-VQ encoder and its quantiser; with the names of the released config.json where it has
+    the same fields."""
 
     sample_rate: int  # Hz, of the waves that are encoded
     n_fft: int  # samples of a log-mel frame
@@ -18,16 +18,16 @@ class SpeechTokenizerConfig:
     num_mel_bins: int  # M
     d_model: int  # D, width of the encoder
     num_layers: int  # L, layers before the quantiser
-    encoder_attention_heads: int  # N; the head dimension is D / N
+    encoder_attention_heads: int  # N; the head size is D / N
     encoder_ffn_dim: int  # F
-    max_source_positions: int  # encoder frames (two log-mel frames each) in a segment; positions restart after it
+    max_source_positions: int  # encoder frames, of two log-mel frames each, in a segment
     pooling_kernel_size: int  # encoder frames averaged into one code
     quantize_vocab_size: int  # codes
-    code_dim: int  # width of a code's vector; a projection stands before the quantiser when it is not D
+    code_dim: int  # size of a code's vector; if it is not D, a projection precedes the quantiser
     normalize_codes: bool  # compare directions (unit vectors) instead of vectors
     layer_norm_epsilon: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "speech tokenizer", layers=("num_layers",))
         if self.d_model % self.encoder_attention_heads:
             raise MossError(
@@ -50,7 +50,7 @@ class SpeechTokenizerConfig:
 
     @property
     def frames_per_code(self) -> int:
-        """Log-mel frames a code (8: the second convolution halves the rate, pooling divides it by 4)."""
+        """Log-mel frames in a code (8: the second convolution halves the rate, pooling divides it by 4)."""
         return 2 * self.pooling_kernel_size
 
     @property
@@ -67,7 +67,7 @@ class SpeechTokenizerConfig:
 
     @property
     def code_rate(self) -> float:
-        """Codes a second."""
+        """Codes per second."""
         return self.sample_rate / self.samples_per_code
 
 
@@ -114,7 +114,7 @@ TINY = SpeechTokenizerConfig(
     num_layers=3,
     encoder_attention_heads=2,
     encoder_ffn_dim=64,
-    max_source_positions=60,  # segments of 1.2 s, so that tests meet their boundaries
+    max_source_positions=60,  # segments of 1.2 s, so that short tests cross their boundaries
     pooling_kernel_size=4,
     quantize_vocab_size=96,
     code_dim=32,

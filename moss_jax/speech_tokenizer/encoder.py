@@ -1,7 +1,7 @@
 """The causal Whisper-VQ encoder: log-mel frames at 100 Hz -> codes at 12.5 Hz (codec specification, section 3).
 
-Dimension letters: B batch, T log-mel frames or encoder frames, S cached encoder frames, M mel bins, D width, N heads,
-H head dimension, F feed-forward width, L layers.
+Dimension letters: B batch, T log-mel frames or encoder frames, S cached encoder frames, M mel bins, D embed, N heads,
+H head size, L layers, V codes.
 """
 
 from typing import Any
@@ -10,133 +10,113 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from moss_jax.nn.conv import CausalConv1d
+from moss_jax.nn.attention import Past, causal_attention, masked_attention
+from moss_jax.nn.conv import CausalConv1d, tail_after
 from moss_jax.nn.layers import LayerNorm, Linear, named
+from moss_jax.nn.quantize import nearest_codes, unit
 from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
-HEIGHT = 0.2  # of new positions
-QUERY_BLOCK = 256  # queries that attend together in one pass; halves the work of causal attention over a segment
+# The amplitude of new positions. Whisper's is 1; a fifth of it is about the size of what new convolutions give, and
+# with it the loss of a small encoder falls sooner (docs/speech_tokenizer_training.md).
+POSITION_SCALE = 0.2
 
 
 @flax.struct.dataclass
 class EncoderState:
-    """All that a stream remembers: the last inputs of the two convolutions, keys and values, and its place.
+    """The state of streams.
 
     Attributes:
-        conv1: float32 [B, 2, M]. conv2: float32 [B, 2, D].
-        key, value: float32 [L, B, N, S, H], S = max_source_positions; a head lies together, which is faster.
+        conv1: float32 [B, 2, M], the tail of the first convolution.
+        conv2: float32 [B, 2, D], that of the second.
+        k, v: float32 [L, B, N, S, H], keys and values, S = max_source_positions. A head is contiguous, which is faster.
         position: int32 [B], encoder frames done in the current segment.
     """
 
     conv1: jax.Array
     conv2: jax.Array
-    key: jax.Array
-    value: jax.Array
+    k: jax.Array
+    v: jax.Array
     position: jax.Array
 
 
 def init_state(config: SpeechTokenizerConfig, batch: int) -> EncoderState:
-    """The state of `batch` streams that have not begun."""
+    """The initial state of `batch` streams."""
     heads = (config.encoder_attention_heads, config.max_source_positions, config.head_dim)
     return EncoderState(
         conv1=jnp.zeros((batch, 2, config.num_mel_bins)),
         conv2=jnp.zeros((batch, 2, config.d_model)),
-        key=jnp.zeros((config.num_layers, batch, *heads)),
-        value=jnp.zeros((config.num_layers, batch, *heads)),
+        k=jnp.zeros((config.num_layers, batch, *heads)),
+        v=jnp.zeros((config.num_layers, batch, *heads)),
         position=jnp.zeros((batch,), jnp.int32),
     )
 
 
-def sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Initialises positions in the form of Whisper's encoder, [length, width]: sines beside cosines of wavelengths from
-    2 pi to 20,000 pi frames. Attention finds neighbours with them from the first step. They are a fifth as high as
-    Whisper's, about as high as what new convolutions give: a small encoder begins to hear sooner."""
-    return HEIGHT * _waves(*shape).astype(dtype)
+def _scaled_sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Initialises positions [length, width], with which attention finds neighbours from the first step."""
+    return POSITION_SCALE * _sinusoids(*shape).astype(dtype)
 
 
-def _waves(length: int, width: int) -> jax.Array:
+def _sinusoids(length: int, width: int) -> jax.Array:
+    """Positions as in Whisper's encoder: sines, then cosines, of wavelengths from 2 pi to 20,000 pi frames."""
     rates = jnp.exp(-jnp.log(10000.0) / (width // 2 - 1) * jnp.arange(width // 2))
     angles = jnp.arange(length)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    return (2 / shape[1]) ** 0.5 * _waves(*shape).astype(dtype)
+def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Initialises positions [length, width] of length 1."""
+    return (2 / shape[1]) ** 0.5 * _sinusoids(*shape).astype(dtype)
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, past) -> (x, new keys and values)."""
+    """Pre-norm self-attention and feed-forward. Shaped for `nn.scan`: (x, layer) -> (x, new keys and values)."""
 
     config: SpeechTokenizerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, seen: jax.Array | None):
-        """x [B, T, D]; past (keys, values) [B, N, S, H], of which `seen` [B, S] may be attended to."""
+    def __call__(
+        self, x: jax.Array, layer: jax.Array | None, past: Past | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The next rows of a segment, all of them when `past` is None.
+
+        Args:
+            x: [B, T, D].
+            layer: int32, the index of this layer in the cache.
+            past: the cache of all layers.
+
+        Returns:
+            [B, T, D], and in a stream the keys and values of the rows, each [B, N, T, H].
+        """
         config = self.config
         heads = (config.encoder_attention_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")
         y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
-        query = Linear(heads, axes, name="q")(y)
-        key = Linear(heads, axes, use_bias=False, name="k")(y)
-        value = Linear(heads, axes, name="v")(y)
+        q = Linear(heads, axes, name="q")(y)
+        k = Linear(heads, axes, use_bias=False, name="k")(y)
+        v = Linear(heads, axes, name="v")(y)
+        new = None
         if past is None:
-            attended = causal_attention(query, key, value)
+            y = causal_attention(q, k, v)
         else:
-            query, key, value = (z.swapaxes(1, 2) for z in (query, key, value))  # [B, N, T, H]
-            attended = cached_attention(query, key, value, past, seen).swapaxes(1, 2)
-        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="o")(attended)
+            causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+            y = masked_attention(q, k, v, causal[None], (past.replace(index=(layer,)),))
+            new = rearrange(k, "B T N H -> B N T H"), rearrange(v, "B T N H -> B N T H")
+        x = x + Linear(config.d_model, ("heads", "head_dim", "embed"), in_dims=2, name="o")(y)
         y = LayerNorm(config.layer_norm_epsilon, name="mlp_norm")(x)
         y = jax.nn.gelu(Linear(config.encoder_ffn_dim, ("embed", "mlp"), name="up")(y), approximate=False)
         x = x + Linear(config.d_model, ("mlp", "embed"), name="down")(y)
-        return x, None if past is None else (key, value)
-
-
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Softmax attention in which a row sees the rows up to itself: three [B, T, N, H] -> [B, T, N, H]."""
-    heads = [x.swapaxes(1, 2) for x in (query, key, value)]  # [B, N, T, H]
-    # On a CPU the scores of one head stay in its cache (2.5 times as fast); elsewhere all heads go at once.
-    y = jax.lax.platform_dependent(*heads, cpu=_heads_one_by_one, default=jax.vmap(jax.vmap(_attend_head)))
-    return y.swapaxes(1, 2)
-
-
-def _heads_one_by_one(*heads: jax.Array) -> jax.Array:
-    rows = [x.reshape(-1, *x.shape[2:]) for x in heads]
-    return jax.lax.map(lambda row: _attend_head(*row), rows).reshape(heads[0].shape)
-
-
-def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The causal attention of one head, [T, H] each, block after block of queries."""
-    frames = query.shape[0]
-    blocks = []
-    query = query * query.shape[-1] ** -0.5
-    for start in range(0, frames, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, frames)
-        score = query[start:end] @ key[:end].T
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        blocks.append(jax.nn.softmax(jnp.where(visible, score, -jnp.inf)) @ value[:end])
-    return jnp.concatenate(blocks)
-
-
-def cached_attention(query, key, value, past: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
-    """The same for new rows [B, N, T, H] after the rows of `past` [B, N, S, H] that are `seen`, bool [B, S]."""
-    query = query * query.shape[-1] ** -0.5
-    older = jnp.einsum("bnth,bnsh->bnts", query, past[0])
-    score = jnp.einsum("bnth,bnsh->bnts", query, key)
-    visible = jnp.tril(jnp.ones(score.shape[-2:], bool))
-    score = [jnp.where(seen[:, None, None], older, -jnp.inf), jnp.where(visible, score, -jnp.inf)]
-    weights = jax.nn.softmax(jnp.concatenate(score, -1))
-    older, newer = jnp.split(weights, [past[0].shape[2]], -1)
-    return jnp.einsum("bnts,bnsh->bnth", older, past[1]) + jnp.einsum("bnts,bnsh->bnth", newer, value)
+        return x, new
 
 
 class Encoder(nn.Module):
-    """Convolutions, scanned layers, average pooling, nearest code."""
+    """Convolutions, scanned layers, average pooling, nearest codes."""
 
     config: SpeechTokenizerConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.conv1 = CausalConv1d(config.d_model, 3, axes=("mel", "embed"))
         self.conv2 = CausalConv1d(config.d_model, 3, stride=2, axes=("conv_in", "embed"))
@@ -152,11 +132,11 @@ class Encoder(nn.Module):
             self.project = Linear(config.code_dim, ("embed", "code"))
         positions = config.max_source_positions
         codes = config.quantize_vocab_size
-        self.positions = self.param("positions", named(sinusoids, None, "embed"), (positions, config.d_model))
-        # Beside codes of length 1 positions get the same length.
-        beside = _unit_sinusoids if config.normalize_codes else sinusoids
+        self.positions = self.param("positions", named(_scaled_sinusoids, None, "embed"), (positions, config.d_model))
+        # Positions that are added to codes of length 1 have the same length.
+        code_positions = _unit_sinusoids if config.normalize_codes else _scaled_sinusoids
         self.code_positions = self.param(
-            "code_positions", named(beside, None, "code"), (config.codes_per_segment, config.code_dim)
+            "code_positions", named(code_positions, None, "code"), (config.codes_per_segment, config.code_dim)
         )
         self.codebook = self.param(
             "codebook", named(nn.initializers.normal(1.0), "vocab", "code"), (codes, config.code_dim)
@@ -167,7 +147,7 @@ class Encoder(nn.Module):
         return self.quantize(self.pooled(frames))
 
     def pooled(self, frames: jax.Array) -> jax.Array:
-        """Log-mel frames [B, T, M] of one segment -> the vectors to be quantised, [B, T', D]."""
+        """Log-mel frames [B, T, M] of one segment -> the vectors before the quantiser, [B, T', D]."""
         if frames.shape[1] % 2:
             frames = jnp.pad(frames, ((0, 0), (0, 1), (0, 0)))
         with jax.named_scope("convolutions"):
@@ -181,7 +161,7 @@ class Encoder(nn.Module):
     def _pool(self, x: jax.Array) -> jax.Array:
         size = self.config.pooling_kernel_size
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0)))
-        return x.reshape(x.shape[0], -1, size, x.shape[2]).mean(2)
+        return rearrange(x, "B (T size) D -> B T size D", size=size).mean(2)
 
     @jax.named_scope("quantize")
     def quantize(self, pooled: jax.Array) -> jax.Array:
@@ -189,73 +169,69 @@ class Encoder(nn.Module):
         return self._nearest(self._compared(pooled))
 
     def vectors(self, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Log-mel frames [B, T, M] of one segment -> what is compared with the codebook, [B, T', code_dim], and the
-        codes that come of it, int32 [B, T']; for training."""
+        """Log-mel frames [B, T, M] of one segment -> (the vectors that are compared with the codebook
+        [B, T', code_dim], their codes int32 [B, T']); for training."""
         vectors = self._compared(self.pooled(frames))
         return vectors, self._nearest(jax.lax.stop_gradient(vectors))
 
     def _compared(self, pooled: jax.Array) -> jax.Array:
         if self.config.code_dim != self.config.d_model:
             pooled = self.project(pooled)
-        return _unit(pooled) if self.config.normalize_codes else pooled
+        return unit(pooled) if self.config.normalize_codes else pooled
 
     def _nearest(self, vectors: jax.Array) -> jax.Array:
-        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
-        half_norms = jnp.square(codebook).sum(-1) / 2
+        return nearest_codes(vectors, self._codebook())
 
-        def nearest(rows):  # [T, C]; |row|^2 is the same for all codes and so left out
-            product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
-            return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
-
-        return jax.lax.map(nearest, vectors)  # one clip at a time: all distances of a batch would take gigabytes
+    def _codebook(self) -> jax.Array:
+        """The codebook in the form in which vectors are compared with it, [V, code_dim]."""
+        return unit(self.codebook) if self.config.normalize_codes else self.codebook
 
     def embed_codes(self, codes: jax.Array) -> jax.Array:
-        """Vectors of the codes [B, T] of one segment with their positions added, [B, T, code_dim] (the reference's
-        last_hidden_state)."""
-        codebook = _unit(self.codebook) if self.config.normalize_codes else self.codebook
-        return codebook[codes] + self.code_positions[: codes.shape[1]]
+        """Codes [B, T] of one segment -> their vectors plus positions, [B, T, code_dim]: the reference's
+        last_hidden_state."""
+        return self._codebook()[codes] + self.code_positions[: codes.shape[1]]
 
     def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
         """The next frames of a stream.
 
         Args:
-            frames: float32 [B, T, M], T a multiple of frames_per_code that divides the frames of a segment, and the
+            frames: float32 [B, T, M]. T is a multiple of frames_per_code, divides the frames of a segment and is the
                 same in every call, so that a call never crosses the end of a segment.
-            valid: int32 [B], how many frames there are; less than T only in the last call of a stream.
-            state: where the stream is; it starts a new segment by itself when one is full.
+            valid: int32 [B], how many of the frames exist; less than T only in the last call of a stream.
+            state: the result of the previous call, or `init_state`. A stream whose segment is full starts a new one.
 
         Returns:
-            (codes int32 [B, T / frames_per_code], of which the first ceil(valid / frames_per_code) count; the state)
+            (codes int32 [B, T / frames_per_code], of which the first ceil(valid / frames_per_code) exist; the state)
         """
         config = self.config
-        again = state.position >= config.max_source_positions
-        position = jnp.where(again, 0, state.position)
-        tails = [jnp.where(again[:, None, None], 0.0, tail) for tail in (state.conv1, state.conv2)]
-        x, conv1 = self.conv1(frames, tails[0])
-        x, conv2 = self.conv2(jax.nn.gelu(x, approximate=False), tails[1])
-        x = jax.nn.gelu(x, approximate=False)
+        new_segment = state.position >= config.max_source_positions
+        position = jnp.where(new_segment, 0, state.position)
+        tail1 = jnp.where(new_segment[:, None, None], 0.0, state.conv1)
+        tail2 = jnp.where(new_segment[:, None, None], 0.0, state.conv2)
+        y = jax.nn.gelu(self.conv1(frames, tail1), approximate=False)
+        x = jax.nn.gelu(self.conv2(y, tail2), approximate=False)
         x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
-        seen = jnp.arange(config.max_source_positions) < position[:, None]
-        x, (key, value) = self.layers(x, (state.key, state.value), seen)
-        last = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
-        codes = self.quantize(self._pool(jnp.where(last, x, 0.0)))
-        state = EncoderState(
-            conv1, conv2, _write(state.key, key, position), _write(state.value, value, position), position + x.shape[1]
+        past = Past(state.k, state.v, position)
+        x, (k, v) = self.layers(x, jnp.arange(config.num_layers), past)
+        exists = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
+        codes = self.quantize(self._pool(jnp.where(exists, x, 0.0)))
+        new_state = EncoderState(
+            conv1=tail_after(frames, tail1, frames.shape[1]),
+            conv2=tail_after(y, tail2, y.shape[1]),
+            k=_write(state.k, k, position),
+            v=_write(state.v, v, position),
+            position=position + x.shape[1],
         )
-        return codes, state
+        return codes, new_state
 
 
 def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    """Puts new [L, B, N, T, H] into cache [L, B, N, S, H] at position [B]."""
+    """The cache [L, B, N, S, H] with new [L, B, N, T, H] at position [B]."""
 
-    def write(row, part, start):
+    def write(row: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=2)
 
     return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache, new, position)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def encoder_shapes(config: SpeechTokenizerConfig) -> dict[str, jax.ShapeDtypeStruct]:

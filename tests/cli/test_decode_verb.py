@@ -46,7 +46,7 @@ def test_one_recording_and_several(system, tmp_path, capsys):
         ('{"path": "x"}', [], 'an object with "codes"'),
         ('{"codes": [0.5]}', [], "expected at least one integer"),
         ('{"codes": []}', [], "expected at least one integer"),
-        ("", [], "no codes in it"),
+        ("", [], "no codes, expected at least one line"),
         ('{"codes": [999999]}', [], "out of range"),
         ('{"codes": [-1]}', [], "out of range"),
         ('{"codes": [1]}', ["--seed", "-1"], "--seed is -1"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
-from moss_jax.evaluate.similarity import Curves, layer_outputs, other_text
+from moss_jax.evaluate.curves import Curves
+from moss_jax.evaluate.similarity import layer_outputs, other_text
 from moss_jax.speech_lm import LayerSplitModel
 from tests.evaluate.conftest import tone
 

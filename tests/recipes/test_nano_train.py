@@ -52,7 +52,7 @@ def test_a_base_and_a_system_of_parts(tmp_path):
     parts = {"language_model": tmp_path / "tiny", "speech_decoder": tmp_path / "tiny"}
     make_system(tmp_path / "system", **parts)
     assert SystemFolder(tmp_path / "system").settings["default_voice"] is None
-    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").transformer()[0]
+    assert SYSTEM_SIZES["tiny"].transformer == SystemFolder(tmp_path / "system").config(SPEECH_LM)
     config = tmp_path / "tiny" / "speech_decoder" / "config.json"
     values = json.loads(config.read_text())
     values["flow"]["codebook_size"] -= 1

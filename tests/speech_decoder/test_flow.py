@@ -10,8 +10,9 @@ import pytest
 from dev.parity import check_golden, read_golden
 from moss_jax.convert.tables.flow import table
 from moss_jax.errors import MossError
+from moss_jax.nn import attention
 from moss_jax.nn.tree import flatten, param_shapes
-from moss_jax.speech_decoder.flow import attention, sampler
+from moss_jax.speech_decoder.flow import positions, sampler
 from moss_jax.speech_decoder.flow.config import RELEASED_CHUNK_5, TINY
 from moss_jax.speech_decoder.flow.estimator import gelu, mish
 from moss_jax.speech_decoder.flow.model import FlowModel
@@ -70,11 +71,11 @@ def test_activations_are_torch_s():
 
 
 def test_sinusoids_are_exact_up_to_the_longest_position():
-    positions = np.array([0, 1, 127, 128, 129, 4097, 14999])
+    places = np.array([0, 1, 127, 128, 129, 4097, 14999])
     rates = np.exp(-np.arange(0, 64, 2) * np.log(10000) / 64)
-    angle = positions[:, None] * rates
-    expected = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(len(positions), 64)
-    np.testing.assert_allclose(attention.sinusoids(jnp.asarray(positions), 64), expected, atol=3e-7)
+    angle = places[:, None] * rates
+    expected = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(len(places), 64)
+    np.testing.assert_allclose(positions.sinusoids(jnp.asarray(places), 64), expected, atol=3e-7)
 
 
 @pytest.mark.parametrize("first", [0, 9000])
@@ -91,14 +92,14 @@ def test_relative_attention_is_the_formula(first):
     pe = np.stack([np.sin(r[..., None] * rates), np.cos(r[..., None] * rates)], -1).reshape(rows, rows, size)
     p = np.einsum("ijd,dnh->ijnh", pe, kernel)
     scores = np.einsum("binh,bjnh->bnij", q + u, k) + np.einsum("binh,ijnh->bnij", q + w, p)
-    mask = np.asarray(attention.allowed(rows, jnp.arange(rows)[None] < 10, 4))
+    mask = np.asarray(attention.chunk_mask(rows, jnp.arange(rows)[None] < 10, 4))
     scores = np.where(mask[:, None], scores / width**0.5, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bnij,bjnh->binh", weights / weights.sum(-1, keepdims=True), v)
 
     q, k, v, u, w, kernel = (jnp.asarray(x, jnp.float32) for x in (q, k, v, u, w, kernel))
-    turn = attention.sinusoids(first + jnp.arange(rows), size)
-    ours = attention.attend(q + u, k, v, mask, (), attention.relative(q + w, kernel, turn), turn)
+    turn = positions.sinusoids(first + jnp.arange(rows), size)
+    ours = attention.masked_attention(q + u, k, v, mask, (), positions.relative_query(q + w, kernel, turn), turn)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
@@ -106,10 +107,10 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.normal(size=(2, 23, 2, 4)), jnp.float32) for _ in range(3))
     turned, turn = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((2, 23, 2, 6), (23, 6)))
-    mask = attention.allowed(23, jnp.arange(23)[None] < jnp.array([[23], [14]]), 5)
-    whole = attention.attend(q, k, v, mask, (), turned, turn)
+    mask = attention.chunk_mask(23, jnp.arange(23)[None] < jnp.array([[23], [14]]), 5)
+    whole = attention.masked_attention(q, k, v, mask, (), turned, turn)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    np.testing.assert_allclose(attention.attend(q, k, v, mask, (), turned, turn), whole, atol=1e-6)
+    np.testing.assert_allclose(attention.masked_attention(q, k, v, mask, (), turned, turn), whole, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from moss_jax.convert import layer_split
 from moss_jax.convert.tables import qwen3, speech_lm
 from moss_jax.errors import MossError
+from moss_jax.nn.qwen3 import Layer, LayerInputs
 from moss_jax.nn.rope import rope_angles
 from moss_jax.nn.tree import flatten, param_shapes, unflatten
 from moss_jax.speech_lm import MOSS_SPEECH_8B, QWEN3_8B, TINY, LayerSplitModel, init_cache
-from moss_jax.speech_lm.model import Layer
 
 ROWS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 GRID = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32)
@@ -145,8 +145,8 @@ def test_scanned_layers_equal_a_loop_over_layers(params):
     y = x
     for layer in range(TINY.num_shared_layers):
         one = jax.tree.map(lambda p, i=layer: p[i], params["shared"]["layers"])
-        angles = rope_angles(positions, TINY.head_dim, TINY.rope_theta)
-        y, _ = Layer(TINY).apply({"params": one}, y, angles, None, None, None)
+        inputs = LayerInputs(*rope_angles(positions, TINY.head_dim, TINY.rope_theta))
+        y, _ = Layer(TINY).apply({"params": one}, y, inputs)
     scanned = MODEL.apply({"params": params}, "shared", x, positions, method="block")
     np.testing.assert_allclose(scanned, y, atol=1e-5)
 

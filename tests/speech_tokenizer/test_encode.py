@@ -176,7 +176,7 @@ def test_odd_but_legal_and_bad_input(speech_tokenizer):
     for wave, message in (
         (np.zeros((2, 100)), r"wave 1 is float64 \[2, 100\], expected floats"),
         (np.zeros(100, np.int16), "wave 1 is int16"),
-        (np.full(10, np.nan), "wave 1 holds NaN"),
+        (np.full(10, np.nan), "wave 1 has NaN"),
     ):
         with pytest.raises(MossError, match=message):
             speech_tokenizer.encode([noise(10), wave])

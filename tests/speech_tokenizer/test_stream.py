@@ -142,6 +142,6 @@ def test_no_call_compiles_a_second_time(params):
 def test_what_a_stream_refuses(params):
     with pytest.raises(MossError, match="chunk is 4, expected a divisor of the 15 codes"):
         LogMelStream(TINY, params, chunk=4)
-    with pytest.raises(MossError, match="the pushed wave holds NaN"):
+    with pytest.raises(MossError, match="the pushed wave has NaN"):
         WaveStream(TINY, params).push(np.array([np.nan]))
     assert WaveStream(TINY, params).finish().shape == LogMelStream(TINY, params).finish().shape == (0,)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moss_jax.checkpoint.old_names import old_path, with_keys
 from moss_jax.errors import MossError
 from moss_jax.train.checkpoints import Checkpoints, verify
 from moss_jax.train.optimizer import OptimizerConfig
@@ -52,20 +53,19 @@ def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
 
 
 def test_a_state_saved_under_old_parameter_names_is_restored(tmp_path):
-    old = {"encoder/layers/query/kernel": jnp.ones((2, 4, 2, 3)), "encoder/layers/cross_out/bias": jnp.ones((2, 4))}
     current = {"encoder/layers/q/kernel": jnp.zeros((2, 4, 2, 3)), "encoder/layers/cross_o/bias": jnp.zeros((2, 4))}
-    config = OptimizerConfig(method="muon")
-    saved = init_state(old, config)
-    saved = saved.replace(opt_state=jax.tree.map(lambda x: x + 1, saved.opt_state))
+    wanted = init_state(current, OptimizerConfig(method="muon"))
+    ones = jax.tree.map(jnp.ones_like, wanted)
+    old = {path: old_path(path) for path in current}
+    saved = ones.replace(params=with_keys(ones.params, old), opt_state=with_keys(ones.opt_state, old))
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save_state(1, {}, saved)
     checkpoints.wait()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = init_state(current, config)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)
     state = checkpoints.restore_state(1, like)
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(saved))
+    jax.tree.map(np.testing.assert_array_equal, state, ones)
     without = checkpoints.restore_state(1, like, optimizer=False)
     assert set(without.params) == set(current)
     np.testing.assert_array_equal(without.params["encoder/layers/q/kernel"], 1.0)

@@ -1,1 +1,1 @@
-"""Codes -> mel by flow matching: offline (`sampler.decode`) and streaming (`stream`)."""
+"""Codes -> mel by flow matching: a whole utterance (`sampler.decode`) or a stream (`stream.CachedFlow`)."""

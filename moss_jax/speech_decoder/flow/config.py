@@ -1,10 +1,17 @@
-"""Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin mel at 50 Hz out."""
+"""Sizes of the flow-matching decoder: codes at 12.5 Hz and a voice in, an 80-bin log-mel at 50 Hz out."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
 
 from moss_jax.checkpoint.config_io import ADDED_LATER, check_sizes
 from moss_jax.errors import MossError
+
+if TYPE_CHECKING:
+    import jax
+
+Array = TypeVar("Array", np.ndarray, "jax.Array")
 
 
 @dataclass(frozen=True)
@@ -15,9 +22,9 @@ class EncoderConfig:
     num_heads: int = 8
     intermediate_size: int = 2048
     num_layers: int = 6  # at the rate of the codes
-    num_up_layers: int = 4  # at the rate of the mel; fixed in the reference
+    num_up_layers: int = 4  # at the rate of the mel; a constant in the reference
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "flow.encoder", layers=("num_layers", "num_up_layers"))
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise MossError(
@@ -27,7 +34,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    """The velocity field: one down stage, `num_mid_stages` middle stages, one up stage, all at the mel's rate."""
+    """The velocity estimator: one down stage, `num_mid_stages` middle stages, one up stage, all at the mel's rate."""
 
     channels: int = 256
     num_heads: int = 8
@@ -35,9 +42,9 @@ class EstimatorConfig:
     num_blocks: int = 4  # transformer blocks in a stage
     num_mid_stages: int = 12
     intermediate_size: int = 1024  # of a transformer block
-    time_size: int = 1024  # width of the time embedding
+    time_size: int = 1024  # of the time embedding
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "flow.estimator", layers=("num_blocks", "num_mid_stages"))
 
     @property
@@ -53,23 +60,24 @@ class EstimatorConfig:
 @dataclass(frozen=True)
 class FlowConfig:
     vocab_size: int = 20480  # rows of the embedding table
-    codebook_size: int = 16384  # codes 0..codebook_size-1 are speech; the other rows are never trained
+    codebook_size: int = 16384  # codes 0..codebook_size-1 are speech; the other rows are unused
     mel_bins: int = 80
     speaker_size: int = 192  # of the speaker embedding
     frames_per_code: int = 4  # mel frames
-    lookahead: int = 3  # codes that the encoder sees beyond the ones it encodes
+    lookahead: int = 3  # codes after a code that the encoder of it sees
     chunk: int = 25  # codes; the static chunk of the attention masks in streaming
     euler_steps: int = 10
     guidance: float = 0.7  # classifier-free guidance rate: v = (1 + g) v_conditional - g v_unconditional
-    noise_frames: int = 15000  # mel frames of the fixed noise buffer: the longest prompt and speech together
+    noise_frames: int = 15000  # mel frames of the fixed noise: the maximum of prompt and speech together
     mel_mean: float = field(default=0.0, metadata=ADDED_LATER)  # the flow works on (mel - mel_mean) / mel_std
     mel_std: float = field(default=1.0, metadata=ADDED_LATER)
-    # What the estimator says: the velocity, or what the encoder's mel lacks, from which the velocity follows.
+    # What the estimator predicts: the velocity, or the difference between the mel and the encoder's projection, from
+    # which the velocity follows (`sampler.as_velocity`).
     predicts: Literal["velocity", "mel"] = field(default="velocity", metadata=ADDED_LATER)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "flow", zero=("lookahead",), layers=("euler_steps", "frames_per_code"))
         if self.codebook_size > self.vocab_size:
             raise MossError(
@@ -80,12 +88,12 @@ class FlowConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of the estimator for an item: under guidance the unconditional one stands beside it."""
+        """Rows of the estimator for each item: with guidance there is an unconditional one as well."""
         return 2 if self.guidance else 1
 
     @property
     def max_codes(self) -> int:
-        """The most codes that prompt and speech may have together."""
+        """The maximum number of codes of prompt and speech together."""
         return self.noise_frames // self.frames_per_code
 
     @property
@@ -93,12 +101,12 @@ class FlowConfig:
         """Mel frames in a chunk."""
         return self.chunk * self.frames_per_code
 
-    def normalized(self, mel):
-        """A log-mel as the flow sees it."""
+    def normalized(self, mel: Array) -> Array:
+        """A log-mel in the units of the flow."""
         return (mel - self.mel_mean) / self.mel_std
 
-    def restored(self, x):
-        """The log-mel of what the flow made."""
+    def denormalized(self, x: Array) -> Array:
+        """The log-mel of an output of the flow."""
         return x * self.mel_std + self.mel_mean
 
     @property
@@ -107,9 +115,8 @@ class FlowConfig:
         return 4 * self.mel_bins
 
 
-RELEASED = FlowConfig()  # flow.pt; the files for streaming have the same sizes
+RELEASED = FlowConfig()  # flow.pt
 RELEASED_CHUNK_5 = FlowConfig(chunk=5)  # flow-chunk-5.pt
-RELEASED_CHUNK_25 = FlowConfig(chunk=25)  # flow-chunk-25.pt
 
 NANO = FlowConfig(
     vocab_size=256,

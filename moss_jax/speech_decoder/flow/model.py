@@ -1,6 +1,7 @@
 """All parameters of the flow: code table, speaker projection, encoder, time embedding, velocity estimator."""
 
 from functools import cache
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,11 +15,11 @@ from moss_jax.speech_decoder.flow.estimator import Estimator, TimeEmbedding
 
 
 class FlowModel(nn.Module):
-    """Used through its methods: `model.apply({"params": params}, ..., method="encode")`. `__call__` is for init."""
+    """Used by its methods: `model.apply({"params": params}, ..., method="encode")`. `__call__` is for `init`."""
 
     config: FlowConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.codes = Embed(config.vocab_size, config.encoder.hidden_size)
         self.speaker = Linear(config.mel_bins, (None, None))
@@ -35,31 +36,36 @@ class FlowModel(nn.Module):
     def embed(self, codes: jax.Array, count: jax.Array) -> jax.Array:
         """Codes int32 [B, T] -> float32 [B, T, D], zero from row `count` [B] on.
 
-        Zero rows are what the look-ahead sees beyond the end of an utterance, so that an item of a padded batch gets
-        what it gets alone (the reference would embed the padding)."""
+        The look-ahead sees zero rows after the end of an utterance, so that an item of a padded batch gets the result
+        that it gets alone (the reference would embed the padding).
+        """
         x = self.encoder.embed(self.codes(jnp.maximum(codes, 0)))
         return jnp.where((jnp.arange(codes.shape[1]) < count[:, None])[..., None], x, 0)
 
-    def encode(self, x: jax.Array, valid: jax.Array, chunk: int | jax.Array | None = None, **stream):
-        """`Encoder.__call__`, projected: (mu float32 [B, T * frames_per_code, M], what a stream keeps)."""
-        states, kept = self.encoder(x, valid, chunk, **stream)
-        return self.mu(states), kept
+    def encode(
+        self, x: jax.Array, valid: jax.Array, chunk: int | jax.Array | None = None, **stream: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """`Encoder.__call__` with projected states: (mu float32 [B, T * frames_per_code, M], new tails and keys)."""
+        states, new = self.encoder(x, valid, chunk, **stream)
+        return self.mu(states), new
 
     def time_embedding(self, t: jax.Array) -> dict[str, jax.Array]:
-        return self.time(t)
+        embedding: dict[str, jax.Array] = self.time(t)
+        return embedding
 
-    def velocity(self, *inputs, **stream):
+    def velocity(self, *inputs: Any, **stream: Any) -> tuple[jax.Array, dict[str, Any]]:
         """`Estimator.__call__`."""
         return self.estimator(*inputs, **stream)
 
-    def __call__(self):
+    def __call__(self) -> jax.Array:
         config = self.config
         valid = jnp.ones((1, config.chunk), bool)
         x = self.embed(jnp.zeros((1, config.chunk + config.lookahead), jnp.int32), jnp.full(1, config.chunk))
         mu, _ = self.encode(x, valid)
         speaker = self.speaker_projection(jnp.zeros((1, config.speaker_size)))
         valid = jnp.ones(mu.shape[:2], bool)
-        return self.velocity(mu, mu, speaker, mu, self.time_embedding(jnp.zeros(1)), valid)[0]
+        velocity, _ = self.velocity(mu, mu, speaker, mu, self.time_embedding(jnp.zeros(1)), valid)
+        return velocity
 
 
 @cache

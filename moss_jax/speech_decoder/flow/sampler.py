@@ -1,4 +1,4 @@
-"""Codes and a voice -> mel, the whole utterance at once: guided Euler steps from fixed noise.
+"""Codes and a voice -> mel, a whole utterance at once: Euler steps with guidance from fixed noise.
 
 Source: `CausalMaskedDiffWithXvec.inference` and `CausalConditionalCFM` of the released code.
 """
@@ -15,6 +15,7 @@ from moss_jax.errors import MossError
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
+from moss_jax.speech_decoder.voice import Voice
 
 
 def times(config: FlowConfig) -> np.ndarray:
@@ -23,70 +24,79 @@ def times(config: FlowConfig) -> np.ndarray:
 
 
 def guided(config: FlowConfig, x: jax.Array) -> jax.Array:
-    """A conditional input [B, ...]; under guidance with the unconditional rows, which are zero, after it [2B, ...]."""
+    """An input of the conditional rows [B, ...], with guidance followed by that of the unconditional rows: zeros."""
     return jnp.concatenate([x, jnp.zeros_like(x)]) if config.rows == 2 else x
 
 
 def repeated(config: FlowConfig, x: jax.Array) -> jax.Array:
-    """[B, ...] for all rows of the estimator, [config.rows * B, ...]."""
+    """[B, ...] repeated for all rows of the estimator, [config.rows * B, ...]."""
     return jnp.concatenate([x] * config.rows)
 
 
 def as_velocity(
-    config: FlowConfig, said: jax.Array, x: jax.Array, mu: jax.Array, t: jax.Array, least: float = 0.0
+    config: FlowConfig,
+    prediction: jax.Array,
+    x: jax.Array,
+    mu: jax.Array,
+    t: jax.Array,
+    min_time_left: float = 0.0,
 ) -> jax.Array:
-    """The velocity in state x at time t, [B, T, M], from what the estimator said.
+    """The velocity in state x at time t, [B, T, M], from the estimator's prediction.
 
     Args:
-        mu: what the encoder made of the codes.
-        least: of the time that is left, for one that says the mel.
+        mu: the encoder's projection.
+        min_time_left: lower bound of 1 - t, where the estimator predicts the mel.
     """
     if config.predicts == "velocity":
-        return said
-    return (mu + said - x) / jnp.maximum(1 - t, least)
+        return prediction
+    return (mu + prediction - x) / jnp.maximum(1 - t, min_time_left)
+
+
+Velocity = Callable[..., tuple[jax.Array, Any]]
 
 
 def euler(
     config: FlowConfig,
-    model: Callable,
+    model: Callable[..., Any],
     x: jax.Array,
     mu: jax.Array,
     speaker: jax.Array,
     prompt: jax.Array,
-    velocity: Callable[..., tuple[jax.Array, Any]],
+    estimate: Velocity,
     inputs: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Integrates from noise x to mel, under classifier-free guidance where there is some.
+    """Integrates from noise x to mel, with classifier-free guidance if `config.guidance` is not 0.
 
     Args:
         model: bound `FlowModel.apply`, called with `method=`.
         x, mu, prompt: float32 [B, T, M]; speaker: float32 [B, M].
-        velocity: (x, mu, speaker, prompt, time, step, inputs of the step) -> (what the estimator says of
-            config.rows * B rows, anything to keep).
+        estimate: (x, mu, speaker, prompt, time, step, inputs of the step) -> (the estimator's prediction for
+            config.rows * B rows, a pytree to collect).
         inputs: a pytree with the steps on axis 0, or None.
 
     Returns:
-        the states before each step and the last one, float32 [steps + 1, B, T, M], and what was kept, stacked.
+        (the states before each step and after the last one, float32 [steps + 1, B, T, M]; the collected pytrees,
+        stacked)
     """
     schedule = times(config)
     embedded = model(jnp.asarray(schedule[:-1]), method="time_embedding")
     biases = {"down": embedded["down"], "mid": embedded["mid"].transpose(1, 0, 2), "up": embedded["up"]}
     mu, speaker, prompt = (guided(config, part) for part in (mu, speaker, prompt))
 
-    def step(x, now):
-        index, t, delta, bias, inputs = now
+    def step(x: jax.Array, step_inputs: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        index, t, delta, bias, own_inputs = step_inputs
         time = {"down": bias["down"][None], "mid": bias["mid"][:, None], "up": bias["up"][None]}
         states = repeated(config, x)
-        said, kept = velocity(states, mu, speaker, prompt, time, index, inputs)
-        v = as_velocity(config, said, states, mu, t)
+        prediction, collected = estimate(states, mu, speaker, prompt, time, index, own_inputs)
+        v = as_velocity(config, prediction, states, mu, t)
         if config.rows == 2:
-            v, free = jnp.split(v, 2)
-            v = (1 + config.guidance) * v - config.guidance * free
-        return x + delta * v, (x, kept)
+            v, unconditional = jnp.split(v, 2)
+            v = (1 + config.guidance) * v - config.guidance * unconditional
+        return x + delta * v, (x, collected)
 
     steps = (jnp.arange(config.euler_steps), jnp.asarray(schedule[:-1]), jnp.asarray(np.diff(schedule)), biases, inputs)
-    last, (states, kept) = jax.lax.scan(step, x, steps)
-    return jnp.concatenate([states, last[None]]), kept
+    last, (states, collected) = jax.lax.scan(step, x, steps)
+    return jnp.concatenate([states, last[None]]), collected
 
 
 def flow(
@@ -100,19 +110,20 @@ def flow(
     streaming: bool = False,
     finalize: bool = True,
 ) -> jax.Array:
-    """The functional core: every state from noise to mel, for a padded batch whose items get what each gets alone.
+    """The functional core: all states from noise to mel for a padded batch. An item gets the result that it gets alone.
 
     Args:
         noise: float32 [1, >= 4T, M].
-        codes: prompt and speech, int32 [B, T]; count: of them that are valid, int32 [B].
-        prompt: the prompt's mel, normalised, zero elsewhere, float32 [B, 4T, M].
+        codes: int32 [B, T], of prompt and speech.
+        count: int32 [B], how many of them exist.
+        prompt: float32 [B, 4T, M], the prompt's normalised mel, zero elsewhere.
         embedding: float32 [B, E].
-        streaming: attention under the static chunk mask.
-        finalize: False: the last `lookahead` codes are only looked at.
+        streaming: attention with the static chunk mask.
+        finalize: False: the last `lookahead` codes are look-ahead only.
 
     Returns:
-        float32 [steps + 1, B, 4T, M]; the mel is the last, and its first 4 * count frames are valid
-        (4 * (count - lookahead) when not finalize).
+        float32 [steps + 1, B, 4T, M]. The last state is the mel, whose first 4 * count frames are valid
+        (4 * (count - lookahead) if not finalize).
     """
     model = partial(FlowModel(config).apply, {"params": params})
     rows = codes.shape[1]
@@ -125,26 +136,30 @@ def flow(
     frame_valid = jnp.repeat(valid, config.frames_per_code, 1)
     every_row = repeated(config, frame_valid)
 
-    def velocity(x, mu, speaker, prompt, time, step, inputs):
+    def estimate(
+        x: jax.Array, mu: jax.Array, speaker: jax.Array, prompt: jax.Array, time: Any, step: jax.Array, inputs: None
+    ) -> tuple[jax.Array, None]:
         chunk_frames = chunk and config.chunk_frames
-        return model(x, mu, speaker, prompt, time, every_row, chunk_frames, method="velocity")[0], None
+        prediction, _ = model(x, mu, speaker, prompt, time, every_row, chunk_frames, method="velocity")
+        return prediction, None
 
     x = jnp.broadcast_to(noise[:, :frames], (codes.shape[0], frames, config.mel_bins))
     speaker = model(embedding, method="speaker_projection")
-    return euler(config, model, x, mu, speaker, prompt, velocity)[0]
+    states, _ = euler(config, model, x, mu, speaker, prompt, estimate)
+    return states
 
 
-def bucket(codes: int, most: int) -> int:
-    """The static length for so many codes: steps of a 16th of the power of two below (at least 8), up to `most`."""
-    step = max(8, 2 ** ((max(codes, 2) - 1).bit_length() - 5))
-    return min(-(-codes // step) * step, most)
+def bucket(length: int, max_length: int) -> int:
+    """The static length for `length` rows: the next multiple of a 16th of the power of two below it, and of 8."""
+    step = max(8, 2 ** ((max(length, 2) - 1).bit_length() - 5))
+    return min(-(-length // step) * step, max_length)
 
 
 def check_codes(config: FlowConfig, codes: np.ndarray, prompt_codes: int) -> np.ndarray:
     """The codes of one utterance as int32 [N].
 
     Raises:
-        MossError: no codes, codes out of range, or more of them than the noise buffer reaches.
+        MossError: no codes, codes out of range, or more of them than the flow supports.
     """
     codes = np.asarray(codes)
     if codes.ndim != 1 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
@@ -165,7 +180,7 @@ def check_range(config: FlowConfig, codes: np.ndarray) -> None:
 
 
 def check_length(config: FlowConfig, prompt_codes: int, codes: int) -> None:
-    """Raises MossError when prompt and speech together are longer than the noise buffer."""
+    """Raises MossError when prompt and speech together are longer than the noise."""
     if prompt_codes + codes > config.max_codes:
         raise MossError(
             f"speech codes: {codes} codes after a prompt of {prompt_codes} are too long, expected at most "
@@ -174,8 +189,17 @@ def check_length(config: FlowConfig, prompt_codes: int, codes: int) -> None:
 
 
 @lru_cache(maxsize=16)
-def _compiled(config: FlowConfig, streaming: bool, finalize: bool):
-    def run(params, noise, codes, count, prompt, embedding):
+def _compiled(config: FlowConfig, streaming: bool, finalize: bool) -> Any:
+    """`flow`, compiled."""
+
+    def run(
+        params: Any,
+        noise: jax.Array,
+        codes: jax.Array,
+        count: jax.Array,
+        prompt: jax.Array,
+        embedding: jax.Array,
+    ) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             return flow(params, config, noise, codes, count, prompt, embedding, streaming, finalize)
 
@@ -186,7 +210,7 @@ def decode(
     params: Any,
     config: FlowConfig,
     codes: np.ndarray,
-    voice: Any,
+    voice: Voice,
     *,
     streaming: bool = False,
     finalize: bool = True,
@@ -195,19 +219,18 @@ def decode(
 ) -> np.ndarray:
     """Codes int [N] in a voice -> mel float32 [1, 4N, M] (natural log, 50 frames a second), without the prompt.
 
-    Lengths are padded to a few static ones (`bucket`), so other lengths of the same bucket compile nothing, and the
-    padding changes nothing.
+    Lengths are padded to a few static ones (`bucket`), so that other lengths of the same bucket compile nothing. The
+    padding does not change the result.
 
     Args:
-        params: the parameters of `FlowModel`, nested.
-        voice: has `codes` int [P], `mel` float [4P, M], `embedding` float [E]; P may be 0 and `embedding` zero.
-        streaming: attention under the static chunk mask, as the `reference` stream runs it.
-        finalize: False: the last `lookahead` codes are only looked at, and 4 * (N - lookahead) frames come back.
-        buffer: noise float32 [1, F, M] in place of the fixed one.
+        params: nested parameters of `FlowModel`.
+        streaming: attention with the static chunk mask, as in the streams of the reference.
+        finalize: False: the last `lookahead` codes are look-ahead only, and 4 * (N - lookahead) frames are returned.
+        buffer: noise float32 [1, T, M] instead of the fixed one.
         states: return the states from noise to normalised mel with the prompt, float32 [steps + 1, 1, 4(P + N), M].
 
     Raises:
-        MossError: codes out of range, none, fewer than the look-ahead, or longer than the noise with the prompt.
+        MossError: no codes, codes out of range, fewer than the look-ahead, or too many together with the prompt.
     """
     prompt_codes = np.asarray(voice.codes, np.int32)
     codes = check_codes(config, codes, prompt_codes.size)
@@ -226,4 +249,6 @@ def decode(
     run = _compiled(config, streaming, finalize)
     result = np.asarray(run(params, buffer, ids, np.array([count], np.int32), prompt, embedding))
     end = (count if finalize else count - config.lookahead) * frames
-    return result[:, :, :end] if states else config.restored(result[-1, :, prompt_codes.size * frames : end])
+    if states:
+        return result[:, :, :end]
+    return config.denormalized(result[-1, :, prompt_codes.size * frames : end])

@@ -18,24 +18,24 @@ class VocoderConfig:
     upsample_widths: tuple[int, ...] = (16, 11, 7)  # kernel sizes of the transposed convolutions
     resblock_widths: tuple[int, ...] = (3, 7, 11)  # kernel sizes of the parallel residual blocks of a stage
     resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    source_resblock_widths: tuple[int, ...] = (7, 7, 11)  # one block a stage
+    source_resblock_widths: tuple[int, ...] = (7, 7, 11)  # one block for each stage
     source_resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
     fft_size: int = 16  # samples, of the predicted STFT and of the source's
     fft_hop: int = 4  # samples
     f0_channels: int = 512
     f0_layers: int = 5
-    harmonics: int = 9  # with the fundamental
+    harmonics: int = 9  # the fundamental included
     sine_amplitude: float = 0.1
     noise_std: float = 0.003  # of the noise added to voiced frames
     voiced_threshold: float = 10.0  # Hz; frames of a lower F0 are unvoiced
     leaky_slope: float = 0.1
     magnitude_limit: float = 100.0  # of the predicted STFT
     audio_limit: float = 0.99  # largest absolute sample
-    # The predicted phase is any angle; False: the sine of what is predicted, in radians.
+    # True: the prediction is the phase in radians; False: its sine is.
     free_phase: bool = field(default=False, metadata=ADDED_LATER)
-    weight_norm: bool = True  # parameters g and v (storage, training); False: folded kernels (running)
+    weight_norm: bool = True  # parameters g and v, for storage and training; False: folded kernels, for inference
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "vocoder", layers=("f0_layers",))
         stages = len(self.upsample_rates)
         if not len(self.upsample_widths) == len(self.source_resblock_widths) == stages:
@@ -58,12 +58,12 @@ class VocoderConfig:
 
     @property
     def hop(self) -> int:
-        """Samples a mel frame."""
+        """Samples in a mel frame."""
         return prod(self.upsample_rates) * self.fft_hop
 
     @property
     def f0_reach(self) -> int:
-        """Mel frames on either side that the F0 of a frame depends on."""
+        """Mel frames on either side on which the F0 of a frame depends: one for each convolution, of width 3."""
         return self.f0_layers
 
 

@@ -2,19 +2,23 @@
 
 Source: HiFTNet (https://arxiv.org/abs/2309.09493) as in CosyVoice 2, `cosyvoice/hifigan/{generator,f0_predictor}.py`.
 
-Every function takes items shorter than the array: `lengths` holds the valid mel frames of each, and what comes out of
-the valid part is what the item gives alone. Layers see zeros after its end, as they see zero padding without it.
+Every function takes items that are shorter than the array: `lengths` are the mel frames of each. The valid part of the
+result is that of the item alone: layers see zeros after its end, as they see zero padding without it.
+
+Dimension letters: B batch, T mel frames or steps of a stage, M mel bins, C channels, W kernel width.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 
 from moss_jax.nn.conv import Conv1d, conv1d
 from moss_jax.nn.layers import Linear, named
@@ -22,12 +26,21 @@ from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.stft import istft, stft
 
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
-def weight_norm(v, g, axis: int):
-    """The kernel g * v / |v|: v [..., W, I, O], g [..., n] for the kept `axis` of v, -1 (outputs) or -2 (inputs)."""
+
+def weight_norm(v: Array, g: Array, axis: int) -> Array:
+    """The kernel g * v / |v|.
+
+    Args:
+        v: [..., W, in, out].
+        g: [..., out] or [..., in].
+        axis: of v that g belongs to: -1 (outputs) or -2 (inputs). The norm is taken over the other two.
+    """
     others = tuple(a for a in (-3, -2, -1) if a != axis)
     norm = (v * v).sum(others, keepdims=True) ** 0.5
-    return v * (g[..., None, None, :] if axis == -1 else g[..., None, :, None]) / norm
+    gain = g[..., None, None, :] if axis == -1 else g[..., None, :, None]
+    return v * gain / norm
 
 
 def fold_weight_norm(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,10 +55,10 @@ def fold_weight_norm(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class NormConv(nn.Module):
-    """Parameters of a weight-normalised convolution, or of `layers` stacked ones; returns (kernel, bias).
+    """The kernel [(L,) W, in, out] and bias [(L,) out] of a convolution, or of `layers` stacked ones.
 
-    kernel [(L,) W, I, O], bias [(L,) O]. The norm is taken for each output channel, or for each input channel of a
-    transposed convolution.
+    With `weight_norm` the parameters are v and g. The norm is taken for each output channel, of a transposed
+    convolution for each input channel.
     """
 
     features: int
@@ -56,7 +69,11 @@ class NormConv(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
-        stack, names = ((), ()) if self.layers is None else ((self.layers,), ("layers",))
+        stack: tuple[int, ...] = ()
+        names: tuple[str, ...] = ()
+        if self.layers is not None:
+            stack = (self.layers,)
+            names = ("layers",)
         shape = (*stack, self.width, channels, self.features)
         axes = (*names, None, "conv_in", "conv_out")
         bias = self.param(
@@ -73,32 +90,37 @@ class NormConv(nn.Module):
         return weight_norm(v, g, axis), bias
 
 
-def _same(x, kernel, bias, dilation: int = 1):
+def _same(x: jax.Array, kernel: jax.Array, bias: jax.Array, dilation: int = 1) -> jax.Array:
+    """A convolution with zero padding that keeps the length."""
     reach = dilation * (kernel.shape[0] - 1) // 2
     return conv1d(x, kernel, bias, dilation=dilation, padding=(reach, reach))
 
 
-def _masked(x, mask):
+def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else x * mask
 
 
 def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int) -> jax.Array:
-    """Transposed convolution as torch's with padding (W - rate) / 2: x [B, T, I], kernel [W, I, O] -> [B, rate * T, O].
+    """Transposed convolution as in torch with padding (W - rate) / 2.
 
-    Output sample rate * m + r is a sum over x[m - q] @ kernel[rate * q + r + padding]: one ordinary convolution that
-    yields all `rate` phases at once.
+    x [B, T, in], kernel [W, in, out], bias [out] -> [B, rate * T, out].
+
+    Output sample rate * m + r is a sum over q of x[m - q] @ kernel[rate * q + r + padding]: one ordinary convolution
+    computes all `rate` phases r at once.
     """
-    width, channels, features = kernel.shape
+    width = kernel.shape[0]
     padding = (width - rate) // 2
-    # of q
-    first = -((rate - 1 + padding) // rate)
-    last = (width - 1 - padding) // rate
-    before = -(rate * first + padding)
-    after = rate * (last + 1) + padding - width
-    kernel = jnp.pad(kernel, ((before, after), (0, 0), (0, 0))).reshape(-1, rate, channels, features)  # [q, r, I, O]
-    kernel = kernel[::-1].transpose(0, 2, 1, 3).reshape(-1, channels, rate * features)
-    y = conv1d(x, kernel, padding=(last, -first))
-    return y.reshape(x.shape[0], -1, features) + bias
+    first_q = -((rate - 1 + padding) // rate)
+    last_q = (width - 1 - padding) // rate
+    before = -(rate * first_q + padding)
+    after = rate * (last_q + 1) + padding - width
+    kernel = rearrange(jnp.pad(kernel, ((before, after), (0, 0), (0, 0))), "(q r) I O -> q I (r O)", r=rate)
+    y = conv1d(x, kernel[::-1], padding=(last_q, -first_q))
+    return rearrange(y, "B T (r O) -> B (T r) O", r=rate) + bias
+
+
+# sin(pi r) = r (c0 + c1 r^2 + ...) for |r| <= 1/2, with an error of at most 4e-9.
+SINE = (3.1415925, -5.1677070, 2.5500314, -0.59804517, 0.07722012)
 
 
 class ResBlock(nn.Module):
@@ -130,28 +152,24 @@ class ResBlock(nn.Module):
 def snake(x: jax.Array, alpha: jax.Array) -> jax.Array:
     """x + sin(alpha x)^2 / alpha, alpha [C].
 
-    The square has period pi, and a polynomial on half a turn is 25 times faster than XLA's sine on a CPU, which would
-    take as long as the convolutions.
+    The square has period pi. On a CPU a polynomial on half a turn is 25 times as fast as XLA's sine, which would take
+    as long as the convolutions.
     """
-    halves = x * (alpha / jnp.pi)
-    r = halves - jnp.round(halves)
+    half_turns = x * (alpha / jnp.pi)
+    r = half_turns - jnp.round(half_turns)
     u = r * r
     sine = jnp.full_like(u, SINE[-1])
     for coefficient in SINE[-2::-1]:
         sine = sine * u + coefficient
-    return x + jnp.square(r * sine) / (alpha + 1e-9)
-
-
-# sin(pi r) = r (c0 + c1 r^2 + ...) for |r| <= 1/2, to 4e-9.
-SINE = (3.1415925, -5.1677070, 2.5500314, -0.59804517, 0.07722012)
+    return x + jnp.square(r * sine) / (alpha + 1e-9)  # 1e-9 as in the reference
 
 
 class HiFT(nn.Module):
-    """The vocoder. Parameters need one `init` through `__call__`; `f0`, `source` and `decode` are its three steps."""
+    """The vocoder. `__call__` runs its three steps, `f0`, `source` and `decode`, and initialises all parameters."""
 
     config: VocoderConfig
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         norm = c.weight_norm
         self.f0_conv = [NormConv(c.f0_channels, 3, norm) for _ in range(c.f0_layers)]
@@ -177,17 +195,24 @@ class HiFT(nn.Module):
         self.source_resblocks = source_resblocks
         self.resblocks = resblocks
 
-    def __call__(self, mel, noise, lengths=None, source_start=None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        mel: jax.Array,
+        noise: jax.Array,
+        lengths: jax.Array | None = None,
+        source_start: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Log-mel -> wave.
 
         Args:
             mel: float32 [B, T, M], natural log.
             noise: float32 [B, hop * T, harmonics], standard normal.
-            lengths: int32 [B], valid frames of each item; all of them when None.
-            source_start: float32 [B, n], replaces the first samples of the source.
+            lengths: int32 [B], valid frames of each item; None: all.
+            source_start: float32 [B, samples], replaces the first samples of the source.
 
         Returns:
-            wave float32 [B, hop * T] at `sample_rate`, undefined after `hop * lengths`; the source of the same shape.
+            (wave float32 [B, hop * T] at `sample_rate`, undefined after `hop * lengths`; the source, of the same
+            shape)
         """
         source, _ = self.source(self.f0(mel, lengths), noise, lengths)
         if source_start is not None:
@@ -202,24 +227,32 @@ class HiFT(nn.Module):
             x = _masked(nn.elu(_same(x, *conv(x.shape[-1]))), mask)
         return jnp.abs(self.f0_classifier(x)[..., 0])
 
-    def source(self, f0, noise, lengths=None, phase=None, started=None) -> tuple[jax.Array, jax.Array]:
-        """F0 [B, T] in Hz and noise [B, hop * T, harmonics] -> the excitation [B, hop * T] and phases.
+    def source(
+        self,
+        f0: jax.Array,
+        noise: jax.Array,
+        lengths: jax.Array | None = None,
+        phase: jax.Array | None = None,
+        started: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """F0 [B, T] in Hz and noise [B, hop * T, harmonics] -> the excitation and its phases.
 
-        Phases are counted in 2^-32 turns and wrap: adding them is exact, so that it does not matter how a stream was
-        cut. Between the centres of two frames a phase grows linearly by `hop` steps of the later frame.
+        Phases are counted in 2^-32 turns and wrap around: adding them is exact, so that the result does not depend on
+        how a stream was divided. Between the centres of two frames a phase grows linearly by `hop` steps of the later
+        frame.
 
         Args:
-            phase: uint32 [B, harmonics], that at the centre of the frame before the first; zeros when None.
-            started: bool [B], False (also when None) where there is no frame before: then the phase stands still up to
-                the centre of the first frame, as it does after that of the last one.
+            phase: uint32 [B, harmonics], at the centre of the frame before the first; None: zeros.
+            started: bool [B], whether there is a frame before the first. If not, the phase is constant up to the centre
+                of the first frame, as it is after that of the last one. None: False.
 
         Returns:
-            (source, phases uint32 [B, T, harmonics] at the centres of the frames).
+            (source float32 [B, hop * T], phases uint32 [B, T, harmonics] at the centres of the frames)
         """
         c = self.config
         steps = f0[..., None] * jnp.arange(1, c.harmonics + 1, dtype=f0.dtype) / c.sample_rate
         steps = _masked(steps % 1 * c.hop, self._mask(lengths, 1, f0.shape[1]))
-        steps = jax.lax.stop_gradient(steps)  # turns a frame [B, T, H]
+        steps = jax.lax.stop_gradient(steps)  # turns in a frame [B, T, harmonics]
         phases = jnp.cumsum(_to_fixed(steps), 1, dtype=jnp.uint32)
         if phase is not None:
             phases = phases + phase[:, None]
@@ -227,10 +260,10 @@ class HiFT(nn.Module):
             started = jnp.zeros(f0.shape[0], bool)
         steps = steps.at[:, 0].set(jnp.where(started[:, None], steps[:, 0], 0))
         before = phases - _to_fixed(steps)
-        between = (jnp.arange(c.hop, dtype=f0.dtype) + 0.5)[:, None] / c.hop
-        turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * between  # [B, T, hop, H]
+        fraction = (jnp.arange(c.hop, dtype=f0.dtype) + 0.5)[:, None] / c.hop
+        turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * fraction  # [B, T, hop, harmonics]
         batch, frames = f0.shape
-        turns = turns.reshape(batch, frames * c.hop, c.harmonics)
+        turns = rearrange(turns, "B T hop harmonics -> B (T hop) harmonics")
         last = jnp.broadcast_to(_from_fixed(phases[:, -1:]), (batch, c.hop - c.hop // 2, c.harmonics))
         turns = jnp.concatenate([turns[:, c.hop // 2 :], last], 1)[:, : frames * c.hop]
         sines = c.sine_amplitude * jnp.sin(2 * jnp.pi * (turns - jnp.round(turns)))
@@ -242,10 +275,10 @@ class HiFT(nn.Module):
         """Log-mel [B, T, M] and source [B, hop * T] -> wave [B, hop * T]."""
         c = self.config
         frames = mel.shape[1]
-        rate = c.hop // c.fft_hop
-        last_mask = self._mask(lengths, rate, rate * frames + 1, 1)
+        stft_rate = c.hop // c.fft_hop  # STFT frames in a mel frame
+        last_mask = self._mask(lengths, stft_rate, stft_rate * frames + 1, 1)
         excitation = stft(source, c.fft_size, c.fft_hop, None if lengths is None else lengths * c.hop)
-        excitation = _masked(excitation, last_mask)  # [B, rate * T + 1, fft_size + 2]
+        excitation = _masked(excitation, last_mask)  # [B, stft_rate * T + 1, fft_size + 2]
         mask = self._mask(lengths, 1, frames)
         x = _masked(_same(_masked(mel, mask), *self.conv_pre(c.mel_bins)), mask)
         rate = 1
@@ -254,13 +287,14 @@ class HiFT(nn.Module):
             x = conv_transpose1d(nn.leaky_relu(x, c.leaky_slope), *self.ups[i](x.shape[-1]), up)
             mask = self._mask(lengths, rate, rate * frames)
             if i == len(c.upsample_rates) - 1:
-                x = jnp.concatenate([x[:, 1:2], x], 1)
+                x = jnp.concatenate([x[:, 1:2], x], 1)  # reflected, one step more: the STFT has a frame at both ends
                 mask = last_mask
             y = _masked(self.source_downs[i](excitation), mask)
             x = _masked(x, mask) + self.source_resblocks[i](y, mask)
             count = len(c.resblock_widths)
-            x = sum(block(x, mask) for block in self.resblocks[i * count : (i + 1) * count]) / count
-        x = _same(nn.leaky_relu(x, 0.01), *self.conv_post(x.shape[-1]))
+            outputs = [block(x, mask) for block in self.resblocks[i * count : (i + 1) * count]]
+            x = sum(outputs[1:], outputs[0]) / count
+        x = _same(nn.leaky_relu(x, 0.01), *self.conv_post(x.shape[-1]))  # torch's default slope, as in the reference
         magnitude, phase = jnp.split(x, 2, -1)
         wave = self.inverse(jnp.exp(magnitude), phase if c.free_phase else jnp.sin(phase), lengths)
         return jnp.clip(wave, -c.audio_limit, c.audio_limit)
@@ -273,25 +307,25 @@ class HiFT(nn.Module):
         mask = self._mask(lengths, c.hop // c.fft_hop, magnitude.shape[1], 1)
         return istft(spectrum, c.fft_size, c.fft_hop, None if mask is None else mask[..., 0] > 0)
 
-    def _mask(self, lengths, rate: int, size: int, extra: int = 0):
-        """1 where a step of the stage that runs at `rate` steps a mel frame is valid: float32 [B, size, 1] or None."""
+    def _mask(self, lengths: jax.Array | None, rate: int, size: int, extra: int = 0) -> jax.Array | None:
+        """The valid steps of a stage with `rate` steps in a mel frame: float32 [B, size, 1] of 0 and 1, or None."""
         if lengths is None:
             return None
         return (jnp.arange(size) < rate * lengths[:, None] + extra).astype(jnp.float32)[..., None]
 
 
-def sine_noise(config: VocoderConfig, key: jax.Array, first: jax.Array, frames: int) -> jax.Array:
-    """The noise of mel frames first, first + 1, ...: float32 [frames * hop, harmonics] for int32 scalars.
+def sine_noise(config: VocoderConfig, key: jax.Array, first: jax.Array | int, frames: int) -> jax.Array:
+    """The noise of the mel frames first, first + 1, ...: float32 [frames * hop, harmonics].
 
-    It depends on the key and on the absolute frame alone, so that it does not matter how a stream was cut.
+    It depends on the key and the absolute frame alone, not on how a stream was divided.
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(frames))
     noise = jax.vmap(lambda key: jax.random.normal(key, (config.hop, config.harmonics)))(keys)
-    return noise.reshape(frames * config.hop, config.harmonics)
+    return rearrange(noise, "frames hop harmonics -> (frames hop) harmonics")
 
 
 def _to_fixed(turns: jax.Array) -> jax.Array:
-    """Turns -> the fraction of a turn in 2^-32 turns, uint32; exact, as a float32 fraction has at most 24 bits."""
+    """Turns -> their fraction in 2^-32 turns, uint32; exact, because a float32 fraction has at most 24 bits."""
     return ((turns - jnp.floor(turns)) * 2.0**32).astype(jnp.uint32)
 
 

@@ -1,6 +1,6 @@
-"""The small STFT of the vocoder and its inverse, as matrix products: the window is folded into the DFT matrices.
+"""The small STFT of the vocoder and its inverse, as matrix products with the window folded into the DFT matrices.
 
-Both take signals whose valid part is shorter than the array, so that one compiled shape serves many lengths.
+Both take signals whose valid part is shorter than the array, so that one compiled shape is used for many lengths.
 """
 
 import jax
@@ -29,13 +29,13 @@ def stft(x: jax.Array, size: int, hop: int, lengths: jax.Array | None = None) ->
     """
     matrix = hann(size)[:, None] * np.concatenate([np.cos(_angles(size)), -np.sin(_angles(size))], 1)
     half = size // 2
-    (batch, samples) = x.shape
+    batch, samples = x.shape
     x = jnp.pad(x, ((0, 0), (half, half)))
     x = x.at[:, :half].set(x[:, 2 * half : half : -1])
     if lengths is None:
         lengths = jnp.full(batch, samples)
 
-    def reflect_end(row, length):  # the padded row ends at half + length
+    def reflect_end(row: jax.Array, length: jax.Array) -> jax.Array:  # the padded row ends at half + length
         end = jax.lax.dynamic_slice(row, (length - 1,), (half,))
         return jax.lax.dynamic_update_slice(row, end[::-1], (half + length,))
 
@@ -54,10 +54,10 @@ def istft(spectrum: jax.Array, size: int, hop: int, valid: jax.Array | None = No
         valid: bool [B, T], the frames that exist; all of them when None.
 
     Returns:
-        float32 [B, (T - 1) * hop]; what lies after the last valid frame's centre is undefined.
+        float32 [B, (T - 1) * hop]; samples after the centre of the last valid frame are undefined.
     """
     weights = np.full(size // 2 + 1, 2 / size)
-    weights[[0, -1]] = 1 / size
+    weights[[0, -1]] = 1 / size  # the first and the last bin have no mirror image
     real = weights * np.cos(_angles(size))
     imaginary = -weights * np.sin(_angles(size))
     imaginary[:, [0, -1]] = 0
@@ -69,7 +69,7 @@ def istft(spectrum: jax.Array, size: int, hop: int, valid: jax.Array | None = No
     else:
         frames = jnp.where(valid[..., None], frames, 0)
         squares = jnp.where(valid[..., None], squares, 0)
-    envelope = jnp.maximum(_overlap_add(squares, hop), 1e-11)
+    envelope = jnp.maximum(_overlap_add(squares, hop), 1e-11)  # as in torch
     return (_overlap_add(frames, hop) / envelope)[:, size // 2 : -(size // 2)]
 
 

@@ -1,9 +1,10 @@
-"""The vocoder over a mel that arrives in pieces: state in, state out, one compiled shape for every piece.
+"""The vocoder over a mel that arrives in pieces: a pure function of the state, with one compiled shape for all pieces.
 
-A piece is vocoded together with the last frames before it. The convolutions look to the right, so the last `overlap`
-frames of a piece are held back until the next one is there. Of these, the last `HiFT.f0_reach` frames are never used:
-their F0 is not final. Over the first ones the two renderings are cross-faded with weights that sum to one; both have
-the same source there, because its phase is carried on and its noise belongs to the absolute frame.
+A piece is vocoded together with the last frames before it. The convolutions look ahead, so the samples of the last
+`overlap` frames of a piece are held back until the next one arrives. Of these, the last `f0_reach` frames are never
+used, because their F0 is not final. Over the frames before them the two renderings are cross-faded with weights that
+sum to one; both have the same source there, because the state has its phase and its noise depends on the absolute
+frame.
 """
 
 from typing import Any
@@ -20,17 +21,17 @@ from moss_jax.speech_decoder.vocoder.model import HiFT, sine_noise
 
 @struct.dataclass
 class VocoderState:
-    """What one stream carries. H is the number of frames kept (`context`), of which min(frames, H) are filled."""
+    """The state of one stream, with the last `context` frames, of which min(frames, context) exist."""
 
-    mel: jax.Array  # float32 [H, M], the last frames, in rows 0 ..
-    f0: jax.Array  # float32 [H], Hz, of the same frames
+    mel: jax.Array  # float32 [context, M], the last frames, from row 0 on
+    f0: jax.Array  # float32 [context], Hz, of the same frames
     phase: jax.Array  # uint32 [harmonics], at the centre of the frame before them
-    speech: jax.Array  # float32 [fade * hop], the rendering that the next one is faded into
-    frames: jax.Array  # int32, mel frames seen so far
+    speech: jax.Array  # float32 [fade * hop], the rendering that is faded into the next one
+    frames: jax.Array  # int32, mel frames so far
 
 
 def fade_frames(config: VocoderConfig, overlap: int) -> int:
-    """Frames over which two renderings are cross-faded. Raises MossError when the overlap is too short for one."""
+    """Frames over which two renderings are cross-faded. Raises MossError when the overlap is too short."""
     fade = overlap - config.f0_reach
     if fade < 1:
         raise MossError(f"speech decoder config: mel_overlap is {overlap} frames, expected more than {config.f0_reach}")
@@ -38,10 +39,16 @@ def fade_frames(config: VocoderConfig, overlap: int) -> int:
 
 
 def init_state(config: VocoderConfig, overlap: int, context: int) -> VocoderState:
-    """The state before the first piece. `context`: frames kept, at least overlap and twice the reach of the F0 net."""
-    if context < max(overlap, 2 * config.f0_reach):
-        least = max(overlap, 2 * config.f0_reach)
-        raise MossError(f"speech decoder config: mel_context is {context} frames, expected at least {least}")
+    """The state before the first piece.
+
+    Args:
+        overlap: frames held back.
+        context: frames that are vocoded again with the next piece. At least `overlap`, and twice `f0_reach`, so that
+            the F0 of all frames that are used is final.
+    """
+    min_context = max(overlap, 2 * config.f0_reach)
+    if context < min_context:
+        raise MossError(f"speech decoder config: mel_context is {context} frames, expected at least {min_context}")
     return VocoderState(
         mel=jnp.zeros((context, config.mel_bins)),
         f0=jnp.zeros(context),
@@ -51,8 +58,8 @@ def init_state(config: VocoderConfig, overlap: int, context: int) -> VocoderStat
     )
 
 
-def emitted_frames(frames, overlap: int, last: bool):
-    """Frames whose samples are out once `frames` are in."""
+def emitted_frames(frames: int, overlap: int, last: bool) -> int:
+    """The number of frames whose samples have been returned when `frames` have been pushed."""
     return frames if last else max(frames - overlap, 0)
 
 
@@ -69,29 +76,29 @@ def step(
     """Vocodes the next piece.
 
     Args:
-        params: folded parameters of HiFT.
+        params: nested parameters of HiFT with folded weight norm.
         overlap: frames held back at the end of every piece but the last.
-        mel: float32 [K, M], of which the first `count` (int32) rows are valid.
-        last: bool, nothing comes after it.
+        mel: float32 [T, M].
+        count: int32, how many of the T frames exist.
+        last: bool, whether this is the last piece.
         seed: uint32, of the noise.
 
     Returns:
-        the state, and samples float32 [(overlap + K) * hop]. The valid ones are those between the `emitted_frames`
-        before and after the piece, in the first places.
+        (the new state, samples float32 [(overlap + T) * hop]). Valid are the first ones, as many as the difference of
+        the `emitted_frames` before and after the piece.
     """
     model = HiFT(config)
     hop = config.hop
     context = state.mel.shape[0]
     size = state.mel.shape[0] + mel.shape[0]
     kept = jnp.minimum(state.frames, context)
-    # the window's first frame in the stream, its end in the window
-    start = state.frames - kept
-    end = kept + count
+    start = state.frames - kept  # of the window in the stream
+    end = kept + count  # of the frames that exist in the window
     window = jnp.pad(state.mel, ((0, mel.shape[0]), (0, 0)))
     window = jax.lax.dynamic_update_slice(window, mel, (kept, 0))[None]
     lengths = end[None]
 
-    def apply(*inputs, method):
+    def apply(*inputs: Any, method: str) -> Any:
         return model.apply({"params": params}, *inputs, method=method)
 
     with jax.named_scope("f0"):
@@ -112,11 +119,11 @@ def step(
 
     keep_from = jnp.maximum(end - context, 0)
     carried = jnp.concatenate([state.phase[None], phases[0]])
-    state = VocoderState(
+    new_state = VocoderState(
         mel=jax.lax.dynamic_slice(window[0], (keep_from, 0), state.mel.shape),
         f0=jax.lax.dynamic_slice(f0[0], (keep_from,), state.f0.shape),
         phase=carried[keep_from],
         speech=jax.lax.dynamic_slice(samples, ((after - before) * hop,), (fade,)),
         frames=state.frames + count,
     )
-    return state, samples
+    return new_state, samples

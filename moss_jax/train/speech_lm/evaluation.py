@@ -12,7 +12,6 @@ from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.run import Run
-from moss_jax.train.speech_lm.losses import CHANNELS
 from moss_jax.train.speech_lm.step import make_eval_step
 
 
@@ -21,6 +20,7 @@ class Evaluation:
 
     def __init__(self, run: Run, config: SpeechLMConfig, mesh: Mesh):
         self._run = run
+        self._config = config
         self._feed = Feed(run.held_out, config, run, mesh)
         step = make_eval_step(config, run.stage, sources=len(self._feed.source_names))
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
@@ -46,8 +46,8 @@ class Evaluation:
         finally:
             self._feed.close()
         losses = {}
-        for name in CHANNELS:
-            count = totals.get(f"source_{name}_count", np.zeros(1)).sum()
+        for name in (channel.name for channel in self._config.channels):
+            count = totals[f"source_{name}_count"].sum()
             if count:
                 losses[f"{name}_loss"] = float(totals[f"source_{name}_sum"].sum() / count)
         loss = sum((run.loss_weights[name] * value for name, value in losses.items()), 0.0)

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from moss_jax.nn.layers import product
 from moss_jax.sharding import RULES, per_device
 
-CHANNELS = ("text", "audio")  # channel 0 and 1 of the grid, and the branch that predicts it
 CHUNK_ROWS = 1024  # rows of logits that one device holds at a time
 SMALL = 1 << 24  # up to so many logits are held at once
 
 
-def next_rows(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def next_row_targets(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What row t predicts, {name: [B, T, ...]}: `labels` int32 [B, T, 2], `weights` float32 [B, T, 2], `source` [B, T].
 
     The last row predicts nothing: its weight is 0.
@@ -92,6 +91,6 @@ def _chunks(rows: int, most: int) -> int:
     return next(n for n in range(math.ceil(rows / most), rows + 1) if rows % n == 0)
 
 
-def mean(total: Any, count: Any) -> jax.Array:
+def mean_or_zero(total: Any, count: Any) -> jax.Array:
     """total / count, 0 where nothing counts."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)

@@ -38,6 +38,10 @@ class Stage:
         if self.lora is not None and self.last_shared_layers is not None:
             raise MossError(f"stage {self.name}: has adapters and last_shared_layers, expected one of them")
 
+    def loss_weight(self, channel: str) -> float:
+        """The weight of the mean loss over the targets of the channel "text" or "audio"."""
+        return {"text": self.text_weight, "audio": self.audio_weight}[channel]
+
     def select(self, paths: Collection[str]) -> set[str]:
         """The paths that train; raises MossError when a pattern matches none of them."""
         selected: set[str] = set()

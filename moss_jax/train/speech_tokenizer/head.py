@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moss_jax.nn.attention import masked_attention
 from moss_jax.nn.layers import Embed, LayerNorm, Linear, named
 from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -22,7 +23,7 @@ OUT = ("heads", "head_dim", "embed")
 class Layer(nn.Module):
     """Whisper's layer: self-attention, in the decoder attention to the encoder, feed-forward; all pre-norm.
 
-    Shaped for `nn.scan`. Masks are bool, broadcast to [B, 1, queries, keys].
+    Shaped for `nn.scan`. Masks are bool, broadcast to [B, queries, keys].
     """
 
     config: SpeechTokenizerConfig
@@ -42,12 +43,10 @@ class Layer(nn.Module):
 
     def _attention(self, prefix: str, x: jax.Array, memory: jax.Array, mask: jax.Array) -> jax.Array:
         heads = (self.config.encoder_attention_heads, self.config.head_dim)
-        query = Linear(heads, QKV, name=f"{prefix}q")(x) * self.config.head_dim**-0.5
-        key = Linear(heads, QKV, use_bias=False, name=f"{prefix}k")(memory)
-        value = Linear(heads, QKV, name=f"{prefix}v")(memory)
-        score = jnp.einsum("btnh,bsnh->bnts", query, key)
-        weights = jax.nn.softmax(jnp.where(mask, score, -1e9))
-        y = jnp.einsum("bnts,bsnh->btnh", weights, value)
+        q = Linear(heads, QKV, name=f"{prefix}q")(x)
+        k = Linear(heads, QKV, use_bias=False, name=f"{prefix}k")(memory)
+        v = Linear(heads, QKV, name=f"{prefix}v")(memory)
+        y = masked_attention(q, k, v, mask)
         return Linear(self.config.d_model, OUT, in_dims=2, name=f"{prefix}o")(y)
 
 
@@ -92,7 +91,7 @@ class Head(nn.Module):
     def memory(self, vectors: jax.Array, valid: jax.Array) -> jax.Array:
         """Vectors of codes with their positions [B, T, C] -> [B, T, D], each having seen the whole clip."""
         x = self.lift(vectors) if self.config.code_dim != self.config.d_model else vectors
-        x, _ = self.layers(x, valid[:, None, None], None, None)
+        x, _ = self.layers(x, valid[:, None], None, None)
         return self.norm(x)
 
     def ctc_logits(self, memory: jax.Array) -> jax.Array:
@@ -103,8 +102,8 @@ class Head(nn.Module):
         """Units so far [B, N], the encoder's output [B, T, D] -> logits of the next one at each place, [B, N, V]."""
         length = units.shape[1]
         x = self.embed(units) + self.positions[:length]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        x, _ = self.decoder_layers(x, causal, memory, valid[:, None, None])
+        causal = jnp.tril(jnp.ones((length, length), bool))[None]
+        x, _ = self.decoder_layers(x, causal, memory, valid[:, None])
         return self.decoder_norm(x) @ self.embed(jnp.arange(self.units)).T
 
     def mel(self, vectors: jax.Array) -> jax.Array:

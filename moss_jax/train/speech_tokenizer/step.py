@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from moss_jax.audio.features import log_mel_16k
+from moss_jax.nn.quantize import ema_update, straight_through, unit
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import Encoder
@@ -25,44 +26,6 @@ from moss_jax.train.state import TrainState, updated
 
 Flat = dict[str, jax.Array]
 CODEBOOK = "encoder/codebook"  # the one parameter without a gradient; it lies in the state's `extra`
-
-
-def new_codebook(codebook: jax.Array, trained: bool) -> dict[str, jax.Array]:
-    """The codebook's part of the state: codes [K, C], how often each is chosen a step [K], sums of what chose it, and
-    the steps that it has followed so far (a trained one: enough that the averages are as long as they get)."""
-    # With a dtype, as an array without one has a weak type: the state that comes back from the first update has not,
-    # and the step would be compiled twice.
-    count = jnp.full(codebook.shape[0], 1.0 if trained else 0.0, jnp.float32)
-    age = jnp.full((), 1e6 if trained else 0.0, jnp.float32)
-    return {"codebook": codebook, "count": count, "sum": codebook * count[:, None], "age": age}
-
-
-def moved(
-    book: Mapping[str, jax.Array],
-    vectors: jax.Array,
-    codes: jax.Array,
-    valid: jax.Array,
-    objective: Objective,
-    key: jax.Array,
-) -> dict[str, jax.Array]:
-    """The codebook after a batch: vectors [B, T, C], the codes that they chose [B, T], valid bool [B, T]."""
-    size = book["codebook"].shape[0]
-    # While the encoder is new its vectors run away from where they were: averages over the last tenth of the steps
-    # keep up, and a code that is left behind is soon seen to be dead.
-    decay = jnp.minimum(objective.ema_decay, (1 + book["age"]) / (10 + book["age"]))
-    flat = vectors.reshape(-1, vectors.shape[-1])
-    weights = valid.reshape(-1).astype(jnp.float32)
-    chosen = jax.ops.segment_sum(weights, codes.reshape(-1), size)
-    total = jax.ops.segment_sum(flat * weights[:, None], codes.reshape(-1), size)
-    count = decay * book["count"] + (1 - decay) * chosen
-    sums = decay * book["sum"] + (1 - decay) * total
-    usual = weights.sum() / size
-    dead = (count < objective.restart_below * usual) | (book["count"].sum() == 0)
-    places = jax.random.choice(key, flat.shape[0], (size,), p=weights / jnp.maximum(weights.sum(), 1))
-    count = jnp.where(dead, usual, count)
-    sums = jnp.where(dead[:, None], flat[places] * usual, sums)
-    codebook = sums / jnp.maximum(count, 1e-8)[:, None]
-    return {"codebook": codebook, "count": count, "sum": sums, "age": book["age"] + 1}
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
@@ -108,9 +71,8 @@ class Recogniser:
         encoder = tree["encoder"] | {"codebook": codebook}
         vectors, codes = Encoder(config).apply({"params": encoder}, frames, method="vectors")
         valid = (jnp.arange(codes.shape[1]) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
-        chosen = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True) if config.normalize_codes else codebook
-        chosen = chosen[codes]
-        through = vectors + jax.lax.stop_gradient(chosen - vectors)
+        chosen = (unit(codebook) if config.normalize_codes else codebook)[codes]
+        through = straight_through(vectors, chosen)
         placed = through + encoder["code_positions"][: codes.shape[1]]
         memory = self._head(tree, "memory", placed, valid)
         with jax.named_scope("recognise"):
@@ -210,7 +172,15 @@ def make_step(recogniser: Recogniser, optimizer: OptimizerConfig, seed: int, sha
         (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         with jax.named_scope("codebook"):
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            book = moved(state.extra, sums["vectors"], sums["codes"], sums["valid"], objective, key)
+            book = ema_update(
+                state.extra,
+                sums["vectors"],
+                sums["codes"],
+                sums["valid"],
+                key,
+                max_decay=objective.ema_decay,
+                restart_below=objective.restart_below,
+            )
         with jax.named_scope("update"):
             state, told = updated(state, grads, value, limit, optimizer, book)
         count = state.extra["count"]

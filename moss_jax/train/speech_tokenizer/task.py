@@ -20,6 +20,7 @@ from moss_jax.data.words import errors, words
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import replace_folder
+from moss_jax.nn.quantize import new_codebook
 from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
@@ -29,7 +30,7 @@ from moss_jax.train.gather import gather_to_host
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.speech_tokenizer.head import head_shapes, init_head
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
-from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, new_codebook, perplexity
+from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, perplexity
 from moss_jax.train.speech_tokenizer.units import BLANK, Units, WhisperUnits
 from moss_jax.train.state import TrainState, new_state, shardings_of
 from moss_jax.train.task import Batch, Flat, Step, check_rows, scalars

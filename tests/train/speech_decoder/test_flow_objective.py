@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from moss_jax.errors import MossError
+from moss_jax.nn import attention
 from moss_jax.nn.tree import flatten, unflatten
-from moss_jax.speech_decoder.flow import attention
 from moss_jax.speech_decoder.flow.config import TINY
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
@@ -129,10 +129,10 @@ def test_the_training_forward_is_what_a_stream_computes(params, batch):
 
 def test_chunks_of_each_item():
     valid = jnp.arange(11) < jnp.array([[11], [9], [11]])
-    each = attention.allowed(11, valid, jnp.array([3, 4, 11]))
-    np.testing.assert_array_equal(each[0], attention.allowed(11, valid[:1], 3)[0])
-    np.testing.assert_array_equal(each[1], attention.allowed(11, valid[1:2], 4)[0])
-    np.testing.assert_array_equal(each[2], attention.allowed(11, valid[2:], None)[0])
+    each = attention.chunk_mask(11, valid, jnp.array([3, 4, 11]))
+    np.testing.assert_array_equal(each[0], attention.chunk_mask(11, valid[:1], 3)[0])
+    np.testing.assert_array_equal(each[1], attention.chunk_mask(11, valid[1:2], 4)[0])
+    np.testing.assert_array_equal(each[2], attention.chunk_mask(11, valid[2:], None)[0])
 
 
 @pytest.mark.slow

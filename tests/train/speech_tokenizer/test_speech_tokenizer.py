@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from moss_jax.cli import main
 from moss_jax.data.clips import ClipBatches, ClipOrder, Clips
 from moss_jax.errors import MossError
+from moss_jax.nn.quantize import ema_update, new_codebook
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -20,8 +22,7 @@ from moss_jax.speech_tokenizer.encoder import Encoder
 from moss_jax.speech_tokenizer.stream import LogMelStream
 from moss_jax.train import loop
 from moss_jax.train.run import load_run, override, read_run
-from moss_jax.train.speech_tokenizer.run import Objective
-from moss_jax.train.speech_tokenizer.step import log_mel, moved, new_codebook, perplexity
+from moss_jax.train.speech_tokenizer.step import log_mel, perplexity
 from moss_jax.train.speech_tokenizer.units import UNKNOWN, Units
 from tests.train import tiny, tones
 
@@ -138,7 +139,7 @@ def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
 
 
 def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
-    objective = Objective(ema_decay=0.75, restart_below=0.3)
+    update = partial(ema_update, max_decay=0.75, restart_below=0.3)
     random = np.random.default_rng(0)
     vectors = random.normal(size=(2, 5, 3)).astype(np.float32)
     codes = np.array([[0, 0, 1, 1, 3], [0, 1, 1, 3, 3]])
@@ -149,7 +150,7 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
         "sum": random.normal(size=(4, 3)).astype(np.float32),
         "age": np.float32(1000),
     }
-    found = moved(book, jnp.asarray(vectors), jnp.asarray(codes), jnp.asarray(valid), objective, jax.random.key(0))
+    found = update(book, jnp.asarray(vectors), jnp.asarray(codes), jnp.asarray(valid), jax.random.key(0))
     chosen = np.array([3, 3, 0, 1])
     count = 0.75 * book["count"] + 0.25 * chosen
     total = np.stack([vectors[valid & (codes == code)].sum(0) for code in range(4)])
@@ -158,18 +159,15 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
     np.testing.assert_allclose(found["count"][np.array(alive)], count[alive], rtol=1e-6)
     np.testing.assert_allclose(found["codebook"][np.array(alive)], (sums / count[:, None])[alive], rtol=1e-5)
     assert found["count"][2] == 7 / 4 and any(np.allclose(found["codebook"][2], row) for row in vectors[valid])
-    fresh = moved(
+    fresh = update(
         new_codebook(jnp.asarray(book["codebook"]), False),
         jnp.asarray(vectors),
         jnp.asarray(codes),
         jnp.asarray(valid),
-        objective,
         jax.random.key(1),
     )
     assert all(any(np.allclose(row, other) for other in vectors[valid]) for row in fresh["codebook"])
-    early = moved(
-        book | {"age": np.float32(2)}, *map(jnp.asarray, (vectors, codes, valid)), objective, jax.random.key(0)
-    )
+    early = update(book | {"age": np.float32(2)}, *map(jnp.asarray, (vectors, codes, valid)), jax.random.key(0))
     assert early["count"][0] == pytest.approx(3 / 12 * 2 + 9 / 12 * 3)  # over a tenth of the steps, not over four
     assert perplexity(jnp.ones(7)) == pytest.approx(7) and perplexity(jnp.eye(7)[0]) == pytest.approx(1)
 

@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from moss_jax.cli import main
-from moss_jax.compile.serving import CompileRequest, collectives, compile_function
+from moss_jax.compile import CompileRequest, compile_function
+from moss_jax.compile.hlo import collectives
 
 HLO = """HloModule jit_run, is_scheduled=true
 
