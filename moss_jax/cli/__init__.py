@@ -1,7 +1,7 @@
 """The command line, `moss-jax VERB ...`.
 
 Each verb is a module of this package: its docstring is the text of `--help`, `add_arguments(parser)` declares its
-arguments, and `run(args)` does the work and returns the exit code (None: 0). A module is imported only when its verb
+arguments, and `run(args)` does the work and returns the exit code. A module is imported only when its verb
 runs.
 """
 
@@ -127,7 +127,7 @@ def _run(argv: list[str], verb: str | None) -> int:
         import jax
 
         jax.config.update("jax_enable_x64", False)  # all models, and training in every thread, are defined in 32 bits
-    return args.run(args) or 0
+    return args.run(args)
 
 
 def _prepare_streams() -> None:

@@ -5,7 +5,7 @@
   cat QUESTION.wav | moss-jax encode - --model FOLDER
   moss-jax encode --manifests CORPUS/asr.jsonl CORPUS/chat.jsonl --model FOLDER -o CODED
 
-Writes one line of JSON per recording, in the given order: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
+Writes a line of JSON per recording, in the given order: {"path": "QUESTION.wav", "seconds": 3.2, "codes": [512, ...]}.
 Recordings may have any sample rate, length and number of channels; channels are averaged. docs/audio.md lists the
 formats. The codes of a recording do not depend on the others. If a recording cannot be read, nothing is written.
 `moss-jax decode` turns codes into audio again. With --manifests, the folder CODED gets the same manifests with codes in

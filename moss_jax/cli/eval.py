@@ -66,7 +66,7 @@ voice. It is not the protocol of the paper, which trains a recogniser on the cod
 The items are frozen in the package and spoken by espeak-ng; the judge is pocketsphinx with a closed grammar
 (pip install 'moss-jax[judge,espeak]'). Any system can be evaluated. docs/nano.md explains the rows of the report.
 """,
-    "tokenizer": """Measure the word error rate of the recogniser that a speech tokenizer was trained with, from its codes.
+    "tokenizer": """Measure the word error rate of the recogniser that a speech tokenizer was trained with.
 
   moss-jax eval tokenizer nano/runs/speech_tokenizer nano/report/items/voices.jsonl
 
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             subparser.add_argument("--items", type=int, metavar="N", help="number of items per set (default: all)")
         if task == "choice":
             subparser.add_argument("--shots", type=int, default=0, help="examples before each question (default: 0)")
-            subparser.add_argument("--examples", metavar="FILE", help="source of the examples: the first ones per subject")
+            subparser.add_argument("--examples", metavar="FILE", help="source of the examples, the first per subject")
         if task in ("spoken-qa", "resynthesis"):
             subparser.add_argument(
                 "--judge", metavar="FOLDER", help="a speech recogniser in the format of Hugging Face transformers"

@@ -1,6 +1,6 @@
 """Plot the loss curves of runs into one figure.
 
-  moss-jax plot runs/stage1 runs/stage2 runs/sft -o curves.png
+moss-jax plot runs/stage1 runs/stage2 runs/sft -o curves.png
 """
 
 import argparse
