@@ -64,7 +64,7 @@ def grids(golden: Golden) -> dict:
             released = reference.with_processor_system(turns, reply)
             released_grids.append(np.concatenate(grid.prompt_pieces(released, reply, processor_tokenizer, config)))
             results[f"{case['name']}/grid_compat"] = released_grids[-1]
-            # The golden has the processor's own system turn in front, where this package has the driver's.
+            # In the golden file the processor's own system turn is first; this package has the driver's there.
             if turns[0].role != "system":
                 turns.insert(0, Turn("system", text=reference.PROCESSOR_SYSTEM_PROMPT[reply]))
             results[f"{case['name']}/grid_system_first"] = grid.prompt_grid(turns, reply, text_tokenizer, config)
@@ -76,7 +76,7 @@ def grids(golden: Golden) -> dict:
 
 
 def sampler(golden: Golden) -> dict:
-    """Component lm.sampler: raw logits and a history to the distribution that is drawn from."""
+    """Component lm.sampler: raw logits and a history to the distribution that ids are sampled from."""
     _no_weights(golden)
     config = read_config(golden)
     results = {}
@@ -163,7 +163,7 @@ def _greedy(case: dict) -> GenerationSettings:
 
 
 def _padding(config):
-    """What a row emits once its reply has ended; a file may go on to `max_new_tokens` where all have."""
+    """The values of a row after the end of its reply, up to `max_new_tokens` rows in a golden file."""
     return np.array([config.endoftext_id, config.audio_pad_id], np.int32)
 
 

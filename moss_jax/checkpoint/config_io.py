@@ -159,6 +159,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], foreign: bool
                 f"wrong value: {where} is {shown(value)}, expected one of {', '.join(map(repr, arguments))}"
             )
         return value
+    if origin is dict:  # its keys and values are not checked
+        hint = dict
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INT:
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):  # a bool is an int in Python

@@ -1,8 +1,10 @@
-"""Describe a system folder or a released folder: components, sizes, voices, and the source of the tensor names.
+"""Describe a system folder or a released folder.
 
-moss-jax info SYSTEM              a system folder
-moss-jax info MOSS-Speech-Codec   a released folder (.pt and .onnx files need pip install 'moss-jax[convert]')
-moss-jax info FOLDER --names      also list the tensor names that were not verified against a real file
+  moss-jax info SYSTEM              a system folder
+  moss-jax info MOSS-Speech-Codec   a released folder (.pt and .onnx files need pip install 'moss-jax[convert]')
+  moss-jax info FOLDER --names      also list the tensor names that were not verified against a real file
+
+Prints components, sizes and voices, and where the tensor names of the conversion come from.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Create a complete system with random weights, without a download. Its replies are noise.
+"""Create a complete system with random weights, without a download.
 
-moss-jax init-random FOLDER                          a tiny one of 4 MB, to try every verb
-moss-jax init-random FOLDER --size 8b                the released sizes, 21 GB
-moss-jax init-random FOLDER --layout released        FOLDER/MOSS-Speech and FOLDER/MOSS-Speech-Codec as released
-                                                     (needs torch and onnx: pip install 'moss-jax[convert]')
+  moss-jax init-random FOLDER                          a tiny one of 4 MB, to try every verb
+  moss-jax init-random FOLDER --size 8b                the released sizes, 21 GB
+  moss-jax init-random FOLDER --layout released        FOLDER/MOSS-Speech and FOLDER/MOSS-Speech-Codec as released
+
+The replies of such a system are noise. The released layout needs torch and onnx: pip install 'moss-jax[convert]'.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""Plot the loss curves of runs into one figure.
+"""Plot the loss curves of runs.
 
-moss-jax plot runs/stage1 runs/stage2 runs/sft -o curves.png
+  moss-jax plot runs/stage1 runs/stage2 runs/sft -o curves.png
+
+The runs are drawn side by side in one figure.
 """
 
 import argparse

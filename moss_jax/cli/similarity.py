@@ -12,7 +12,8 @@ system folder, or a Qwen3, which has no speech: its speech embeddings are then r
 import argparse
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_system_arguments, cache_folder, progress, system_folder
+from moss_jax.cli.system_arguments import add_system_arguments, progress, system_folder
+from moss_jax.compile_cache import cache_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,12 @@
-"""What several verbs share: the arguments that name a system, the cache folder, and lines on standard error."""
+"""What several verbs share: arguments, the system that they name, and lines on standard error."""
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
+from moss_jax.compile_cache import DEFAULT_CACHE, cache_folder, enable_compile_cache
 from moss_jax.errors import MossError
-
-DEFAULT_CACHE = "~/.cache/moss_jax"
 
 
 def add_system_arguments(parser: argparse.ArgumentParser, nano: bool = False) -> None:
@@ -29,7 +27,7 @@ def add_system_arguments(parser: argparse.ArgumentParser, nano: bool = False) ->
         "--codec",
         metavar="FOLDER",
         help="the codec of a released language model: a folder or a Hub name such as fnlp/MOSS-Speech-Codec. The pair "
-        f"is converted once and cached in MOSS_JAX_CACHE (default {DEFAULT_CACHE})",
+        f"is converted once and cached in MOSS_JAX_CACHE (default: {DEFAULT_CACHE})",
     )
     add_revision_arguments(parser)
 
@@ -70,7 +68,7 @@ def system_folder(args: argparse.Namespace) -> Path:
     from moss_jax.checkpoint.system_folder import NANO_FOLDER
     from moss_jax.convert.resolve import resolve_system
 
-    keep_compiled()
+    enable_compile_cache()
     if args.model is None:
         for name in ("codec", "revision", "codec_revision"):
             if getattr(args, name) is not None:
@@ -84,22 +82,6 @@ def check_revisions(args: argparse.Namespace) -> None:
     """Raises MossError if --codec-revision is given without --codec."""
     if args.codec_revision is not None and args.codec is None:
         raise MossError("--codec-revision: is used together with --codec, which is missing")
-
-
-def keep_compiled() -> None:
-    """Enables JAX's persistent compilation cache, so that the next start is faster.
-
-    Compiled programs are stored in the cache folder, unless the user has chosen a folder (JAX_COMPILATION_CACHE_DIR).
-    """
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax defines options at run time
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-
-
-def cache_folder() -> Path:
-    """MOSS_JAX_CACHE, or its default: holds converted systems and compiled programs."""
-    return Path(os.environ.get("MOSS_JAX_CACHE") or DEFAULT_CACHE).expanduser()
 
 
 def say(line: str) -> None:

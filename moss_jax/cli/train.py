@@ -14,7 +14,8 @@ preempted. See docs/training_loop.md.
 
 import argparse
 
-from moss_jax.cli.system_arguments import keep_compiled, say
+from moss_jax.cli.system_arguments import say
+from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.train.host_memory import keep_freed_memory
 
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moss_jax.train.run import load_run, run_text
+    from moss_jax.train.run_file import load_run, run_text
 
     given = [f"{name}={value}" for name in ("init", "folder") if (value := getattr(args, name)) is not None]
     run = load_run(args.config, [*given, *args.set])
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     import jax
 
-    keep_compiled()
+    enable_compile_cache()
     if args.distributed:
         from moss_jax.train.processes import join
 

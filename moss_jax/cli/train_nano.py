@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moss_jax.cli.system_arguments import keep_compiled, say
+from moss_jax.cli.system_arguments import say
+from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.errors import MossError
 from moss_jax.train.host_memory import keep_freed_memory
 
@@ -39,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     from moss_jax.recipes.nano.train import CONFIGS, Recipe
 
     keep_freed_memory()  # before the backend starts threads, which would keep their arenas
-    keep_compiled()
+    enable_compile_cache()
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or skip it with --no-report")
     report = None if args.no_report else _report
-    return Recipe(args.quick, args.share, args.configs or CONFIGS, report, say).make(args.from_step, args.to_step)
+    return Recipe(args.quick, args.share, args.configs or CONFIGS, report, say).run(args.from_step, args.to_step)
 
 
 def _report(system: Path, folder: Path, quick: bool) -> None:

@@ -188,7 +188,7 @@ class LanguageModel:
             conversation.check()
             if conversation.language_model is not self:
                 raise MossError(
-                    "conversation: of another language model, expected one that began or resumed with this one"
+                    "conversation: it belongs to another language model, expected one that this one began or resumed"
                 )
             history = self._history(conversation)
             prompt = self._prompt(turns, reply, settings, history, conversation.roles.tolist())

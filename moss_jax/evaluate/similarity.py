@@ -159,11 +159,11 @@ def measure(
     maps: dict[str, dict[str, np.ndarray]] = {}
     finished = 0
     for batch in batches:
-        spoken = _outputs(scorer, speech, batch)
+        speech_outputs = _outputs(scorer, speech, batch)
         for rows, parts in ((text, scores), (others, floors)):
-            written = _outputs(scorer, rows, batch)
+            text_outputs = _outputs(scorer, rows, batch)
             counts = (speech_counts[batch.members], text_counts[batch.members])
-            for block, centre, values, c in _scores(spoken, written, counts, means):
+            for block, centre, values, c in _scores(speech_outputs, text_outputs, counts, means):
                 for score in SCORES:
                     part = np.asarray(values[score])[:, : batch.count]
                     parts.setdefault((block, centre, score), []).append(part)

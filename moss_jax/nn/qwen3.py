@@ -122,9 +122,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", named(nn.initializers.ones, "norm"), x.shape[-1:], jnp.dtype(self.param_dtype))
+        dtype = jnp.dtype(self.param_dtype)
+        scale: jax.Array = self.param("scale", named(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -217,7 +218,9 @@ def _swiglu_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
     sigmoid = nn.sigmoid(gate)
     gate_gradient = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
     up_gradient = gradient * gate * sigmoid
-    return jax.lax.optimization_barrier((gate_gradient.astype(dtype), up_gradient.astype(dtype)))
+    gradients = (gate_gradient.astype(dtype), up_gradient.astype(dtype))
+    gate_gradient, up_gradient = jax.lax.optimization_barrier(gradients)
+    return gate_gradient, up_gradient
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -261,7 +264,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Layers with one program for all of them: parameters [L, ...] under `layers`, scanned over L.
 
-    Collections: "params"; "lora", low-rank adapters beside kernels, where there are any; "intermediates", see `Layer`.
+    Collections: "params"; "lora", optional low-rank adapters of kernels; "intermediates", see `Layer`.
     A stack without layers returns its input.
     """
 
@@ -313,7 +316,8 @@ class Stack(nn.Module):
         new_valid = jax.lax.dynamic_slice_in_dim(valid, index, length, 1)  # [B, T]
         mask = jnp.tril(jnp.ones((length, length), bool)) & new_valid[:, None]
         shared = LayerInputs(*self._angles(positions), None, past_mask, mask)
-        x, new = self.layers(x, shared, cache)
+        x, new = self.layers(x, shared, cache)  # new keys and values of all layers
+        assert new is not None
         return x, cache.write(new.k, new.v, index)
 
     def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,6 @@ __all__ = [
     "ATTENTION",
     "DTYPES",
     "MOSS_SPEECH_8B",
-    "NANO",
     "QWEN3_8B",
     "REMAT",
     "TINY",
@@ -112,29 +111,6 @@ QWEN3_8B = SpeechLMConfig(
     audio_vocab_size=0,
     dtype="bfloat16",
     param_dtype="bfloat16",
-)
-
-# The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes; no example is longer than
-# 256 rows.
-NANO = SpeechLMConfig(
-    hidden_size=192,
-    intermediate_size=384,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_shared_layers=5,
-    num_modality_layers=2,
-    text_vocab_size=800,
-    audio_vocab_size=384,
-    endoftext_id=768,
-    im_start_id=769,
-    im_end_id=770,
-    sosp_id=771,
-    modality_pad_id=792,
-    eosp_id=256,
-    audio_pad_id=255,
-    rope_theta=1e4,
-    max_position_embeddings=256,
 )
 
 # For tests.

@@ -16,6 +16,7 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moss_jax.nn.qwen3 import ACTIVATION_AXES, Embed, Head, KVCache, RMSNorm, Stack
 from moss_jax.nn.tree import param_axes, param_shapes
@@ -157,20 +158,18 @@ def model_axes(config: SpeechLMConfig) -> dict[str, tuple[str | None, ...]]:
 
 
 def _without_kernels(config: SpeechLMConfig) -> SpeechLMConfig:
-    return replace(config, attention="xla", remat="none")  # the kernels reject the single row of _INPUTS
+    return replace(config, attention="xla", remat="none")  # the kernels reject the single row of _GRID
 
 
 @functools.cache
 def _shapes(config: SpeechLMConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    return param_shapes(LayerSplitModel(config), *_INPUTS)
+    return param_shapes(LayerSplitModel(config), _GRID, _POSITIONS)
 
 
 @functools.cache
 def _axes(config: SpeechLMConfig) -> dict[str, tuple[str | None, ...]]:
-    return param_axes(LayerSplitModel(config), *_INPUTS)
+    return param_axes(LayerSplitModel(config), _GRID, _POSITIONS)
 
 
-_INPUTS = (
-    jax.ShapeDtypeStruct((1, 1, 2), jnp.int32),  # grid
-    jax.ShapeDtypeStruct((1, 1), jnp.int32),  # positions
-)
+_GRID = np.zeros((1, 1, 2), np.int32)
+_POSITIONS = np.zeros((1, 1), np.int32)

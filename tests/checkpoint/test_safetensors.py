@@ -152,7 +152,7 @@ def test_index_errors(tmp_path):
 
 
 def test_files_of_several_gigabytes(tmp_path):
-    """Offsets are no sizes: their product says nothing. The file is sparse and takes no room."""
+    """Offsets are not sizes, so the limit of sizes does not apply to them. The file is sparse."""
     size = 2**30
     header = {
         name: {"dtype": "U8", "shape": [size], "data_offsets": [i * size, i * size + size]}

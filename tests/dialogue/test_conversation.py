@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from moss_jax.data.formats import Maker
+from moss_jax.data.formats import ExampleBuilder
 from moss_jax.data.manifest import Document
 from moss_jax.dialogue.conversation import LanguageModel
 from moss_jax.dialogue.grid import prompt_grid
@@ -47,7 +47,7 @@ def test_kept_caches_change_nothing(model):
         conversation, notices = answer(model, [turn], reply, conversation)
         assert notices == []
         assert len(conversation.rows)
-    # The last reply again, from the rows of everything before it.
+    # The last reply once more, from a prefill of all rows before it.
     grids = np.asarray(conversation.state.grid)[0, : conversation.begin]
     whole = Turn("system", text=DEFAULT_SYSTEM_PROMPT["speech"])
     first = prompt_grid([whole, TEXT], "speech", model.text_tokenizer, TINY)
@@ -80,7 +80,7 @@ def test_turns_are_closed_as_in_the_template(model):
 
 
 def test_twenty_turns_in_a_full_context(model):
-    """The oldest turns go and it is told; nothing more is compiled, and no more memory is held."""
+    """The oldest turns are dropped with a notice; nothing more is compiled, and no more memory is used."""
     conversation = None
     notices = []
     sizes = []
@@ -110,7 +110,7 @@ def test_a_turn_that_cannot_fit(model):
     conversation, _ = answer(model, [TEXT], "speech")
     with pytest.raises(MossError, match="the last turn of"):
         model.begin([long], "speech", SETTINGS, conversation=conversation)
-    answer(model, [TEXT], "speech", conversation)  # it is still good after the error
+    answer(model, [TEXT], "speech", conversation)  # it can still be continued after the error
 
 
 def test_saved_and_resumed(model, tmp_path):
@@ -264,8 +264,8 @@ def test_a_conversation_of_the_former_format_is_resumed(params, text_tokenizer, 
     for conversation in (resumed, again):
         found, _ = answer(model, [TEXT], "text", conversation, settings=settings)
         np.testing.assert_array_equal(found.rows, expected.rows)
-    # Its fingerprint covers one row of the weights only, so the caches in it are computed again. (With 512 columns:
-    # a chunk of the prefill has 256, and would pass all columns of a smaller state once more.)
+    # Its fingerprint covers one row of the weights only, so the caches in it are recomputed. (With 512 columns: a
+    # chunk of the prefill has 256, and would run all columns of a smaller state again.)
     flat["shared/layers/mlp/down/kernel"] = flat["shared/layers/mlp/down/kernel"] * 0
     other = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=512)
     long = settings.replace(max_new_tokens=300)
@@ -280,7 +280,7 @@ def test_a_conversation_of_the_former_format_is_resumed(params, text_tokenizer, 
 def test_a_conversation_of_another_language_model(model):
     conversation, _ = answer(model, [TEXT], "speech")
     other = LanguageModel(TINY, model.params, model.text_tokenizer, context=256)
-    with pytest.raises(MossError, match="of another language model"):
+    with pytest.raises(MossError, match="belongs to another language model"):
         other.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
 
 
@@ -290,7 +290,7 @@ def test_training_and_generation_begin_alike(model, reply):
     answered = Turn("assistant", codes=[1, 2]) if reply == "speech" else Turn("assistant", text="yes")
     document = Document(1, "a", turns=(TEXT, answered))
     codes = [None, answered.codes]
-    trained = Maker("chat", TINY, model.text_tokenizer).example(document, codes).grid
+    trained = ExampleBuilder("chat", TINY, model.text_tokenizer).example(document, codes).grid
     prompt = prompt_grid([TEXT], reply, model.text_tokenizer, TINY)
     np.testing.assert_array_equal(trained[: len(prompt)], prompt)
     conversation, _ = model.begin([TEXT], reply, SETTINGS)

@@ -55,7 +55,7 @@ def test_the_default_system_turn_is_first_and_that_of_the_released_processor_las
 def test_special_strings_in_a_turn_are_plain_text(text_tokenizer):
     text = "say <|im_end|>, <think> and <|object_ref_start|>."
     ours = grid.turn_rows(Turn("user", text=text), text_tokenizer, TINY)
-    assert [i for i in ours[:, 0] if i >= 256] == [TINY.im_start_id, TINY.im_end_id]  # the template's own two
+    assert [i for i in ours[:, 0] if i >= 256] == [TINY.im_start_id, TINY.im_end_id]  # those of the template
     assert text_tokenizer.decode(ours[:, 0]) == f"user\n{text}\n"
     processor_tokenizer = reference.ProcessorTokenizer(tokenizer_json(TINY))
     theirs = grid.turn_rows(Turn("user", text=text), processor_tokenizer, TINY)

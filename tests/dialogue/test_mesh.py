@@ -1,4 +1,4 @@
-"""Eight devices say what one says. They need a process of their own: `python -m tests.dialogue.test_mesh`."""
+"""Eight devices generate the same as one. This needs a process of its own: `python -m tests.dialogue.test_mesh`."""
 
 import os
 import subprocess

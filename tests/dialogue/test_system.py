@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random system: four pairings, streams, voices, conversations, batches, the verbs."""
+"""The whole pipeline on a tiny random system: four combinations, streams, voices, conversations, batches, the verbs."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def test_a_batch_in_order(system, spoken):
     np.testing.assert_allclose(replies[0].wave, alone.wave, atol=1e-5)
 
 
-def test_an_array_is_as_good_as_a_file(system, spoken, recording_file):
+def test_an_array_equals_a_file(system, spoken, recording_file):
     wave, rate = soundfile.read(recording_file)
     array = Turn("user", audio=wave, sample_rate=rate)
     (from_file,), _ = system._with_codes([[spoken]])
@@ -143,7 +143,7 @@ def test_a_voice_is_enrolled_kept_and_used(system, recording_file, tmp_path):
     assert not any("voice" in notice for notice in own.notices)
 
 
-def test_voices_that_are_none(system, tmp_path):
+def test_files_that_are_not_voices(system, tmp_path):
     with pytest.raises(MossError, match="neither a file nor a voice of the system, which has: none"):
         system.reply([WRITTEN], voice="anna")
     config, parts = system.folder.load(SPEECH_DECODER)

@@ -6,8 +6,8 @@
     with jax.set_mesh(mesh):
         state, metrics = step(state, frozen, batch)
 
-The state is donated; frozen parameters are an argument that nothing writes to. Trainable parameters are float32, the
-forward pass runs in `config.dtype`, norms' statistics, softmax, losses, gradients' sums and the update in float32.
+The state is donated; frozen parameters are a read-only argument. Trainable parameters are float32 and the forward pass
+runs in `config.dtype`; statistics of norms, softmax, losses, sums of gradients and the update are float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.lora import is_adapter, scaled
 from moss_jax.train.speech_lm.losses import channel_sums, mean_or_zero, next_row_targets, token_nll
 from moss_jax.train.speech_lm.stages import STACK, Stage, stage_axes, stage_shapes
-from moss_jax.train.state import TrainState, new_state, shardings_of, updated
+from moss_jax.train.state import TrainState, apply_update, new_state, shardings_of
 
 Flat = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
@@ -64,7 +64,9 @@ def hidden(
         assert stage is not None and stage.lora is not None, "adapters need the stage that made them"
         variables["lora"] = unflatten(scaled(stage.lora, adapters, jnp.dtype(config.dtype)))
     model = LayerSplitModel(config, num_lower_layers, unroll)
-    return model.apply(variables, batch["grid"], batch["positions"], batch["segment_ids"], method="hidden")
+    inputs = (batch["grid"], batch["positions"], batch["segment_ids"])
+    outputs: Any = model.apply(variables, *inputs, method="hidden")
+    return outputs
 
 
 def batch_nll(
@@ -95,7 +97,11 @@ def batch_sums(
     sources: int,
     unroll: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This (micro-)batch's share of the loss of a global batch with `counts`, and the sums it consists of."""
+    """The part of a global batch's loss that comes from this (micro-)batch, and the sums it consists of.
+
+    Args:
+        counts: {channel: sum of loss weights []} of the global batch.
+    """
     targets = next_row_targets(batch)
     nll = batch_nll(config, trainable, frozen, batch, stage, unroll)
     loss = jnp.float32(0)
@@ -134,7 +140,7 @@ def gradients(
 
 
 def unrolled(config: SpeechLMConfig) -> bool:
-    """Whether `make_step` should unroll the layers here: on a CPU, and while they are so few that it compiles fast."""
+    """Whether `make_step` should unroll the layers: on a CPU, if there are few enough to compile fast."""
     layers = config.num_shared_layers + config.num_modality_layers * len(config.channels)
     return jax.default_backend() == "cpu" and layers <= MAX_UNROLLED_LAYERS
 
@@ -152,19 +158,19 @@ def make_step(
     """The compiled step: `step(state, frozen, batch, limit=inf) -> (state, metrics)`.
 
     `batch` is a dict of arrays [B, T, ...] (see `BATCH_AXES`). `limit`, float32, is the largest loss and the largest
-    gradient norm that are accepted: one number, or [2] for the two. When either is not finite or above, parameters and
-    optimizer state stay as they are and `skipped` is 1; `step` counts on.
+    gradient norm that are accepted: one number, or [2] for the two. If either is not finite or above, parameters and
+    optimizer state are unchanged and `skipped` is 1; `step` is counted all the same.
 
     Metrics are float32 scalars: loss, text_loss, audio_loss (means), text_count, audio_count (sums of weights),
     grad_norm (before clipping), learning_rate, skipped; and [sources] each: source_text_sum, source_text_count,
     source_audio_sum, source_audio_count.
 
     Args:
-        accumulate: micro-batches that a batch is worked off in; it must divide the rows.
-        sources: how many values `batch["source"]` has.
-        mesh: where the state lies, on calls under `jax.set_mesh(mesh)`; None: one device.
-        unroll: layers one after the other instead of in a loop: a third faster on a CPU, and compiles with the depth;
-            see `unrolled`.
+        accumulate: number of micro-batches; it must divide the rows.
+        sources: number of values of `batch["source"]`.
+        mesh: of the state, for calls under `jax.set_mesh(mesh)`; None: one device.
+        unroll: no loop over layers in the compiled program: a third faster on a CPU, but compile time grows with
+            depth; see `unrolled`.
     """
 
     def step(state: TrainState, frozen: Flat, batch: Batch, limit=jnp.inf):
@@ -173,8 +179,8 @@ def make_step(
                 config, stage, state.params, frozen, batch, accumulate=accumulate, sources=sources, unroll=unroll
             )
         with jax.named_scope("update"):
-            state, told = updated(state, grads, metrics["loss"], limit, optimizer)
-        return state, metrics | told
+            state, update_metrics = apply_update(state, grads, metrics["loss"], limit, optimizer)
+        return state, metrics | update_metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -199,7 +205,7 @@ def make_eval_step(config: SpeechLMConfig, stage: Stage, *, sources: int = 1) ->
 
 
 def state_shardings(config: SpeechLMConfig, stage: Stage, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """A TrainState of shardings: parameters by the rules table, moments as their parameters, counters everywhere."""
+    """A TrainState of shardings: parameters by the rules table, moments like their parameters, counters replicated."""
     shapes = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), stage_shapes(config, stage)[0])
     return shardings_of(shapes, trainable_shardings(config, stage, mesh), mesh)
 
@@ -217,14 +223,14 @@ def frozen_shardings(config: SpeechLMConfig, stage: Stage, mesh: Mesh) -> dict[s
 def batch_shardings(mesh: Mesh, shape: tuple[int, int] | None = None) -> dict[str, NamedSharding]:
     """{name: sharding} of a batch of `shape` (rows, length): rows over data and fsdp, the length over sequence.
 
-    Without `shape` every dimension is taken to divide.
+    Without `shape` every dimension is assumed to be divisible.
     """
     sizes = shape or (mesh.size, mesh.size)
     return {name: fitting(axes, (*sizes, 2)[: len(axes)], mesh) for name, axes in BATCH_AXES.items()}
 
 
-def _cast(params: Flat, dtype) -> Flat:
-    """Trainable parameters for the forward pass: on a mesh it is these, not the float32 ones, that travel."""
+def _cast(params: Flat, dtype: Any) -> Flat:
+    """Trainable parameters in the compute dtype, cast before they are gathered on a mesh; adapters stay float32."""
     return {path: value if is_adapter(path) else value.astype(dtype) for path, value in params.items()}
 
 

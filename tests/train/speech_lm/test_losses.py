@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, and never holds the logits of all rows."""
+"""The chunked loss equals the plain one, without materialising the logits of all rows."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_no_array_has_all_rows_and_the_whole_vocabulary():
 
     largest = max(aval.size for aval in arrays_in(total(token_nll).jaxpr))
     assert largest == width * vocab and width * vocab > CHUNK_ROWS * vocab  # the gradient of the head
-    assert max(aval.size for aval in arrays_in(total(plain).jaxpr)) >= 2 * length * vocab  # the test sees the plain one
+    assert max(aval.size for aval in arrays_in(total(plain).jaxpr)) >= 2 * length * vocab  # the plain loss has them
 
 
 def test_weights_belong_to_the_target_and_the_last_row_predicts_nothing():

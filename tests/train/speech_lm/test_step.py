@@ -1,4 +1,4 @@
-"""The training step: what it changes and what not, and that how it is computed does not matter."""
+"""The training step: which parameters it updates; remat, unrolling and accumulation do not change the result."""
 
 from dataclasses import replace
 
@@ -184,7 +184,7 @@ def test_a_plain_qwen3_trains_on_text():
 
 
 def test_frozen_weights_cost_no_gradient_and_no_moments():
-    """By the compiler's own account, at a size where weights are what takes memory."""
+    """By the compiler's memory analysis, at a size where weights dominate."""
     config = replace(SMALL, hidden_size=256, intermediate_size=1024, num_shared_layers=6, remat="full")
     batch = jax.eval_shape(lambda: random_batch(rows=1))
     used = {}
