@@ -1,4 +1,4 @@
-"""Access to the developer tools in `dev/`, which a clone of the repository has and an installed wheel has not."""
+"""Access to the developer tools in `dev/`, which are in a clone of the repository but not in the wheel."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from moss_jax.errors import MossError
 
 
 def import_dev(name: str) -> ModuleType:
-    """Imports `dev.NAME` from the clone that holds this package, or else the working directory.
+    """Imports `dev.NAME` from the clone that contains this package, or else from the working directory.
 
     Raises:
         MossError: neither is a clone of the repository.
