@@ -61,17 +61,17 @@ def test_scripts_parse_and_explain_themselves(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     if script.suffix == ".sh":
         assert os.access(script, os.X_OK)
-        told = subprocess.run([str(script), "--help"], env=CLEAN, capture_output=True, text=True, check=True).stdout
-        assert f"launch/{script.name}" in told and "set -euo" not in told
+        usage = subprocess.run([str(script), "--help"], env=CLEAN, capture_output=True, text=True, check=True).stdout
+        assert f"launch/{script.name}" in usage and "set -euo" not in usage
 
 
-def test_what_is_missing_is_told():
-    for words, told in (
+def test_missing_settings_are_reported():
+    for words, message in (
         (["launch/tpu_queued.sh", "create"], "tpu_queued.sh: set PROJECT: the cloud project"),
         (["launch/gpu_ssh.sh", "--config", "c.py"], "gpu_ssh.sh: set HOSTS: the hosts, such as 'gpu1 gpu2'"),
     ):
         run = subprocess.run(words, cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=False)
-        assert run.returncode == 2 and run.stderr.strip() == told
+        assert run.returncode == 2 and run.stderr.strip() == message
 
 
 def test_words_survive_the_shells_between():
@@ -236,8 +236,8 @@ def test_two_hosts_are_started_and_their_exit_code_is_ours(hosts, tmp_path):
     run = subprocess.run(COMMAND, env=hosts, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for i in range(2):
-        told = (tmp_path / f"arguments.{i}").read_text().strip()
-        assert told == (
+        arguments = (tmp_path / f"arguments.{i}").read_text().strip()
+        assert arguments == (
             "train --config c.py --set name=it's two words --distributed "
             f"--coordinator one:{hosts['PORT']} --processes 2 --process {i}"
         )
@@ -257,6 +257,6 @@ def test_ctrl_c_lets_all_hosts_save(hosts, tmp_path):
     while len(list(tmp_path.glob("arguments.*"))) < 2:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    told, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "0 one: process 0 saved" in told and "1 two: process 1 saved" in told and "ends" not in told
+    assert "0 one: process 0 saved" in output and "1 two: process 1 saved" in output and "ends" not in output

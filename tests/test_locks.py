@@ -75,8 +75,8 @@ def refused(words, folder, capsys):
     before = content(folder)
     capsys.readouterr()
     assert main(list(map(str, words))) == 2
-    told = capsys.readouterr().err
-    assert REFUSED in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert REFUSED in error and error.count("\n") == 1
     assert content(folder) == before
 
 
@@ -171,10 +171,10 @@ def test_shares_of_a_data_set_in_parallel(tmp_path, system, manifest):
     words = ["tokenize", manifest, "--model", system, "--format", "text", "--shard-documents", "2", "-o"]
     assert main(list(map(str, [*words, tmp_path / "alone"]))) == 0
     shares = [start([*words, tmp_path / "out", "--process", f"{index}/2"]) for index in (0, 1, 0, 1)]
-    told = [share.communicate(timeout=300)[0] for share in shares]
+    outputs = [share.communicate(timeout=300)[0] for share in shares]
     codes = [share.returncode for share in shares]
-    assert 0 in (codes[0], codes[2]) and 0 in (codes[1], codes[3]), told
-    for code, text in zip(codes, told, strict=True):
+    assert 0 in (codes[0], codes[2]) and 0 in (codes[1], codes[3]), outputs
+    for code, text in zip(codes, outputs, strict=True):
         assert code == 0 or (code == 2 and REFUSED in text), text
     one, other = (
         [(e.name, e.grid.tolist()) for e in map(Examples(tmp_path / name).__getitem__, range(12))]
@@ -190,9 +190,9 @@ def test_all_processes_of_a_second_run_end(tmp_path, hold):
     place = Place(tmp_path, steps=4, save_every=2)
     hold(HOLD, tmp_path / "two")
     processes = place.start_two("two")
-    told = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], told
-    assert REFUSED in told[0] and "the first process of the run cannot write to this folder" in told[1]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert REFUSED in outputs[0] and "the first process of the run cannot write to this folder" in outputs[1]
     assert content(tmp_path / "two") == {}
 
 

@@ -32,7 +32,7 @@ XFAIL = "@pytest.mark.xfail\ndef test_expected():\n    raise AssertionError\n"
 
 
 @pytest.mark.parametrize(
-    "body, kind, code, said",
+    "body, kind, code, message",
     [
         (PASSES + MARK + GOLDEN, "all", 1, "test_it.py::test_marked: no such thing"),
         (PASSES + GOLDEN + XFAIL, "all", 0, "1 skipped"),
@@ -40,9 +40,9 @@ XFAIL = "@pytest.mark.xfail\ndef test_expected():\n    raise AssertionError\n"
         (PASSES + TORCH, "without-torch", 0, "1 skipped"),
     ],
 )
-def test_skips_are_allowed_by_the_list(tmp_path, body, kind, code, said):
+def test_skips_are_allowed_by_the_list(tmp_path, body, kind, code, message):
     found, output = session(tmp_path, body, kind)
-    assert found == code and said in output, output
+    assert found == code and message in output, output
 
 
 @pytest.mark.parametrize("body", [MODULE + PASSES, PASSES + MARK], ids=["module", "test"])

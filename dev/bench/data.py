@@ -80,9 +80,9 @@ def _time(batches, size: Size, repeats: int, workers: int) -> Row:
 def _write(folder: Path, size: Size) -> None:
     random = np.random.default_rng(0)
     config = MOSS_SPEECH_8B
-    for name, make, most, median in (("speech", speech, config.eosp_id, 250), ("text", text, config.endoftext_id, 300)):
+    for name, make, limit, median in (("speech", speech, config.eosp_id, 250), ("text", text, config.endoftext_id, 300)):
         examples = (
-            Example(*make(random.integers(0, most, length, np.int32), config))
+            Example(*make(random.integers(0, limit, length, np.int32), config))
             for length in _lengths(random, size.documents, median)
         )
         write_examples(folder / name, examples, config, kind=name)

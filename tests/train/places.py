@@ -77,33 +77,33 @@ class Place:
         return {tuple(map(int, line.split())) for line in (self.folder / name).read_text().splitlines()}
 
 
-def compare(folder: Path, steps: int = 50, moved_at: int = 10, compared: int = 20) -> dict[str, str]:
+def compare(folder: Path, steps: int = 50, switch_at: int = 10, compared: int = 20) -> dict[str, str]:
     """Runs all of it and raises AssertionError where something differs; what was found, for people."""
-    place = Place(folder, steps, moved_at)
+    place = Place(folder, steps, switch_at)
     result = {}
-    (told,) = finish(place.start("eight", devices=8))
+    (output,) = finish(place.start("eight", devices=8))
     expected = place.losses("eight")
-    assert "mesh: fsdp 8" in told and expected.shape == (steps, 3)
+    assert "mesh: fsdp 8" in output and expected.shape == (steps, 3)
 
     shutil.copytree(folder / "eight", folder / "moved")
     for path in (folder / "moved/checkpoints").iterdir():
-        if path.name != str(moved_at):
+        if path.name != str(switch_at):
             shutil.rmtree(path)
-    end = moved_at + compared
-    (told,) = finish(place.start("moved", f"steps={end}", "mesh.fsdp=1", "mesh.tensor=4", devices=4))
-    assert "mesh: tensor 4" in told and f"going on after step {moved_at} of {end}" in told
-    worst = difference(place.losses("moved")[moved_at:], expected[moved_at:end])
+    end = switch_at + compared
+    (output,) = finish(place.start("moved", f"steps={end}", "mesh.fsdp=1", "mesh.tensor=4", devices=4))
+    assert "mesh: tensor 4" in output and f"going on after step {switch_at} of {end}" in output
+    worst = difference(place.losses("moved")[switch_at:], expected[switch_at:end])
     result["8 devices, fsdp -> 4 devices, tensor"] = f"{compared} steps, largest relative difference {worst:.1e}"
 
     two = place.start_two("two")
     next(line for line in two[0].stdout if line.startswith("step 5/"))
     two[1].send_signal(signal.SIGTERM)  # the notice comes to one of them
-    told, _ = finish(*two, code=75)
+    output, _ = finish(*two, code=75)
     saved = len(place.losses("two"))
-    assert saved < steps and f"saved after step {saved};" in told
+    assert saved < steps and f"saved after step {saved};" in output
     result["SIGTERM to one of two processes"] = f"both ended with 75 after step {saved}"
-    told, _ = finish(*place.start_two("two"))
-    assert f"going on after step {saved} of {steps}" in told
+    output, _ = finish(*place.start_two("two"))
+    assert f"going on after step {saved} of {steps}" in output
     worst = difference(place.losses("two"), expected)
     result["1 process of 8 devices -> 2 of 4"] = f"{steps} steps, largest relative difference {worst:.1e}"
 

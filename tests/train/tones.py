@@ -50,17 +50,17 @@ def write_data(folder: Path) -> Path:
     for name, count in (("train", 18), ("valid", 5)):
         lines = []
         for index in range(count):
-            said = random.choice(list(WORDS), random.integers(1, 5))
-            save_audio(folder / "audio" / f"{name}{index}.wav", wave(said, random), RATE)
-            lines.append(json.dumps({"audio": f"audio/{name}{index}.wav", "text": " ".join(said).capitalize() + "."}))
+            words = random.choice(list(WORDS), random.integers(1, 5))
+            save_audio(folder / "audio" / f"{name}{index}.wav", wave(words, random), RATE)
+            lines.append(json.dumps({"audio": f"audio/{name}{index}.wav", "text": " ".join(words).capitalize() + "."}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def wave(said, random) -> np.ndarray:
+def wave(words, random) -> np.ndarray:
     time = np.arange(round(WORD * RATE)) / RATE
-    tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) * np.hanning(len(time)) for word in said]
-    return (np.concatenate(tones) + 0.01 * random.normal(size=len(time) * len(said))).astype(np.float32)
+    tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) * np.hanning(len(time)) for word in words]
+    return (np.concatenate(tones) + 0.01 * random.normal(size=len(time) * len(words))).astype(np.float32)
 
 
 def write_config(path: Path, data: Path, folder: Path) -> Path:
