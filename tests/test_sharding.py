@@ -1,4 +1,4 @@
-"""The rules table, and that a mesh changes where numbers are computed but not what they are.
+"""The sharding rules, and equal results on one device and on meshes of eight.
 
 Eight devices need their own process: `python tests/test_sharding.py` runs the comparison on a forced CPU mesh.
 """
@@ -37,7 +37,7 @@ def axes_and_shapes(config):
 
 
 class Devices:
-    """A mesh of any size, for the rules alone."""
+    """An abstract mesh of any size, for tests of the rules."""
 
     def __new__(cls, **sizes):
         names = {name: sizes.get(name, 1) for name in ("data", "fsdp", "tensor", "sequence")}
@@ -62,7 +62,9 @@ def test_every_axis_of_the_model_has_a_rule_and_the_released_size_fits():
         shardings = shardings_for(axes, shapes, Devices(**sizes))
         total = sum(np.prod(shapes[path].shape, dtype=np.int64) for path in shapes)
         a_device = sum(np.prod(s.shard_shape(shapes[path].shape), dtype=np.int64) for path, s in shardings.items())
-        assert a_device < total / np.prod(list(sizes.values())) * 1.01  # all but norms and small things is divided
+        assert (
+            a_device < total / np.prod(list(sizes.values())) * 1.01
+        )  # everything but norms and other small parameters is sharded
 
 
 def test_a_dimension_that_does_not_divide_is_an_error():

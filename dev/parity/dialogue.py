@@ -1,6 +1,7 @@
-"""Parity of the dialogue room: the state machine, prompt grids, sampling distributions and whole generations."""
+"""Parity of generation: the state machine, prompt grids, sampling distributions and whole replies."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def fsm(golden: Golden) -> dict:
 
 
 def grids(golden: Golden) -> dict:
-    """Component lm.grid: conversations to prompt grids, with the tokenizer.json beside the file."""
+    """Component lm.grid: conversations to prompt grids, with the tokenizer.json in the folder of the file."""
     _no_weights(golden)
     try:
         ids = {ours: golden.config[theirs] for ours, theirs in ID_KEYS.items() if theirs in golden.config}
@@ -54,7 +55,7 @@ def grids(golden: Golden) -> dict:
             reply = {"audio": "speech", "text": "text"}[case["output_modality"]]
             compat_grids.append(grid.prompt_grid(turns, reply, text_tokenizer, config, compat=True))
             results[f"{case['name']}/grid_compat"] = compat_grids[-1]
-            # The golden has the processor's own system turn in front, where this package has the driver's.
+            # The golden starts with the default system turn of the processor, this package with that of the driver.
             if turns[0].role != "system":
                 turns.insert(0, Turn("system", text=grid.COMPAT_SYSTEM[reply]))
             results[f"{case['name']}/grid_system_first"] = grid.prompt_grid(turns, reply, text_tokenizer, config)
@@ -66,7 +67,7 @@ def grids(golden: Golden) -> dict:
 
 
 def sampler(golden: Golden) -> dict:
-    """Component lm.sampler: raw logits and a history to the distribution that is drawn from."""
+    """Component lm.sampler: from raw logits and a history to the sampling distribution."""
     _no_weights(golden)
     config = read_config(golden)
     results = {}
@@ -86,17 +87,17 @@ def sampler(golden: Golden) -> dict:
             ids = history[None, :, channel]
             seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
-            results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # as the file stores -inf
+            results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # how the file stores -inf
             results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.filter_logits(scores, settings)[0])
     return results
 
 
 def generate(golden: Golden) -> dict:
-    """Component lm.generate: greedy replies by the compiled loop in compat semantics, alone and as a padded batch."""
+    """Component lm.generate: greedy replies of the compiled loop in compat semantics, alone and as a padded batch."""
     if golden.contract.get("semantics") != "compat":
         raise Mismatch(f"contract 'semantics' is {golden.contract.get('semantics')!r}, expected 'compat'")
     config = read_config(golden)
-    results = {}
+    results: dict[str, Any] = {}
     params = split_params(golden, config)
     cases = _listed(golden, "cases")
     longest = max(value.shape[-2] for name, value in golden.inputs.items() if name.endswith("grid"))
@@ -124,21 +125,21 @@ def generate(golden: Golden) -> dict:
             config=config,
             compat=True,
         )
-        logits = {"text": [], "audio": []}
+        logits: dict[str, list[np.ndarray]] = {"text": [], "audio": []}
         for _ in range(len(golden.outputs.get(f"{name}/text_logits", ()))):
             state = decode_chunk(params, state, settings, 1, config=config)
             for branch, steps in logits.items():
                 steps.append(np.asarray(state.logits[branch]))
         state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config)
         lengths = np.asarray(state.lengths)
-        made = np.asarray(state.grid[:, count : int(state.filled)])
+        generated = np.asarray(state.grid[:, count : int(state.filled)])
         if len(rows) > 1:
-            expected = golden.outputs.get(f"{name}/grid", made)
-            missing = np.full((len(rows), max(0, expected.shape[1] - made.shape[1]), 2), _padding(config))
-            results |= {f"{name}/grid": np.concatenate([made, missing], 1), f"{name}/lengths": lengths}
+            expected = golden.outputs.get(f"{name}/grid", generated)
+            missing = np.full((len(rows), max(0, expected.shape[1] - generated.shape[1]), 2), _padding(config))
+            results |= {f"{name}/grid": np.concatenate([generated, missing], 1), f"{name}/lengths": lengths}
             continue
         results |= {
-            f"{name}/grid": made[0, : lengths[0]],
+            f"{name}/grid": generated[0, : lengths[0]],
             f"{name}/mode": np.asarray(state.modes[0, count : count + lengths[0]]),
             f"{name}/stop_reason": state.stop[0],
         }
@@ -153,7 +154,7 @@ def _greedy(case: dict) -> GenerationSettings:
 
 
 def _padding(config):
-    """What a row emits once its reply has ended; a file may go on to `max_new_tokens` where all have."""
+    """The entry of a row after the end of its reply; a file may contain `max_new_tokens` of them."""
     return np.array([config.endoftext_id, config.audio_pad_id], np.int32)
 
 

@@ -1,4 +1,4 @@
-"""Streaming as the released code does it: every chunk runs the flow on the prompt and all codes so far.
+"""Streaming as in the released code: every chunk runs the flow on the prompt and all codes so far.
 
 The product streams with `moss_jax.speech_decoder.stream`; this is for comparison with the reference. Every chunk
 restarts the source signal, the weights of the cross-fade sum to up to 1.08, and the last chunk is the end of an offline
@@ -73,7 +73,7 @@ class ReferenceStream:
 
     def __init__(self, models: Models):
         self._models = models
-        self.state = ReferenceState()
+        self.state: ReferenceState | None = ReferenceState()
 
     @in_32_bits
     def push(self, codes: np.ndarray) -> np.ndarray:
@@ -82,8 +82,7 @@ class ReferenceStream:
         Raises:
             MossError: the stream is finished, a code is out of range, or there are more codes than the flow supports.
         """
-        self._check_open()
-        self.state, chunks = advance(self._models, self.state, codes)
+        self.state, chunks = advance(self._models, self._open_state(), codes)
         return np.concatenate([np.zeros(0, np.float32), *(chunk.wave for chunk in chunks)])
 
     @in_32_bits
@@ -93,14 +92,14 @@ class ReferenceStream:
         Raises:
             MossError: the stream got no codes, or is finished already.
         """
-        self._check_open()
-        chunk = close(self._models, self.state)
+        chunk = close(self._models, self._open_state())
         self.state = None
         return chunk.wave
 
-    def _check_open(self):
+    def _open_state(self) -> ReferenceState:
         if self.state is None:
             raise MossError("streaming: the stream is finished; start a new one for more codes")
+        return self.state
 
 
 def reference_stream(decoder: SpeechDecoder, voice: Voice, seed: int = 0, chunk: int | None = None) -> ReferenceStream:
@@ -130,7 +129,7 @@ def advance(models: Models, state: ReferenceState, codes: np.ndarray) -> tuple[R
     sampler.check_range(flow, codes)
     state = state.replace(codes=np.concatenate([state.codes, codes]))
     sampler.check_length(flow, len(models.voice.codes), len(state.codes))
-    chunks = []
+    chunks: list[Chunk] = []
     while True:
         hop = flow.chunk + (-len(models.voice.codes) % flow.chunk if state.cursor == 0 else 0)
         end = state.cursor + hop + flow.lookahead
@@ -166,14 +165,14 @@ def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, 
     wave, source = _vocoder(config.vocoder)(models.vocoder, *inputs, np.int32(frames), start)
     wave = np.array(wave)[: frames * hop]
     source = np.asarray(source)[: frames * hop]
-    held = config.mel_overlap * hop
+    overlap = config.mel_overlap * hop
     if cache is not None:
-        window = np.hamming(2 * held).astype(np.float32)
-        wave[:held] = wave[:held] * window[:held] + cache.speech * window[held:]
+        window = np.hamming(2 * overlap).astype(np.float32)
+        wave[:overlap] = wave[:overlap] * window[:overlap] + cache.speech * window[overlap:]
     if last:
         return None, Chunk(codes, state.cursor, mel, source, wave)
-    cache = Cache(new[-config.mel_overlap :], source[-held:], wave[-held:])
-    return cache, Chunk(codes, state.cursor, mel, source, wave[:-held])
+    cache = Cache(new[-config.mel_overlap :], source[-overlap:], wave[-overlap:])
+    return cache, Chunk(codes, state.cursor, mel, source, wave[:-overlap])
 
 
 @lru_cache(maxsize=4)

@@ -143,6 +143,6 @@ def _manifest(path: Path, kind: str) -> None:
 
 
 def _output(name: str, folder: Path) -> None:
-    """The name of an answer is printed as JSON and becomes the name of a file."""
+    """The name of an answer is printed as JSON and used as a file name."""
     json.dumps({"id": name}, ensure_ascii=False).encode()
     write_text(folder / "d" / f"{name}.txt", name)

@@ -3,8 +3,8 @@
     python -m tests.train.places
 
 fsdp on 8 CPU devices; from step 10 on, 4 devices with tensor parallelism, for 20 steps; 2 processes of 4 devices each
-over jax.distributed, asked to end by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative;
-each process reads half of the data.
+over jax.distributed, ended by a SIGTERM to one of them and resumed, for 50 steps. Losses agree to 1e-5 relative; each
+process reads half of the data.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.train import tiny
 
 TOLERANCE = 1e-5
 
-# `moss-jax train`, writing down which packed rows this process asks for.
+# `moss-jax train` that records which packed rows this process reads.
 RECORDING = """
 import sys
 from moss_jax.cli import main
@@ -40,7 +40,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Place:
-    """A folder with data, and a run of so many steps for each name in it."""
+    """A folder with data and with runs of `steps` steps, by name."""
 
     def __init__(self, folder: Path, steps: int, save_every: int):
         self.folder = folder
@@ -68,7 +68,7 @@ class Place:
         return [self.start(name, devices=4, flags=(*flags, str(i))) for i in range(2)]
 
     def losses(self, name: str) -> np.ndarray:
-        """[steps, 3]: loss, text loss and audio loss of every step, none of them missing or twice."""
+        """[steps, 3]: loss, text loss and audio loss of every step, none missing or repeated."""
         entries = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
         return np.asarray([[entry[key] for key in ("loss", "text_loss", "audio_loss")] for entry in entries])
@@ -78,7 +78,7 @@ class Place:
 
 
 def compare(folder: Path, steps: int = 50, switch_at: int = 10, compared: int = 20) -> dict[str, str]:
-    """Runs all of it and raises AssertionError where something differs; what was found, for people."""
+    """Runs all comparisons and raises AssertionError on a difference. Returns {comparison: result as text}."""
     place = Place(folder, steps, switch_at)
     result = {}
     (output,) = finish(place.start("eight", devices=8))
@@ -97,7 +97,7 @@ def compare(folder: Path, steps: int = 50, switch_at: int = 10, compared: int = 
 
     two = place.start_two("two")
     next(line for line in two[0].stdout if line.startswith("step 5/"))
-    two[1].send_signal(signal.SIGTERM)  # the notice comes to one of them
+    two[1].send_signal(signal.SIGTERM)  # only one of them is notified
     output, _ = finish(*two, code=75)
     saved = len(place.losses("two"))
     assert saved < steps and f"saved after step {saved};" in output
