@@ -10,8 +10,7 @@ Source: arXiv 2510.00499 (1e-5 to 1e-6, context 10240, packed, two epochs; the b
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import SFT
 
 STEPS = 1_400

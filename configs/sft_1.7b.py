@@ -9,7 +9,7 @@ One host with eight GPUs or chips: use it as it is. One GPU: add --set accumulat
 
 from pathlib import Path
 
-from moss_jax.train.run import load_run
+from moss_jax.train import load_run
 
 # The same as --set on the command line.
 CHANGES = (

@@ -10,8 +10,7 @@ Source: arXiv 2106.09685; rank and learning rate are our choice.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.lora import Lora
 from moss_jax.train.speech_lm.stages import SFT, with_lora
 

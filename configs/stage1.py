@@ -11,8 +11,7 @@ Source: arXiv 2510.00499 (AdamW, cosine, 4e-4, weight decay 0.1, 2.2 M rows a st
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_1
 
 STEPS = 80_000

@@ -11,8 +11,7 @@ Source: arXiv 2510.00499 (AdamW, 6e-5 to 6e-6, 2.8 M rows a step; speech twice, 
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_2
 
 STEPS = 130_000

@@ -9,7 +9,7 @@ One GPU or one host: use it as it is; if memory runs out, add --set accumulate=8
 
 from pathlib import Path
 
-from moss_jax.train.run import load_run
+from moss_jax.train import load_run
 
 # The same as --set on the command line.
 CHANGES = (

@@ -16,14 +16,14 @@
 # %% [markdown]
 # # Talk to nano
 #
-# Nano is a small MOSS-Speech that comes with the package: 8 million parameters, trained from nothing on synthetic
+# Nano is a small MOSS-Speech model that comes with the package: 8 million parameters, trained from scratch on synthetic
 # speech. It knows sums and differences up to twenty, ten capitals, eight colours, which of two numbers is greater, and
-# how to read back three digits. Here you ask it aloud and hear the answer. It runs on a CPU.
+# how to repeat three digits. In this notebook you ask it in speech and listen to the answer. It runs on a CPU.
 
 # %% [markdown]
 # ## Install
 #
-# In a clone of the project (in Colab: clone it, or upload it as a folder, then say where it is).
+# Run this notebook in a clone of the project. In Colab, clone or upload the project and set PROJECT to its folder.
 
 # %%
 import importlib.util
@@ -35,7 +35,7 @@ PROJECT = next(
     (p for p in (Path.cwd(), Path.cwd().parent, Path("/content/moss_jax")) if (p / "setup.py").is_file()), None
 )
 if importlib.util.find_spec("moss_jax") is None:
-    assert PROJECT, "the project is not here: clone it, then set PROJECT to its folder"
+    assert PROJECT, "the project was not found: clone it, then set PROJECT to its folder"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{PROJECT}[train]"], check=True)
 
 # %%
@@ -47,13 +47,13 @@ from IPython.display import Audio, display
 import moss_jax
 from moss_jax.checkpoint.system_folder import NANO_FOLDER
 
-system = moss_jax.load()  # without a folder: nano
+system = moss_jax.load()  # without an argument: nano
 
 # %% [markdown]
-# ## Ask aloud
+# ## Ask in speech
 #
-# A recording that comes along: "What is seven plus four?", in a voice that nano never heard in training. Put the
-# path of your own recording here and ask in other words.
+# The package contains a recording of "What is seven plus four?" in a voice that was not in the training data. You can
+# replace it with the path of your own recording.
 
 # %%
 question = NANO_FOLDER / "question.wav"
@@ -66,8 +66,8 @@ print(f"{len(reply.codes)} codes, {reply.wave.size / reply.sample_rate:.2f} s of
 
 
 # %% [markdown]
-# Nothing was written on the way: the question became codes, the language model answered with codes, and these became
-# sound. Both sides as spectrograms:
+# No text was generated: the question was encoded to codes, the language model replied with codes, and these were
+# decoded to audio. The spectrograms of both:
 
 
 # %%
@@ -82,31 +82,31 @@ spectrogram(right, reply.wave, reply.sample_rate, "answer")
 plt.show()
 
 # %% [markdown]
-# ## Go on talking
+# ## Continue the conversation
 #
-# A reply carries the conversation. The second question only makes sense after the first.
+# A reply contains the conversation. The second question only makes sense after the first one.
 
 # %%
 second = system.reply([moss_jax.Turn("user", text="And plus one?")], conversation=reply.conversation)
 display(Audio(second.wave, rate=second.sample_rate))
 
 # %% [markdown]
-# ## Four ways
+# ## Speech and text
 #
-# Speech or text goes in, speech or text comes out.
+# Questions and answers can each be speech or text.
 
 # %%
 turns = {"spoken": moss_jax.Turn("user", audio=question), "written": moss_jax.Turn("user", text="What colour is snow?")}
 for asked, turn in turns.items():
     for kind in ("speech", "text"):
         answer = system.reply([turn], reply=kind)
-        said = answer.text if kind == "text" else f"{answer.wave.size / answer.sample_rate:.2f} s of speech"
-        print(f"{asked} question, {kind} answer: {said}")
+        content = answer.text if kind == "text" else f"{answer.wave.size / answer.sample_rate:.2f} s of speech"
+        print(f"{asked} question, {kind} answer: {content}")
 
 # %% [markdown]
-# ## Hear it while it thinks
+# ## Streaming
 #
-# A stream gives pieces of sound before the answer is whole.
+# A stream yields pieces of audio before the answer is complete.
 
 # %%
 import time
@@ -114,11 +114,11 @@ import time
 stream = system.stream([moss_jax.Turn("user", audio=question)])
 list(stream)  # the first call compiles
 
-begin = time.perf_counter()
+start = time.perf_counter()
 pieces = []
 stream = system.stream([moss_jax.Turn("user", audio=question)])
 for piece in stream:
-    pieces.append((time.perf_counter() - begin, piece.wave.size / stream.sample_rate))
-print(f"first sound after {1000 * pieces[0][0]:.0f} ms")
+    pieces.append((time.perf_counter() - start, piece.wave.size / stream.sample_rate))
+print(f"first audio after {1000 * pieces[0][0]:.0f} ms")
 print(f"{sum(seconds for _, seconds in pieces):.2f} s of speech were ready after {pieces[-1][0]:.2f} s")
-assert np.array_equal(stream.reply.codes, reply.codes)  # the same answer as in one piece
+assert np.array_equal(stream.reply.codes, reply.codes)  # the same answer as without streaming

@@ -16,17 +16,17 @@
 # %% [markdown]
 # # Train nano in Colab
 #
-# The recipe that made nano, in short: a tenth of the corpus and of the steps. Everything is there, from speech that the
-# project makes itself to a system that answers aloud, and every curve goes down; to answer well it takes the whole
-# recipe, `moss-jax train-nano`, an hour and a half on two CPU cores.
+# The recipe that trained nano, with a tenth of the corpus and of the steps: from synthetic speech to a system that
+# answers in speech. All losses decrease, but good answers need the complete recipe, `moss-jax train-nano`, which takes
+# an hour and a half on two CPU cores.
 #
-# Each step is done once: run a cell again and it goes on where it was.
+# Each step is done once; if you run an interrupted cell again, it resumes.
 
 # %% [markdown]
 # ## Install
 #
-# In a clone of the project (in Colab: clone it, or upload it as a folder, then say where it is). The corpus is spoken
-# by espeak-ng, which the extra `espeak` brings.
+# Run this notebook in a clone of the project. In Colab, clone or upload the project and set PROJECT to its folder. The
+# corpus is synthesized with espeak-ng, which is part of the extra `espeak`.
 
 # %%
 import importlib.util
@@ -39,8 +39,8 @@ PROJECT = next(
     (p for p in (Path.cwd(), Path.cwd().parent, Path("/content/moss_jax")) if (p / "setup.py").is_file()), None
 )
 if any(importlib.util.find_spec(name) is None for name in ("moss_jax", "espeakng_loader")):
-    assert PROJECT, "the project is not here: clone it, then set PROJECT to its folder"
-    # -e: the recipe's configs stand beside the package
+    assert PROJECT, "the project was not found: clone it, then set PROJECT to its folder"
+    # -e: an editable installation, so that changes to the project take effect
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{PROJECT}[train,espeak]"], check=True)
 
 # %%
@@ -53,7 +53,7 @@ from IPython.display import Audio, display
 import moss_jax
 from moss_jax.recipes.nano.train import Recipe
 
-QUICK = bool(os.environ.get("MOSS_JAX_QUICK"))  # a few steps of everything, to see that the notebook goes
+QUICK = bool(os.environ.get("MOSS_JAX_QUICK"))  # a few steps of each training, to test the notebook
 recipe = Recipe(quick=QUICK, share=1.0 if QUICK else 0.1)
 CORPUS = Path("nano/corpus")
 RUNS = Path("nano/runs")
@@ -64,7 +64,7 @@ def lines(path):
 
 
 def curves(name, *columns):
-    """What the metrics of a training say, step by step."""
+    """Plots columns of the metrics of a training run."""
     rows = lines(RUNS / name / "metrics.jsonl")
     _, axes = plt.subplots(1, len(columns), figsize=(4.5 * len(columns), 3), squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
@@ -74,12 +74,12 @@ def curves(name, *columns):
 
 
 # %% [markdown]
-# ## Speech to learn from
+# ## Synthetic speech
 #
-# A closed domain: sums, capitals, colours, digits. Twelve voices ask, one answers.
+# A closed domain: sums, capitals, colours, digits. Questions are spoken by twelve voices, answers by one.
 
 # %%
-recipe.make(to_step="corpus")
+recipe.run(to_step="corpus")
 for name in ("tokenizer", "decoder"):
     clip = lines(CORPUS / f"{name}.jsonl")[0]
     print(clip["text"])
@@ -88,45 +88,46 @@ for name in ("tokenizer", "decoder"):
 # %% [markdown]
 # ## Speech tokenizer
 #
-# A causal encoder learns to recognise words through 256 codes, 12.5 a second. *Perplexity* is how many of the codes are
-# really in use.
+# A causal encoder is trained to recognise words from 256 codes at 12.5 codes per second. *Perplexity* is the effective
+# number of codes in use.
 
 # %%
-recipe.make(to_step="speech_tokenizer")
+recipe.run(to_step="speech_tokenizer")
 curves("speech_tokenizer", "asr_loss", "mel_loss", "perplexity")
 
 # %% [markdown]
-# ## Codes to sound
+# ## Speech decoder
 #
-# A flow learns to make a mel spectrogram from codes, a vocoder to make sound from a mel.
+# A flow model is trained to generate mel spectrograms from codes, and a vocoder to generate audio from them.
 
 # %%
-recipe.make(to_step="vocoder")
+recipe.run(to_step="vocoder")
 curves("flow", "loss", "grad_norm")
 curves("vocoder", "loss", "mel_loss")
 
 # %% [markdown]
 # ## Language model
 #
-# A small Qwen3 learns the domain in writing. Then its last layers are copied, one branch for text and one for speech:
-# stage 1 trains what is new, stage 2 everything, SFT the conversation.
+# A small Qwen3 is trained on the domain as text. Its last layers become two branches, one for text and one for speech.
+# Stage 1 trains the parameters that were added for speech, stage 2 trains all parameters, and SFT trains on
+# conversations.
 
 # %%
-recipe.make(to_step="sft")
+recipe.run(to_step="sft")
 for name in ("text", "stage1", "stage2", "sft"):
     curves(name, "loss", "grad_norm")
 
 # %% [markdown]
-# ## Ask it
+# ## Ask the model
 #
-# After a tenth of the training do not expect to hear the right answer; the bundled nano, the whole recipe, is asked
-# after it.
+# After a tenth of the training the answer may be wrong. The bundled nano, which was trained with the complete recipe,
+# is asked the same question.
 
 # %%
-recipe.make(to_step="system")
+recipe.run(to_step="system")
 question = moss_jax.Turn("user", text="What is two plus three?")
 codes = 25 if QUICK else 100
-for name, system in (("this one", moss_jax.load("nano/system")), ("the whole recipe", moss_jax.load())):
+for name, system in (("this model", moss_jax.load("nano/system")), ("complete recipe", moss_jax.load())):
     written = system.reply([question], reply="text", max_new_tokens=codes)
     spoken = system.reply([question], max_new_tokens=codes)
     print(f"{name}: {written.text!r}")
@@ -134,12 +135,12 @@ for name, system in (("this one", moss_jax.load("nano/system")), ("the whole rec
         display(Audio(spoken.wave, rate=spoken.sample_rate))
 
 # %% [markdown]
-# From its own ears to its own voice: a recording as codes, and these codes as sound.
+# A recording, encoded by the speech tokenizer and decoded again.
 
 # %%
 system = moss_jax.load("nano/system")
 wave, rate = soundfile.read(CORPUS / lines(CORPUS / "decoder.jsonl")[0]["audio"], dtype="float32")
 (codes,) = system.encode([(wave, rate)])
 voice, _ = system.voice()
-again = system.speech_decoder.decode(codes[:25] if QUICK else codes, voice)
-display(Audio(wave, rate=rate), Audio(again, rate=system.speech_decoder.config.sample_rate))
+resynthesis = system.speech_decoder.decode(codes[:25] if QUICK else codes, voice)
+display(Audio(wave, rate=rate), Audio(resynthesis, rate=system.speech_decoder.config.sample_rate))

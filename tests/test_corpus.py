@@ -1,4 +1,4 @@
-"""The corpus of spoken facts: transcripts match the speech, and word times match the sound."""
+"""The corpus of spoken facts: recordings match their texts, and word times match the recordings."""
 
 import json
 from itertools import pairwise
@@ -57,7 +57,7 @@ def test_the_corpus_is_complete(tmp_path, capsys):
         if pair.context.text:
             assert pair.endings[pair.answer].text == right[pair.context.text] == f"It is {question.answers[0]}."
     assert main(["corpus", str(folder)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_bad_requests(tmp_path, capsys):

@@ -61,20 +61,20 @@ def test_scripts_parse_and_have_help(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     if script.suffix == ".sh":
         assert os.access(script, os.X_OK)
-        usage = subprocess.run([str(script), "--help"], env=CLEAN, capture_output=True, text=True, check=True).stdout
-        assert f"launch/{script.name}" in usage and "set -euo" not in usage
+        output = subprocess.run([str(script), "--help"], env=CLEAN, capture_output=True, text=True, check=True).stdout
+        assert f"launch/{script.name}" in output and "set -euo" not in output
 
 
-def test_missing_settings_are_reported():
-    for words, message in (
+def test_missing_arguments_are_reported():
+    for words, output in (
         (["launch/tpu_queued.sh", "create"], "tpu_queued.sh: set PROJECT: the cloud project"),
         (["launch/gpu_ssh.sh", "--config", "c.py"], "gpu_ssh.sh: set HOSTS: the hosts, such as 'gpu1 gpu2'"),
     ):
         run = subprocess.run(words, cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=False)
-        assert run.returncode == 2 and run.stderr.strip() == message
+        assert run.returncode == 2 and run.stderr.strip() == output
 
 
-def test_arguments_are_quoted_for_remote_shells():
+def test_arguments_survive_the_shells():
     words = ["a b", "it's", '"x"', "$HOME", "--set", "n=1"]
     script = f'source {LAUNCH}/common.sh; quoted "$@"'
     line = subprocess.run(["bash", "-c", script, "x", *words], capture_output=True, text=True, check=True).stdout
@@ -82,7 +82,7 @@ def test_arguments_are_quoted_for_remote_shells():
     assert again.splitlines() == words
 
 
-def test_flags_of_the_user_are_kept():
+def test_existing_flags_are_kept():
     xla_flags = flag_sets()
     line = xla_flags.export_line("cpu-8", {"XLA_FLAGS": "--xla_dump_to=/tmp/x"})
     assert line == "export XLA_FLAGS='--xla_force_host_platform_device_count=8 --xla_dump_to=/tmp/x'"
@@ -140,7 +140,7 @@ except MossError as error:
     run = child(code, **TPU, PYTHONPATH=str(ROOT))
     assert run.stdout.splitlines() == [
         "[[0], [0], [1], [1]] {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 2}",
-        "mesh: data is 1, expected a multiple of 2: it alone lies across the TPU slices",
+        "mesh: data is 1, expected a multiple of the number of TPU slices, 2",
     ], run.stderr
 
 
@@ -190,7 +190,7 @@ def pages_libtpu():
     return version
 
 
-def test_the_build_context_holds_only_what_is_copied():
+def test_the_docker_daemon_receives_only_what_is_copied():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert ignored[0] == "*"
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
@@ -201,7 +201,7 @@ def test_the_build_context_holds_only_what_is_copied():
 
 @pytest.fixture
 def hosts(tmp_path):
-    """An environment in which ssh runs the command locally, and moss-jax records its arguments and waits."""
+    """An environment where ssh runs the command here, and moss-jax records its arguments, then waits as instructed."""
     fakes = {
         "ssh": 'shift; exec bash -c "$1"',
         "moss-jax": f"""
@@ -236,8 +236,8 @@ def test_two_hosts_are_started_and_their_exit_code_is_returned(hosts, tmp_path):
     run = subprocess.run(COMMAND, env=hosts, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for i in range(2):
-        arguments = (tmp_path / f"arguments.{i}").read_text().strip()
-        assert arguments == (
+        output = (tmp_path / f"arguments.{i}").read_text().strip()
+        assert output == (
             "train --config c.py --set name=it's two words --distributed "
             f"--coordinator one:{hosts['PORT']} --processes 2 --process {i}"
         )
@@ -256,7 +256,7 @@ def test_ctrl_c_lets_all_hosts_save(hosts, tmp_path):
     )
     while len(list(tmp_path.glob("arguments.*"))) < 2:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "0 one: process 0 saved" in output and "1 two: process 1 saved" in output and "ends" not in output

@@ -14,7 +14,7 @@ from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.recipe import RecipeStep, run_recipe
-from moss_jax.train.run import load_run, run_text
+from moss_jax.train.run_file import load_run, run_text
 from tests.test_files import HOLD
 from tests.train import tiny
 from tests.train.places import Place
@@ -75,8 +75,8 @@ def refused(words, folder, capsys):
     before = content(folder)
     capsys.readouterr()
     assert main(list(map(str, words))) == 2
-    error = capsys.readouterr().err
-    assert REFUSED in error and error.count("\n") == 1
+    output = capsys.readouterr().err
+    assert REFUSED in output and output.count("\n") == 1
     assert content(folder) == before
 
 
@@ -105,7 +105,7 @@ def test_tokenize(tmp_path, system, manifest, capsys, hold):
     assert {path.name for path in tmp_path.iterdir()} == {"books.jsonl", "out"}
 
 
-def test_a_share_that_two_processes_make(tmp_path, system, manifest, capsys, hold):
+def test_a_share_made_by_two_processes(tmp_path, system, manifest, capsys, hold):
     words = ["tokenize", manifest, "--model", system, "--format", "text", "-o", tmp_path / "out"]
     hold(HOLD_OUTPUT, tmp_path / "out", 0, 2)
     refused([*words, "--process", "0/2"], tmp_path, capsys)
@@ -171,10 +171,10 @@ def test_shares_of_a_data_set_in_parallel(tmp_path, system, manifest):
     words = ["tokenize", manifest, "--model", system, "--format", "text", "--shard-documents", "2", "-o"]
     assert main(list(map(str, [*words, tmp_path / "alone"]))) == 0
     shares = [start([*words, tmp_path / "out", "--process", f"{index}/2"]) for index in (0, 1, 0, 1)]
-    outputs = [share.communicate(timeout=300)[0] for share in shares]
+    output = [share.communicate(timeout=300)[0] for share in shares]
     codes = [share.returncode for share in shares]
-    assert 0 in (codes[0], codes[2]) and 0 in (codes[1], codes[3]), outputs
-    for code, text in zip(codes, outputs, strict=True):
+    assert 0 in (codes[0], codes[2]) and 0 in (codes[1], codes[3]), output
+    for code, text in zip(codes, output, strict=True):
         assert code == 0 or (code == 2 and REFUSED in text), text
     one, other = (
         [(e.name, e.grid.tolist()) for e in map(Examples(tmp_path / name).__getitem__, range(12))]
@@ -190,9 +190,9 @@ def test_all_processes_of_a_second_run_end(tmp_path, hold):
     place = Place(tmp_path, steps=4, save_every=2)
     hold(HOLD, tmp_path / "two")
     processes = place.start_two("two")
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    assert REFUSED in outputs[0] and "the first process of the run cannot write to this folder" in outputs[1]
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], output
+    assert REFUSED in output[0] and "the first process of the run cannot write to this folder" in output[1]
     assert content(tmp_path / "two") == {}
 
 

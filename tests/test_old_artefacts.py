@@ -29,7 +29,7 @@ RUNS = [
 
 # The run that a folder's run.json describes. A config file of a user may say the same.
 CONFIG = """
-from moss_jax.train.run import read_run
+from moss_jax.train.run_file import read_run
 
 RUN = read_run({folder!r})
 """

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings, request_keys
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill, request_keys
 from moss_jax.nn.tree import param_axes, param_shapes, unflatten
 from moss_jax.sharding import RULES, make_mesh, shardings_for
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, LayerSplitModel
@@ -44,14 +43,14 @@ class Devices:
         return jax.sharding.AbstractMesh(tuple(names.values()), tuple(names))
 
 
-def test_a_mesh_needs_a_place_for_each_device():
+def test_the_mesh_size_is_the_number_of_devices():
     assert dict(make_mesh(data=len(jax.devices())).shape) == {
         "data": len(jax.devices()),
         "fsdp": 1,
         "tensor": 1,
         "sequence": 1,
     }
-    with pytest.raises(MossError, match=r"fsdp 3.*has 3 places, expected \d+"):
+    with pytest.raises(MossError, match=r"fsdp 3.*needs 3 devices, there are \d+"):
         make_mesh(fsdp=3, devices=jax.devices()[:1])
 
 
@@ -62,22 +61,22 @@ def test_every_axis_of_the_model_has_a_rule_and_the_released_size_fits():
         shardings = shardings_for(axes, shapes, Devices(**sizes))
         total = sum(np.prod(shapes[path].shape, dtype=np.int64) for path in shapes)
         a_device = sum(np.prod(s.shard_shape(shapes[path].shape), dtype=np.int64) for path, s in shardings.items())
-        assert (
-            a_device < total / np.prod(list(sizes.values())) * 1.01
-        )  # everything but norms and other small parameters is sharded
+        assert a_device < total / np.prod(list(sizes.values())) * 1.01  # only norms are replicated
 
 
-def test_a_dimension_that_does_not_divide_is_an_error():
+def test_a_dimension_that_is_not_divisible_is_an_error():
     axes, shapes = axes_and_shapes(MOSS_SPEECH_8B)
     with pytest.raises(MossError) as error:
         shardings_for(axes, shapes, Devices(tensor=256))
-    assert "text/embed/embedding [151680, 4096]: axis 'vocab' of 151680 does not divide by the 256" in str(error.value)
-    assert "axis 'kv_heads' of 8 does not divide by the 256 of 'tensor'" in str(error.value)
+    assert "text/embed/embedding [151680, 4096]: axis 'vocab' of size 151680 is not divisible by the 256" in str(
+        error.value
+    )
+    assert "axis 'kv_heads' of size 8 is not divisible by the 256 of 'tensor'" in str(error.value)
 
 
 def test_two_axes_on_one_mesh_axis_are_an_error():
     axes, shapes = axes_and_shapes(TINY)
-    with pytest.raises(MossError, match="'embed' and 'mlp' meet on mesh axis 'tensor'"):
+    with pytest.raises(MossError, match="'embed' and 'mlp' map to the same mesh axis 'tensor'"):
         shardings_for(axes, shapes, Devices(tensor=2), RULES | {"embed": ("tensor",)})
 
 

@@ -9,8 +9,7 @@ does not change in any digit.
 from pathlib import Path
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_1
 
 STEPS = 100

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import load_run
+from moss_jax.train import OptimizerConfig, load_run
 from moss_jax.train.speech_lm.stages import STAGE_2
 
 STAGE1_RUN = load_run(Path(__file__).with_name("stage1.py"))

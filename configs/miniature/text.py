@@ -7,8 +7,7 @@ Expect a text loss of 6.4 at the first step and below 0.2 after 200 steps, in a 
 """
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import Stage
 
 STEPS = 200

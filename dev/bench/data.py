@@ -16,7 +16,7 @@ from dev.bench import Options, Row
 from moss_jax.data import Example, Mixture, open_batches, write_examples
 from moss_jax.data.batches import StepBatches
 from moss_jax.data.formats import speech, text
-from moss_jax.data.pack import make_plan
+from moss_jax.data.pack import plan_packing
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import MOSS_SPEECH_8B
 
@@ -52,7 +52,7 @@ def run(options: Options) -> Iterator[Row]:
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
-        plan = make_plan(lengths, size.context, np.random.default_rng(0))
+        plan = plan_packing(lengths, size.context, np.random.default_rng(0))
         seconds.append(time.perf_counter() - start)
     filled = lengths.sum() / (len(plan) * size.context)
     yield Row(f"packing plan of {size.planned} documents", seconds, note=f"{filled:.2%} of the rows filled")

@@ -17,8 +17,15 @@ import numpy as np
 
 from dev.bench import Options, Row, compare
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationSettings, GenerationState, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings, request_keys
+from moss_jax.generate import (
+    ChannelSettings,
+    GenerationSettings,
+    GenerationState,
+    decode_chunk,
+    new_state,
+    prefill,
+    request_keys,
+)
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig, model_shapes
 

@@ -20,7 +20,6 @@ from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig
 from moss_jax.train.optimizer import OptimizerConfig
 from moss_jax.train.speech_lm.flops import peak_flops, step_flops
 from moss_jax.train.speech_lm.initial import initial_split
-from moss_jax.train.speech_lm.losses import CHANNELS
 from moss_jax.train.speech_lm.stages import STAGE_1, STAGE_2, Stage, join_params
 from moss_jax.train.speech_lm.step import make_step, unrolled
 from moss_jax.train.state import init_state
@@ -211,7 +210,7 @@ class Peer:
 
         x = block("shared_block", x)
         total = 0.0
-        for channel, name in enumerate(CHANNELS):
+        for channel, name in enumerate(channel.name for channel in self.config.channels):
             y = getattr(model, f"{name}_norm")(block(f"{name}_block", x))[:, :-1]
             logits = getattr(self.root, f"{name}_lm_head")(y).float()
             weights = self.batch["loss_weights"][:, 1:, channel]

@@ -1,4 +1,4 @@
-"""Parity of generation: the state machine, prompt grids, sampling distributions and whole replies."""
+"""Parity of generation: the rules of a reply, prompt grids, sampling distributions and whole replies."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,30 +8,38 @@ import numpy as np
 
 from dev.parity.golden import Golden, Mismatch
 from dev.parity.transformer import read_config, split_params
+from dev.reference import dialogue as reference
 from moss_jax.convert.tables.speech_lm import ID_KEYS
 from moss_jax.dialogue import grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
-from moss_jax.generate import sampling, state_machine
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate import (
+    ChannelSettings,
+    GenerationSettings,
+    decode_chunk,
+    new_state,
+    prefill,
+    sampling,
+    state_machine,
+)
+from moss_jax.generate.slots import positions_of
 from moss_jax.speech_lm import TINY
 from moss_jax.text.tokenizer import TextTokenizer
 
 
 def fsm(golden: Golden) -> dict:
-    """Component lm.fsm: the truth table of the reference's state machine."""
+    """Component lm.fsm: the truth table of the reference's rules."""
     _no_weights(golden)
     config = read_config(golden)
     rows = golden.need("rows")
     text = rows[:, 0]
     audio = rows[:, 1]
-    initial = state_machine.initial_mode(text, audio, config, compat=True)
-    modes = [state_machine.next_mode(np.full_like(text, mode), text, audio, config, compat=True) for mode in (0, 1)]
+    initial = reference.initial_mode(text, audio, config)
+    modes = [reference.next_mode(np.full_like(text, mode), text, audio, config) for mode in (0, 1)]
     return {
         "initial_mode": initial,
-        "mode_of_first_step": state_machine.next_mode(initial, text, audio, config, compat=True),
+        "mode_of_first_step": reference.next_mode(initial, text, audio, config),
         "next_mode": np.stack(modes, 1),
         "embedding_source": state_machine.embeds_audio(text, config).astype(np.int32),
         "stop": state_machine.stop_reason(text, config) != state_machine.RUNNING,
@@ -46,28 +54,30 @@ def grids(golden: Golden) -> dict:
         ids.setdefault("endoftext_id", golden.config["pad_token_id"])
         sizes = {key: golden.config[key] for key in ("text_vocab_size", "audio_vocab_size")}
         config = replace(TINY, **ids, **sizes)
-        text_tokenizer = TextTokenizer.from_file(golden.path.parent / golden.config["tokenizer_file"])
-        text_tokenizer.check(config)
+        path = golden.path.parent / golden.config["tokenizer_file"]
+        text_tokenizer = TextTokenizer.from_file(path, config)
+        processor_tokenizer = reference.ProcessorTokenizer.from_file(path, config)
         results = {}
-        compat_grids = []
+        released_grids = []
         for case in _listed(golden, "conversations"):
             turns = [_turn(turn) for turn in case["conversation"]]
             reply = {"audio": "speech", "text": "text"}[case["output_modality"]]
-            compat_grids.append(grid.prompt_grid(turns, reply, text_tokenizer, config, compat=True))
-            results[f"{case['name']}/grid_compat"] = compat_grids[-1]
-            # The golden starts with the default system turn of the processor, this package with that of the driver.
+            released = reference.with_processor_system(turns, reply)
+            released_grids.append(np.concatenate(grid.prompt_pieces(released, reply, processor_tokenizer, config)))
+            results[f"{case['name']}/grid_compat"] = released_grids[-1]
+            # In the golden file the processor's own system turn is first; this package has the driver's there.
             if turns[0].role != "system":
-                turns.insert(0, Turn("system", text=grid.COMPAT_SYSTEM[reply]))
+                turns.insert(0, Turn("system", text=reference.PROCESSOR_SYSTEM_PROMPT[reply]))
             results[f"{case['name']}/grid_system_first"] = grid.prompt_grid(turns, reply, text_tokenizer, config)
     except (MossError, KeyError) as error:
         raise Mismatch(str(error)) from error
-    batch, valid = grid.pad_left(compat_grids, config)
-    positions = grid.positions_of(valid)
+    batch, valid = grid.pad_left(released_grids, config)
+    positions = positions_of(valid)
     return results | {"batch/grid": batch, "batch/attention_mask": valid, "batch/position_ids": positions}
 
 
 def sampler(golden: Golden) -> dict:
-    """Component lm.sampler: from raw logits and a history to the sampling distribution."""
+    """Component lm.sampler: raw logits and a history to the distribution that ids are sampled from."""
     _no_weights(golden)
     config = read_config(golden)
     results = {}
@@ -93,7 +103,7 @@ def sampler(golden: Golden) -> dict:
 
 
 def generate(golden: Golden) -> dict:
-    """Component lm.generate: greedy replies of the compiled loop in compat semantics, alone and as a padded batch."""
+    """Component lm.generate: greedy replies by the compiled loop under the reference's rules, alone and as a batch."""
     if golden.contract.get("semantics") != "compat":
         raise Mismatch(f"contract 'semantics' is {golden.contract.get('semantics')!r}, expected 'compat'")
     config = read_config(golden)
@@ -123,14 +133,14 @@ def generate(golden: Golden) -> dict:
             count,
             sampling.request_keys(0, len(rows)),
             config=config,
-            compat=True,
+            rules=reference.RULES,
         )
         logits: dict[str, list[np.ndarray]] = {"text": [], "audio": []}
         for _ in range(len(golden.outputs.get(f"{name}/text_logits", ()))):
-            state = decode_chunk(params, state, settings, 1, config=config)
+            state = decode_chunk(params, state, settings, 1, config=config, rules=reference.RULES)
             for branch, steps in logits.items():
                 steps.append(np.asarray(state.logits[branch]))
-        state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config)
+        state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config, rules=reference.RULES)
         lengths = np.asarray(state.lengths)
         generated = np.asarray(state.grid[:, count : int(state.filled)])
         if len(rows) > 1:
@@ -150,11 +160,11 @@ def generate(golden: Golden) -> dict:
 def _greedy(case: dict) -> GenerationSettings:
     channel = ChannelSettings(repetition_penalty=case["repetition_penalty"], greedy=True)
     lengths = {key: case[key] for key in ("max_new_tokens", "min_new_tokens")}
-    return GenerationSettings(text=channel, audio=channel, compat=True, **lengths)
+    return GenerationSettings(text=channel, audio=channel, **lengths)
 
 
 def _padding(config):
-    """The entry of a row after the end of its reply; a file may contain `max_new_tokens` of them."""
+    """The values of a row after the end of its reply, up to `max_new_tokens` rows in a golden file."""
     return np.array([config.endoftext_id, config.audio_pad_id], np.int32)
 
 

@@ -17,7 +17,6 @@ from moss_jax.errors import MossError
 from moss_jax.nn.tree import flatten
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_lm.losses import CHANNELS
 from moss_jax.train.speech_lm.stages import STAGE_1, STAGE_2, split_params
 from moss_jax.train.speech_lm.step import batch_nll, gradients, make_eval_step, make_step
 from moss_jax.train.state import init_state
@@ -42,10 +41,10 @@ def measured(golden: Golden) -> tuple[dict, dict[str, np.ndarray]]:
     # The nll of every labelled entry; entry t is the loss of predicting row t + 1.
     everything, no_frozen = split_params(params, STAGE_2)
     nll = jax.jit(partial(batch_nll, config))(everything, no_frozen, batch)
-    for channel, name in enumerate(CHANNELS):
+    for index, channel in enumerate(config.channels):
         labelled = np.zeros(ignored.shape[:2], bool)
-        labelled[:, :-1] = ~ignored[:, 1:, channel]
-        results[f"{name}_nll"] = np.where(labelled, nll[name], 0)
+        labelled[:, :-1] = ~ignored[:, 1:, index]
+        results[f"{channel.name}_nll"] = np.where(labelled, nll[channel.name], 0)
     metrics = make_eval_step(config, STAGE_2)(everything, no_frozen, batch)
     results |= {key: metrics[key] for key in ("text_loss", "audio_loss", "text_count", "audio_count")}
     results["total_loss"] = metrics["loss"]
@@ -125,7 +124,7 @@ def _stage_1(golden: Golden, config, table, params, batch) -> tuple[dict, dict[s
     state, metrics = make_step(config, STAGE_1, optimizer)(init_state(trainable, optimizer), frozen, batch)
     after = make_eval_step(config, STAGE_1)(state.params, frozen, batch)
     results = {"stage1/global_grad_norm": metrics["grad_norm"]}
-    results |= {f"stage1/{name}_loss_after": after[f"{name}_loss"] for name in CHANNELS}
+    results |= {f"stage1/{channel.name}_loss_after": after[f"{channel.name}_loss"] for channel in config.channels}
     if changed := [path for path, value in frozen.items() if np.asarray(value).tobytes() != before[path]]:
         raise Mismatch(f"{len(changed)} frozen parameters changed, the first is {changed[0]}")
     for tensor, value in table.to_theirs({path: np.asarray(leaf) for path, leaf in state.params.items()}):

@@ -7,7 +7,7 @@ decode. Source: `CosyVoice2Model.token2wav`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,12 @@ from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import SpeechDecoder, check_voice
 from moss_jax.speech_decoder.flow import sampler
 from moss_jax.speech_decoder.flow.config import FlowConfig
+from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.model import HiFT, sine_noise
 from moss_jax.speech_decoder.voice import Voice
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """The vocoder's state between chunks."""
 
     mel: np.ndarray  # float32 [overlap, M]
@@ -33,8 +33,7 @@ class Cache:
     speech: np.ndarray  # float32 [overlap * hop], cross-faded already
 
 
-@struct.dataclass
-class ReferenceState:
+class ReferenceState(struct.PyTreeNode):
     """The state of one stream; `ReferenceState()` is the initial one."""
 
     codes: np.ndarray = struct.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N], all received so far
@@ -71,7 +70,7 @@ class Models(NamedTuple):
 class ReferenceStream:
     """One stream. `state` is a pytree; None once the stream is finished."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: Models) -> None:
         self._models = models
         self.state: ReferenceState | None = ReferenceState()
 
@@ -147,10 +146,14 @@ def close(models: Models, state: ReferenceState) -> Chunk:
     """The last chunk: an offline decode of all codes, of which the part not emitted yet is vocoded."""
     flow = models.flow_config
     mel = sampler.decode(models.flow, flow, state.codes, models.voice, buffer=models.buffer)
-    return _vocode(models, state, np.asarray(mel[0]), len(state.codes), last=True)[1]
+    _, chunk = _vocode(models, state, np.asarray(mel[0]), len(state.codes), last=True)
+    return chunk
 
 
-def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, last: bool):
+def _vocode(
+    models: Models, state: ReferenceState, mel: np.ndarray, codes: int, last: bool
+) -> tuple[Cache | None, Chunk]:
+    """The cache for the next chunk, None after the last one, and this chunk."""
     config = models.config
     cache = state.cache
     hop = config.vocoder.hop
@@ -161,8 +164,9 @@ def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, 
     noise = models.noise(state.chunks, frames)
     rows = sampler.bucket(frames, frames + 1024)
     start = np.zeros(0, np.float32) if cache is None else cache.source
-    inputs = np.pad(new, ((0, rows - frames), (0, 0))), np.pad(noise, ((0, (rows - frames) * hop), (0, 0)))
-    wave, source = _vocoder(config.vocoder)(models.vocoder, *inputs, np.int32(frames), start)
+    padded = np.pad(new, ((0, rows - frames), (0, 0)))
+    noise = np.pad(noise, ((0, (rows - frames) * hop), (0, 0)))
+    wave, source = _vocoder(config.vocoder)(models.vocoder, padded, noise, np.int32(frames), start)
     wave = np.array(wave)[: frames * hop]
     source = np.asarray(source)[: frames * hop]
     overlap = config.mel_overlap * hop
@@ -176,16 +180,19 @@ def _vocode(models: Models, state: ReferenceState, mel: np.ndarray, codes: int, 
 
 
 @lru_cache(maxsize=4)
-def _vocoder(config):
-    def run(params, mel, noise, frames, source_start):
+def _vocoder(config: VocoderConfig) -> Any:
+    def run(
+        params: Any, mel: jax.Array, noise: jax.Array, frames: jax.Array, source_start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         with jax.default_matmul_precision("highest"):
-            model = partial(HiFT(config).apply, {"params": params})
-            wave, source = model(mel[None], noise[None], frames[None], source_start[None])
-            return wave[0], source[0]
+            inputs = (mel[None], noise[None], frames[None], source_start[None])
+            result: Any = HiFT(config).apply({"params": params}, *inputs)
+        wave, source = result
+        return wave[0], source[0]
 
     return jax.jit(run)
 
 
 @lru_cache(maxsize=16)
-def _draw(config, frames: int):
+def _draw(config: VocoderConfig, frames: int) -> Any:
     return jax.jit(lambda seed, index: sine_noise(config, jax.random.fold_in(jax.random.key(seed), index), 0, frames))

@@ -1,4 +1,9 @@
-"""Config dataclasses <-> config.json. Our own files are read strictly: what is not understood is an error."""
+"""Config dataclasses to config.json and back. Files of this package are read strictly: an unknown field is an error.
+
+Versions: a config file has no version number. A field that is added to a config later declares
+`metadata=ADDED_LATER` and a default that gives the behaviour of the versions before it; in the files of those versions
+it is missing, and the default is used. Any other missing field is an error. Fields are never renamed or removed.
+"""
 
 import dataclasses
 import json
@@ -13,7 +18,7 @@ from moss_jax.documents import shown
 from moss_jax.errors import MossError
 
 T = TypeVar("T")
-ADDED_LATER = {"added": True}  # metadata of a field that older files lack; its default is what they meant
+ADDED_LATER = {"added_later": True}  # metadata of a field that may be missing in a file, see the module's docstring
 MAX_INT = 2**63 - 1
 MAX_SIZE = 2**24  # of a width, a vocabulary, a context or a rate
 MAX_LAYERS = 1000
@@ -21,24 +26,25 @@ MAX_PROBLEMS = 50  # listed in one message
 
 
 def within(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field for which `read_config` allows numbers from `low` to `high`, also inside lists."""
+    """A dataclass field for which `read_config` accepts numbers from `low` to `high`, also inside lists."""
     return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
 def read_config(cls: type[T], data: Mapping[str, Any], where: str | Path, *, foreign: bool = False) -> T:
     """A config dataclass from the JSON object that `write_config` made of one.
 
-    Nested dataclasses, tuples (JSON arrays), optional fields and whole numbers in float fields are understood. A
+    Supported are nested dataclasses, tuples (JSON arrays), optional fields, and whole numbers in float fields. A
     `check()` method of the dataclass, or its `__post_init__`, may raise ValueError for fields that contradict each
     other.
 
     Args:
-        foreign: the file is of another program. Fields that `cls` does not have are ignored, and a field that is
-            missing takes its default where it has one.
+        where: the start of the message, usually the file.
+        foreign: the file was written by another program. Then fields that `cls` does not have are ignored, and every
+            field with a default may be missing.
 
     Raises:
-        MossError: every unknown, missing or wrongly typed field at once, every number that is out of range or not
-            finite, or the contradiction, with `where` in front.
+        MossError: all unknown, missing and wrongly typed fields and all numbers that are out of range or not finite at
+            once, or else the contradiction.
     """
     problems: list[str] = []
     fields = _fields(cls, data, "", problems, foreign)
@@ -47,40 +53,42 @@ def read_config(cls: type[T], data: Mapping[str, Any], where: str | Path, *, for
         what = "" if foreign else f"not a {cls.__name__}, "
         raise MossError("\n  ".join([f"{where}: {what}{problems[0]}{more}", *problems[1:MAX_PROBLEMS]]))
     try:
-        config = _build(cls, fields)
+        config: T = _build(_Nested(cls, fields))
     except ValueError as error:
         raise MossError(f"{where}: {error}") from error
     return config
 
 
 def write_config(config: Any) -> dict[str, Any]:
-    """The JSON object of a config dataclass: its fields, nothing else."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The JSON object of a config dataclass: its fields and nothing else."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def check_sizes(config: Any, name: str, *, zero: Collection[str] = (), layers: Collection[str] = ()) -> None:
-    """Checks every whole number of a model's config, also those in tuples, against what a model can have.
+    """Checks that every whole number of a model's config, also those in tuples, is a possible size.
 
     Args:
         config: a dataclass.
-        name: opens the message.
-        zero: fields that may be 0; the others are at least 1.
-        layers: fields that count layers, at most MAX_LAYERS; the others are at most MAX_SIZE.
+        name: of the model, the start of the message.
+        zero: fields that may be 0; the minimum of all others is 1.
+        layers: fields that count layers, whose maximum is MAX_LAYERS; that of all others is MAX_SIZE.
 
     Raises:
-        MossError: the first number outside its range.
+        MossError: a number is out of its range; the first one is reported.
     """
     for entry in dataclasses.fields(config):
-        least = int(entry.name not in zero)
-        most = MAX_LAYERS if entry.name in layers else MAX_SIZE
+        minimum = 0 if entry.name in zero else 1
+        maximum = MAX_LAYERS if entry.name in layers else MAX_SIZE
         for value in _numbers(getattr(config, entry.name)):
-            if value < least:
-                raise MossError(f"{name} config: {entry.name} is {value}, expected at least {least}")
-            if value > most:
-                raise MossError(f"{name} config: {entry.name} is {value}, expected at most {most}")
+            if value < minimum:
+                raise MossError(f"{name} config: {entry.name} is {value}, expected at least {minimum}")
+            if value > maximum:
+                raise MossError(f"{name} config: {entry.name} is {value}, expected at most {maximum}")
 
 
 def _numbers(value: Any) -> Iterator[int]:
+    """The whole numbers in a value and in the tuples in it."""
     if isinstance(value, tuple):
         for item in value:
             yield from _numbers(item)
@@ -88,14 +96,24 @@ def _numbers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _fields(cls: type, data: Any, prefix: str, problems: list[str], foreign: bool) -> dict[str, Any]:
-    """Checks `data` against the fields of `cls` and returns keyword arguments for `_build`."""
+@dataclasses.dataclass(frozen=True)
+class _Nested:
+    """A dataclass that has been checked but not built yet."""
+
+    cls: Any
+    fields: dict[str, Any]
+
+
+def _fields(cls: Any, data: Any, prefix: str, problems: list[str], foreign: bool) -> dict[str, Any]:
+    """The checked values of the fields of `cls` in `data`; what is wrong is added to `problems`."""
     if not isinstance(data, Mapping):
         problems.append(f"wrong type: {prefix.rstrip('.') or 'the config'} is {_name(data)}, expected an object")
         return {}
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    optional = {name for name, field in known.items() if field.metadata.get("added") or (foreign and _default(field))}
+    optional = {
+        name for name, field in known.items() if "added_later" in field.metadata or (foreign and _has_default(field))
+    }
     if not foreign:
         problems += [f"unknown: {prefix}{key}" for key in data if key not in known]
     problems += [f"missing: {prefix}{key}" for key in known if key not in optional and key not in data]
@@ -110,7 +128,7 @@ def _fields(cls: type, data: Any, prefix: str, problems: list[str], foreign: boo
     return fields
 
 
-def _default(field: dataclasses.Field) -> bool:
+def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
@@ -123,37 +141,29 @@ def _check_range(value: Any, low: float, high: float, where: str, problems: list
 
 
 def _value(hint: Any, value: Any, where: str, problems: list[str], foreign: bool) -> Any:
+    """`value` checked against a type hint; nested dataclasses become _Nested."""
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin in (typing.Union, types.UnionType):  # `X | None`
         if value is None and type(None) in arguments:
             return None
-        return _value(next(a for a in arguments if a is not type(None)), value, where, problems, foreign)
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return _value(inner, value, where, problems, foreign)
     if dataclasses.is_dataclass(hint):
-        return (hint, _fields(hint, value, where + ".", problems, foreign))
+        return _Nested(hint, _fields(hint, value, where + ".", problems, foreign))
     if hint is tuple or origin is tuple:
-        if not isinstance(value, list | tuple):
-            problems.append(f"wrong type: {where} is {_name(value)}, expected a list")
-            return ()
-        if not arguments:
-            return tuple(value)
-        if arguments[-1] is Ellipsis:
-            arguments = arguments[:1] * len(value)
-        elif len(arguments) != len(value):
-            problems.append(f"wrong length: {where} has {len(value)} entries, expected {len(arguments)}")
-            return ()
-        pairs = enumerate(zip(arguments, value, strict=True))
-        return tuple(_value(inner, item, f"{where}[{i}]", problems, foreign) for i, (inner, item) in pairs)
+        return _tuple(arguments, value, where, problems, foreign)
     if origin is typing.Literal:
         if value not in arguments:
             problems.append(
                 f"wrong value: {where} is {shown(value)}, expected one of {', '.join(map(repr, arguments))}"
             )
         return value
+    if origin is dict:  # its keys and values are not checked
+        hint = dict
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INT:
         value = float(value)
-    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if not right:
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):  # a bool is an int in Python
         expected = "an object" if hint is dict else hint.__name__
         problems.append(f"wrong type: {where} is {_name(value)}, expected {expected}")
     elif hint is int and abs(value) > MAX_INT:
@@ -163,18 +173,36 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], foreign: bool
     return value
 
 
-def _build(cls: type, fields: dict[str, Any]) -> Any:
-    config = cls(**{key: _unwrap(value) for key, value in fields.items()})
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str, problems: list[str], foreign: bool) -> tuple[Any, ...]:
+    """`value` checked against `tuple[arguments]`; no arguments: any items."""
+    if not isinstance(value, list | tuple):
+        problems.append(f"wrong type: {where} is {_name(value)}, expected a list")
+        return ()
+    if not arguments:
+        return tuple(value)
+    if arguments[-1] is Ellipsis:
+        arguments = arguments[:1] * len(value)
+    elif len(arguments) != len(value):
+        problems.append(f"wrong length: {where} has {len(value)} entries, expected {len(arguments)}")
+        return ()
+    pairs = zip(arguments, value, strict=True)
+    return tuple(
+        _value(inner, item, f"{where}[{index}]", problems, foreign) for index, (inner, item) in enumerate(pairs)
+    )
+
+
+def _build(value: Any) -> Any:
+    """A checked value with every _Nested in it built."""
+    if isinstance(value, tuple):
+        return tuple(map(_build, value))
+    if not isinstance(value, _Nested):
+        return value
+    config = value.cls(**{name: _build(field) for name, field in value.fields.items()})
     if hasattr(config, "check"):
         config.check()
     return config
 
 
-def _unwrap(value: Any) -> Any:
-    if isinstance(value, tuple) and len(value) == 2 and dataclasses.is_dataclass(value[0]):
-        return _build(*value)
-    return tuple(map(_unwrap, value)) if isinstance(value, tuple) else value
-
-
 def _name(value: Any) -> str:
+    """A value and its type, for a message."""
     return "null" if value is None else f"{type(value).__name__} {shown(value)}"

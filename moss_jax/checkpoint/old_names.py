@@ -15,7 +15,7 @@ CROSS = "cross_"  # in front of a projection of cross-attention
 
 def old_path(path: str) -> str:
     """The path that a parameter `.../q/kernel` had before; any other path is returned unchanged."""
-    *above, module, leaf = ["", *path.split("/")]
+    *above, module, leaf = f"/{path}".split("/")
     name = module.removeprefix(CROSS)
     if name not in OLD_MODULES:
         return path

@@ -1,8 +1,8 @@
 """safetensors files: a reader that maps one tensor at a time, and a writer that never holds more than one.
 
-The format is eight bytes with the length of a JSON header, the header, then the bytes of the tensors. The header is
-checked against the size of the file before anything is read, so that a truncated or damaged file is an error that
-names it. A sharded checkpoint is a `*.safetensors.index.json` whose `weight_map` says which file holds each name.
+A file is eight bytes with the length of a JSON header, the header, and the bytes of the tensors. The header is checked
+against the size of the file before any tensor is read, so that a truncated or damaged file is reported by name. A
+sharded checkpoint has a `*.safetensors.index.json`, whose `weight_map` maps each tensor name to its file.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ml_dtypes
@@ -38,15 +39,15 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
-MAX_RANK = 32  # dimensions of an array in numpy
-MAX_ELEMENTS = 2**59  # dimensions of size 0 not counted; numpy refuses more bytes than 2**63
-SHARD_BYTES = 5_000_000_000
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_RANK = 32  # numpy's maximum before version 2
+MAX_ELEMENTS = 2**59  # without dimensions of size 0; 8 bytes each are 2**62, and numpy refuses 2**63
+SHARD_BYTES = 5_000_000_000  # the usual size on the Hugging Face Hub
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes [start, start + nbytes) of `file`."""
+    """The place of one tensor: bytes [start, start + nbytes) of `file`."""
 
     file: Path
     shape: tuple[int, ...]
@@ -59,12 +60,12 @@ class TensorInfo:
 
 
 class TensorReader:
-    """The tensors of one safetensors file or of one sharded checkpoint; nothing is read until `read`.
+    """The tensors of one safetensors file or of one sharded checkpoint. Only `read` reads them.
 
     Attributes:
         path: the file, or the index of the shards.
         tensors: {name: TensorInfo}.
-        metadata: the header's string metadata (of a sharded checkpoint: that of the index).
+        metadata: the string metadata in the header; for a sharded checkpoint, that of the index.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, Any]):
@@ -73,7 +74,7 @@ class TensorReader:
         self.metadata = metadata
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor in the mapped file; the mapping ends with the last reference to it."""
+        """A read-only view of one tensor in the memory-mapped file, which is unmapped with the last reference to it."""
         info = self.tensors[name]
         if info.nbytes == 0:
             return np.empty(info.shape, info.dtype)
@@ -81,7 +82,7 @@ class TensorReader:
         return mapped.view(np.ndarray).view(info.dtype).reshape(info.shape)
 
     def files(self) -> set[Path]:
-        """The files that the tensors lie in, and the index."""
+        """The files of the tensors, and the index."""
         return {self.path, *(info.file for info in self.tensors.values())}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,12 +90,13 @@ class TensorReader:
 
 
 def open_tensors(path: str | Path) -> TensorReader:
-    """Opens a safetensors file, an index of shards, or a folder that holds one of the two.
+    """Opens a safetensors file, an index of shards, or a folder with one of the two.
 
-    In a folder `model.safetensors` or `model.safetensors.index.json` is looked for first, then any single other one.
+    In a folder, `model.safetensors` comes first, then `model.safetensors.index.json`, then the only file of any other
+    name.
 
     Raises:
-        MossError: nothing there, a shard is missing, a file is cut short or damaged, the index and the shards disagree.
+        MossError: a file or a shard is missing, truncated or damaged, or the index and the shards disagree.
     """
     path = Path(path)
     if is_folder(path):
@@ -106,7 +108,11 @@ def open_tensors(path: str | Path) -> TensorReader:
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """The metadata and the tensors that a safetensors file announces, checked against the size of the file."""
+    """The metadata and the tensors in the header of a safetensors file, checked against the size of the file.
+
+    Raises:
+        MossError: the file is missing, truncated or damaged.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -122,7 +128,7 @@ def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, TensorInfo]
         raise MossError(f"{path}: cannot be read ({error.strerror})") from error
     except MossError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # such as a null byte in the name
         raise MossError(f"{path}: is not a name that a file can have ({error})") from error
     with located(f"{path}: its safetensors header"):
         header = parse_object(text)
@@ -141,15 +147,22 @@ def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, TensorInfo]
 
 
 class FileWriter:
-    """Writes one safetensors file whose tensors come one at a time, in any order.
+    """Writes one safetensors file, one tensor at a time, in any order.
 
-    The names, shapes and dtypes are known in advance, so every tensor's place is. The file is written in place: use
-    it inside `atomic_file` or `atomic_folder`. As a context manager it checks on leaving that every tensor came.
+    Names, shapes and dtypes are given in advance, and with them the place of every tensor. The file is written in
+    place: use it inside `atomic_file` or `atomic_folder`. On exit the context manager checks that all tensors were
+    written.
 
     Args:
         path: the file.
-        tensors: {name: something with .shape and .dtype}.
+        tensors: {name: anything with .shape and .dtype}.
         metadata: strings for the header.
+
+    Attributes:
+        missing: names of the tensors that have not been written.
+
+    Raises:
+        MossError: safetensors does not have the dtype of a tensor.
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None):
@@ -157,7 +170,7 @@ class FileWriter:
         specs = _specs(tensors)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
-        # Widest dtype first keeps every tensor aligned, as the safetensors library does.
+        # With the widest dtype first every tensor is aligned; the safetensors library does the same.
         for name in sorted(specs, key=lambda key: (-specs[key][1].itemsize, key)):
             shape, dtype = specs[name]
             if dtype not in NAMES:
@@ -177,34 +190,36 @@ class FileWriter:
         self._file.truncate(self._base + offset)
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes one announced tensor; its shape and dtype are those announced."""
+        """Writes one tensor, of the shape and dtype that was given in advance."""
         info = self._tensors[name]
         tensor = np.asarray(tensor)
         if tensor.shape != info.shape or tensor.dtype != info.dtype:
-            announced = f"{list(info.shape)} {info.dtype}"
-            raise ValueError(f"tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, announced as {announced}")
+            expected = f"{list(info.shape)} {info.dtype}"
+            raise ValueError(f"tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, expected {expected}")
         self._file.seek(info.start)
         if tensor.nbytes:
-            self._file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+            self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         self.missing.discard(name)
 
     def __enter__(self) -> "FileWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
         if kind is None and self.missing:
-            raise ValueError(f"tensors announced and never written: {', '.join(sorted(self.missing))}")
+            raise ValueError(f"tensors that were not written: {', '.join(sorted(self.missing))}")
 
 
 class TensorWriter:
-    """A `FileWriter` for checkpoints of any size: above `shard_bytes` there are shards and an index.
+    """A `FileWriter` for checkpoints of any size: above `shard_bytes` it writes shards and an index.
 
-    `stem` `model` gives `model.safetensors`, or `model-00001-of-00004.safetensors` ... and
-    `model.safetensors.index.json` in the existing `folder`. One tensor is never split.
+    With the stem "model" it writes `model.safetensors`, or `model-00001-of-00004.safetensors` ... and
+    `model.safetensors.index.json`, into the existing `folder`. A single tensor is never split.
     """
 
     def __init__(
@@ -229,16 +244,18 @@ class TensorWriter:
             FileWriter(folder / name, {key: tensors[key] for key in shard}, metadata)
             for name, shard in zip(files, shards, strict=True)
         ]
-        self._home = {key: writer for writer, shard in zip(self._writers, shards, strict=True) for key in shard}
+        self._writer_of = {key: writer for writer, shard in zip(self._writers, shards, strict=True) for key in shard}
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes one announced tensor; its shape and dtype are those announced."""
-        self._home[name].write(name, tensor)
+        """Writes one tensor, of the shape and dtype that was given in advance."""
+        self._writer_of[name].write(name, tensor)
 
     def __enter__(self) -> "TensorWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for writer in self._writers:
             writer.__exit__(kind, error, trace)
 
@@ -252,7 +269,8 @@ def _nbytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
 
 
 def _shards(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[list[str]]:
-    shards = [[]]
+    """The names of the tensors of each shard: consecutive ones, as many as stay below `limit` bytes."""
+    shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
         if shards[-1] and size + _nbytes(spec) > limit:
@@ -298,11 +316,12 @@ def _open_index(path: Path) -> TensorReader:
 
 
 def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
-    fields = entry if isinstance(entry, dict) else {}
-    dtype = fields.get("dtype")
-    shape = fields.get("shape")
-    offsets = fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _sizes(shape) or not _whole(offsets) or len(offsets) != 2:
+    """Checks one entry of a header; the bytes of the tensors begin at byte `base` of the file."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _is_shape(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise MossError(f"{path}: damaged header, {shown(name)} has no proper dtype, shape and data_offsets")
     if dtype not in DTYPES:
         raise MossError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
@@ -314,22 +333,23 @@ def _info(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
     return info
 
 
-def _sizes(value: Any) -> bool:
-    """Whether this is a list of whole numbers that numpy takes for a shape."""
-    return _whole(value) and len(value) <= MAX_RANK and math.prod(n for n in value if n) < MAX_ELEMENTS
+def _is_shape(value: Any) -> bool:
+    """Whether this is a list of whole numbers that numpy accepts as a shape."""
+    return _is_sizes(value) and len(value) <= MAX_RANK and math.prod(n for n in value if n) < MAX_ELEMENTS
 
 
-def _whole(value: Any) -> bool:
-    """Whether this is a list of whole numbers from 0."""
+def _is_sizes(value: Any) -> bool:
+    """Whether this is a list of whole numbers, none negative."""
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _string_map(value: Any, what: str) -> dict[str, str]:
+    """`value` if it is an object of strings; `what` names it in the error."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise MossError(f"{what} is not an object of strings")
     return value
 
 
 def _count(items: Iterable[Any], noun: str) -> str:
-    n = len(list(items))
-    return f"{n} {noun}{'s are' if n > 1 else ' is'}"
+    count = len(list(items))
+    return f"{count} {noun}{'s are' if count > 1 else ' is'}"

@@ -1,4 +1,4 @@
-"""Our own layout on disk: a parameter tree is safetensors under its flat paths, placed on devices part by part."""
+"""Parameter trees on disk: safetensors under their flat paths, loaded onto devices part by part."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,11 @@ from moss_jax.nn.tree import flatten, unflatten
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file, whole or not at all: {name: array} and string metadata."""
+    """Writes one safetensors file, {name: array} and string metadata, whole or not at all.
+
+    Raises:
+        MossError: the file cannot be written.
+    """
     with atomic_file(path) as part, FileWriter(part, tensors, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, np.asarray(tensor))
@@ -25,10 +29,10 @@ def save_tree(folder: str | Path, tree: Mapping[str, Any], stem: str = "model", 
     """Writes a parameter tree into an existing folder, one parameter in host memory at a time.
 
     Args:
-        folder: where to; use `atomic_folder` around it for all or nothing.
+        folder: use `atomic_folder` to write it whole or not at all.
         tree: nested or flat dictionaries of numpy or jax arrays.
         stem: the file's name without `.safetensors`.
-        shard_bytes: above this size there are several files and an index.
+        shard_bytes: above this size several files and an index are written.
     """
     flat = flatten(tree)
     with TensorWriter(folder, flat, stem, shard_bytes=shard_bytes) as writer:
@@ -46,16 +50,16 @@ def load_tree(
 
     Args:
         source: a safetensors file, an index of shards, or a folder with one of them.
-        shapes: flat {path: anything with .shape} of the model that is to be filled.
-        sharding: one sharding, or one for each path; each device then receives only its part of the file. None puts
-            everything on the default device.
+        shapes: flat {path: anything with .shape} of the model's parameters.
+        sharding: one sharding, or one for each path; each device receives only its part of the file. None: everything
+            goes to the default device.
         dtype: converts floating-point parameters to this dtype; None keeps what the file has.
 
     Returns:
         Nested dictionaries of jax arrays.
 
     Raises:
-        MossError: unreadable file, or all missing, unexpected and misshapen parameters at once.
+        MossError: the file cannot be read, or its parameters do not fit, see `check_shapes`.
     """
     reader = with_current_names(open_tensors(source), shapes)
     check_shapes(reader.shapes(), {path: tuple(leaf.shape) for path, leaf in shapes.items()}, reader.path)
@@ -69,7 +73,11 @@ def load_tree(
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str | Path
 ) -> None:
-    """Raises MossError with every missing, unexpected and misshapen parameter."""
+    """Checks the {path: shape} of a file against those of a model.
+
+    Raises:
+        MossError: names every missing, unexpected and misshapen parameter.
+    """
     problems = [f"missing: {path} {list(shape)}" for path, shape in expected.items() if path not in found]
     for path, shape in found.items():
         if path not in expected:
@@ -85,12 +93,14 @@ def _place(reader: TensorReader, path: str, sharding: jax.sharding.Sharding | No
     view = reader.read(path)
     convert = _converter(view.dtype, dtype)
     if sharding is None:
-        return jax.device_put(convert(view))
+        array: jax.Array = jax.device_put(convert(view))
+        return array
     return jax.make_array_from_callback(view.shape, sharding, lambda index: convert(view[index]))
 
 
 def _converter(have: np.dtype, want: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """A copy out of the mapped file, in the wanted dtype: a jax array must not rest on a file that may change."""
+    """A function that copies a part of the mapped file, to the wanted dtype. JAX could otherwise use the mapped memory
+    itself on a CPU, and the file may change."""
     if want is not None and jax.numpy.issubdtype(have, jax.numpy.floating):
         return lambda part: np.array(part, np.dtype(want), order="C")
     return lambda part: np.array(part, order="C")

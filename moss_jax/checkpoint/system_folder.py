@@ -37,7 +37,7 @@ class _SystemFile:
     """The fields of system.json that are used, besides `format`; others are kept as they are."""
 
     default_voice: str | None = None
-    sampling: dict | None = None
+    sampling: dict[str, Any] | None = None
 
 
 class SystemFolder:

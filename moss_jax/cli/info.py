@@ -8,7 +8,7 @@ moss-jax info FOLDER --names      also every name of our tables that no one has 
 
 def add_arguments(parser):
     parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--names", action="store_true", help="list the names that no real file has shown")
+    parser.add_argument("--names", action="store_true", help="list the tensor names that were not seen in a real file")
 
 
 def run(args) -> int:

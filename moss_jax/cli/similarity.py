@@ -11,7 +11,8 @@ Qwen3, which has no speech: its codes then have new random vectors, as a convers
 
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_system_arguments, cache_folder, progress, system_folder
+from moss_jax.cli.system_arguments import add_system_arguments, progress, system_folder
+from moss_jax.compile_cache import cache_folder
 
 
 def add_arguments(parser):

@@ -1,13 +1,11 @@
 """The --model and --codec of every verb that needs a system, and where conversions are kept."""
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
+from moss_jax.compile_cache import cache_folder, enable_compile_cache
 from moss_jax.errors import MossError
-
-DEFAULT_CACHE = "~/.cache/moss_jax"
 
 
 def add_system_arguments(parser, nano: bool = False) -> None:
@@ -57,7 +55,7 @@ def system_folder(args) -> Path:
     from moss_jax.checkpoint.system_folder import NANO_FOLDER
     from moss_jax.convert.resolve import resolve_system
 
-    keep_compiled()
+    enable_compile_cache()
     if args.model is None:
         for name in ("codec", "revision", "codec_revision"):
             if getattr(args, name) is not None:
@@ -71,21 +69,6 @@ def check_revisions(args) -> None:
     """Raises MossError when there is a revision of a codec and no codec."""
     if args.codec_revision is not None and args.codec is None:
         raise MossError("--codec-revision: is used together with --codec, which is missing")
-
-
-def keep_compiled() -> None:
-    """Keeps compiled programs beside the conversions, so that the next start of a verb finds them.
-
-    A folder that the user has named to JAX (JAX_COMPILATION_CACHE_DIR) stays.
-    """
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("MOSS_JAX_CACHE") or DEFAULT_CACHE).expanduser()
 
 
 def say(line: str) -> None:

@@ -58,10 +58,10 @@ def add_arguments(parser):
 def run(args) -> int:
     if args.format == "decoder":
         return _decoder(args)
-    from moss_jax.data.tokenize import Request, tokenize
+    from moss_jax.data.tokenize import TokenizeRequest, tokenize
 
     index, count = _process(args)
-    request = Request(
+    request = TokenizeRequest(
         manifest=args.manifest,
         model=system_folder(args),
         format=args.format,
@@ -89,13 +89,13 @@ def run(args) -> int:
 
 
 def _decoder(args) -> int:
-    from moss_jax.data.spoken import SpokenRequest, make_spoken
+    from moss_jax.data.decoder_data import DecoderDataRequest, build_decoder_data
 
     if args.variants != 1 or args.system or args.aligner or args.process or args.distributed:
         raise MossError("--format decoder takes no --variants, --system, --aligner, --process and --distributed")
     limit = args.max_audio_mib * 2**20
-    request = SpokenRequest(args.manifest, system_folder(args), args.out, args.shard_documents, limit)
-    about = make_spoken(request, _teller())
+    request = DecoderDataRequest(args.manifest, system_folder(args), args.out, args.shard_documents, limit)
+    about = build_decoder_data(request, _teller())
     seconds = about["frames"] * about["hop"] / about["sample_rate"]
     print(f"{args.out}: {about['documents']} recordings, {seconds / 60:.1f} minutes")
     return 0

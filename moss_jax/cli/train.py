@@ -12,7 +12,8 @@ input, or another process trains in the folder (one line says what), 3 stopped b
 preempted. See docs/training_loop.md.
 """
 
-from moss_jax.cli.system_arguments import keep_compiled, say
+from moss_jax.cli.system_arguments import say
+from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.train.host_memory import keep_freed_memory
 
 
@@ -33,7 +34,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from moss_jax.train.run import load_run, run_text
+    from moss_jax.train.run_file import load_run, run_text
 
     given = [f"{name}={value}" for name in ("init", "folder") if (value := getattr(args, name)) is not None]
     run = load_run(args.config, [*given, *args.set])
@@ -42,7 +43,7 @@ def run(args) -> int:
         return 0
     import jax
 
-    keep_compiled()
+    enable_compile_cache()
     if args.distributed:
         from moss_jax.train.processes import join
 

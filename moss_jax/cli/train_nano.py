@@ -13,7 +13,8 @@ Ctrl-C: what is being trained is saved, exit code 75.
 
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import keep_compiled, say
+from moss_jax.cli.system_arguments import say
+from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.errors import MossError
 from moss_jax.train.host_memory import keep_freed_memory
 
@@ -37,11 +38,11 @@ def run(args) -> int:
     from moss_jax.recipes.nano.train import CONFIGS, Recipe
 
     keep_freed_memory()  # before the backend has threads
-    keep_compiled()
+    enable_compile_cache()
     if not args.no_report and importlib.util.find_spec("pocketsphinx") is None:
         raise MossError("the report needs a judge: pip install 'moss-jax[judge]', or leave it out with --no-report")
     report = None if args.no_report else _report
-    return Recipe(args.quick, args.share, args.configs or CONFIGS, report, say).make(args.from_step, args.to_step)
+    return Recipe(args.quick, args.share, args.configs or CONFIGS, report, say).run(args.from_step, args.to_step)
 
 
 def _report(system: Path, folder: Path, quick: bool) -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moss_jax.compile.request import TRAINING_FUNCTIONS, CompileRequest
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate import GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.nn.qwen3 import CACHE_AXES
 from moss_jax.nn.tree import param_shapes, unflatten
 from moss_jax.sharding import fitting, shardings_for
 from moss_jax.speech_decoder import config as decoder_configs
@@ -17,7 +18,6 @@ from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.sampler import flow
 from moss_jax.speech_decoder.vocoder import HiFT
 from moss_jax.speech_lm import MOSS_SPEECH_8B, TINY, SpeechLMConfig, model_axes, model_shapes
-from moss_jax.speech_lm.cache import CACHE_AXES
 from moss_jax.speech_tokenizer import config as tokenizer_configs
 from moss_jax.speech_tokenizer.encode import encode_padded
 from moss_jax.speech_tokenizer.encoder import init_params

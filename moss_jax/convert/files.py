@@ -1,4 +1,4 @@
-"""Files that a release holds and we do not use: carried along verbatim, so that an export has them again."""
+"""Copies the files of a release that are not used, so that an export restores them; and JSON files."""
 
 import json
 import shutil
@@ -12,22 +12,22 @@ from moss_jax.files import is_folder
 
 
 def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None = None) -> list[Path]:
-    """The files below `source` that a conversion copies: all but hidden ones and the used ones.
+    """The files below `source` that a conversion copies: all except hidden files and `used`.
 
-    Symbolic links are followed to files and folders below `within` only. In a snapshot of the Hugging Face cache, where
-    every file is a link into the repository's `blobs` folder, that folder is allowed as well. A link to a folder is
-    not followed inside a folder that was itself reached through a link, which rules out endless and repeated descents.
+    Symbolic links are followed only to files and folders below `within`. In a snapshot of the Hugging Face cache, where
+    every file is a link into the `blobs` folder of the repository, that folder is allowed too. A link to a folder is
+    not followed inside a folder that was itself reached through a link; this prevents endless recursion.
 
     Args:
-        source: the folder of a release, or of what a system carries.
-        within: the folder that no link may lead out of, `source` by default; a folder that contains `source`.
-        used: paths of the files that are converted, relative to the current folder as `source` is, or absolute.
+        source: folder of a release, or below `carried/` in a system.
+        used: files that are converted; absolute, or relative to the working directory as `source` is.
+        within: folder that no link may lead out of; it contains `source`, which is the default.
 
     Returns:
         Paths relative to `source`, sorted.
 
     Raises:
-        MossError: a link leads out of the release or nowhere, something is neither a file nor a folder, or a folder
+        MossError: a link leads out of `within` or is broken, something is neither a file nor a folder, or a folder
             cannot be read.
     """
     within = source if within is None else within
@@ -35,7 +35,7 @@ def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None 
     _check_link(source, within, allowed)
     # The name itself is not resolved: in a snapshot two names with equal contents are links to the same file.
     skip = {_located(path) for path in used}
-    found: list[Path] = []
+    files: list[Path] = []
 
     def walk(folder: Path, linked: bool) -> None:
         for path in sorted(folder.iterdir()):
@@ -49,7 +49,7 @@ def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None 
                     raise MossError(f"{path}: a link to a folder inside a linked folder, which is not followed")
                 walk(path, linked or link)
             elif path.is_file():
-                found.append(path.relative_to(source))
+                files.append(path.relative_to(source))
             else:
                 raise MossError(f"{path}: neither a file nor a folder; remove it from the release")
 
@@ -57,17 +57,17 @@ def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None 
         walk(source, False)
     except OSError as error:
         raise MossError(f"{error.filename or source}: cannot be read ({error.strerror})") from error
-    return found
+    return files
 
 
 def carry_files(source: Path, target: Path, used: Iterable[Path] = (), within: Path | None = None) -> None:
-    """Copies `files_to_carry(source, used, within)` verbatim into `target`; nothing in them is looked at."""
+    """Copies `files_to_carry(source, used, within)` unchanged into `target`."""
     for path in files_to_carry(source, used, within):
         copy_file(source / path, target / path)
 
 
 def copy_file(source: Path, target: Path, within: Path | None = None) -> None:
-    """Copies one file, making the folders above it.
+    """Copies a file and creates the folders above the target.
 
     Args:
         within: folder that a symbolic link must not lead out of; None allows any link.
@@ -87,6 +87,7 @@ def copy_file(source: Path, target: Path, within: Path | None = None) -> None:
 
 
 def _located(path: Path) -> Path:
+    """The absolute path of a file, with links in its folder resolved, but not the file itself."""
     return path.parent.resolve() / path.name
 
 
@@ -102,11 +103,11 @@ def _allowed_roots(folder: Path) -> list[Path]:
 
 
 def _check_link(path: Path, within: Path, allowed: list[Path]) -> None:
-    """Refuses a path that links lead out of the allowed folders; a path without links passes."""
+    """Raises MossError if symbolic links lead from `path` to outside the allowed folders, or are broken."""
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
-        missing = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
+        missing = "a broken symbolic link" if path.is_symlink() else "no such file"
         raise MossError(f"{path}: {missing}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise MossError(f"{path}: a link that cannot be followed ({error})") from error
@@ -117,6 +118,7 @@ def _check_link(path: Path, within: Path, allowed: list[Path]) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a JSON file and creates the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -127,12 +129,13 @@ def update_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def report_unknown_keys(path: Path, known: Iterable[str], say: Callable[[str], None]) -> None:
-    """Says which keys of a config.json nothing here understands; they are carried and never an error."""
+    """Reports the keys of a config.json that are not known; they are kept and are not an error."""
     if unknown := sorted(set(read_json(path)) - set(known)):
-        say(f"note: {path} has keys that are carried but not understood: {', '.join(unknown)}")
+        say(f"note: {path} has unknown keys, which are kept but not used: {', '.join(unknown)}")
 
 
 def require_folder(path: str | Path, what: str) -> Path:
+    """The path. Raises MossError if there is no such folder; `what` was expected there."""
     path = Path(path)
     if not is_folder(path):
         raise MossError(f"{path}: no such folder, expected {what}")

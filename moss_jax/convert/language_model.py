@@ -1,4 +1,4 @@
-"""The released language model `fnlp/MOSS-Speech`, in and out.
+"""Import and export of the released language model `fnlp/MOSS-Speech`.
 
 Sources: the released checkpoint's documented layout (446 tensors, bf16, in shards) and config keys.
 """
@@ -6,7 +6,7 @@ Sources: the released checkpoint's documented layout (446 tensors, bf16, in shar
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from moss_jax.convert.files import (
     update_json,
     write_json,
 )
-from moss_jax.convert.stream import Say, exported_tensors, import_tensors, write_source
+from moss_jax.convert.stream import Say, TensorSource, exported_tensors, import_tensors, write_source
 from moss_jax.convert.tables.speech_lm import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
@@ -62,13 +62,13 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> SpeechL
     """Writes `transformer/`, `text_tokenizer/` and `carried/model/` of a system from a released folder.
 
     Raises:
-        MossError: a file or shard is missing or damaged, the config lacks keys or contradicts itself or the tensors,
-            names that are unmapped, missing or misshapen.
+        MossError: a file or shard is missing or damaged, the config lacks keys or contradicts itself or the tensors, or
+            tensors are unmapped, missing or misshapen.
     """
     folder = require_folder(folder, "a released language model (config.json, *.safetensors, tokenizer.json)")
     config = language_config(folder)
     reader = open_tensors(folder)
-    files_to_carry(folder, reader.files())  # reports links that are not followed before the long work
+    files_to_carry(folder, reader.files())  # raises for bad links before the long work
     config = replace(config, **compute_dtypes(reader))
     target = system / "transformer"
     target.mkdir(parents=True)
@@ -76,21 +76,22 @@ def import_language_model(folder: str | Path, system: Path, say: Say) -> SpeechL
     write_json(target / "config.json", write_config(config))
     copy_text_tokenizer(folder, system)
     carry_files(folder, system / "carried" / "model", reader.files())
-    report_unknown_keys(folder / "config.json", KNOWN_KEYS, say)  # last: before an error it would be in the way
+    report_unknown_keys(folder / "config.json", KNOWN_KEYS, say)  # last, so that an error is not preceded by a note
     return config
 
 
 def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
     """Writes the language model of a system in the released layout into an existing folder."""
     system = Path(system)
-    config = read_transformer_config(system)
+    config = read_speech_lm_config(system)
     carried = system / "carried" / "model"
     source = exported_tensors(open_tensors(system / "transformer"), table(config), model_shapes(config))
     if carried.is_dir():
         carry_files(carried, folder, within=system)
         original = language_config(folder)
-        keys = {ours: key for ours, key in KEYS.items() if getattr(config, ours) != getattr(original, ours)}
-        changed = {key: getattr(config, ours) for ours, key in keys.items()}
+        changed = {
+            key: getattr(config, ours) for ours, key in KEYS.items() if getattr(config, ours) != getattr(original, ours)
+        }
         if {"num_shared_layers", "num_modality_layers"} & set(changed):
             changed["num_hidden_layers"] = config.num_shared_layers + config.num_modality_layers
         if changed:
@@ -102,17 +103,17 @@ def export_language_model(system: str | Path, folder: Path, say: Say) -> None:
 
 
 def language_config(folder: Path) -> SpeechLMConfig:
-    """Our config of a released folder; special ids that its config.json lacks are those of its text tokenizer."""
+    """Our config for a released folder. Special ids that its config.json lacks are taken from its text tokenizer."""
     special = special_ids(folder / "tokenizer.json")
-    known = {ID_KEYS[field]: i for field, i in special.items()} | read_json(folder / "config.json")
-    config = config_from_released(known, str(folder / "config.json"))
-    check_special(config, special, folder)
+    released = {ID_KEYS[field]: i for field, i in special.items()} | read_json(folder / "config.json")
+    config = config_from_released(released, str(folder / "config.json"))
+    check_special_ids(config, special, folder)
     return config
 
 
 def released_config(config: SpeechLMConfig) -> dict[str, Any]:
-    """The keys of a released config.json that our config decides, and the fixed ones that its readers expect."""
-    values = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
+    """A released config.json for our config, including the constant keys that its readers expect."""
+    values = {key: getattr(config, ours) for ours, key in KEYS.items()}
     return {
         "architectures": ["MossSpeechForCausalLM"],
         "model_type": "moss_speech",
@@ -127,26 +128,35 @@ def released_config(config: SpeechLMConfig) -> dict[str, Any]:
     }
 
 
-def read_transformer_config(system: Path) -> SpeechLMConfig:
+def read_speech_lm_config(system: Path) -> SpeechLMConfig:
+    """The config of the language model in a system folder."""
     path = require_folder(system, "a system folder") / "transformer" / "config.json"
     return read_config(SpeechLMConfig, read_json(path), str(path))
 
 
-def compute_dtypes(reader: Any) -> dict[str, str]:
-    """The dtype that most bytes of a checkpoint have, for parameters and activations alike."""
+class ComputeDtypes(TypedDict):
+    """The two dtype fields of a config."""
+
+    dtype: str
+    param_dtype: str
+
+
+def compute_dtypes(reader: TensorSource) -> ComputeDtypes:
+    """The dtype of most bytes of a checkpoint, for activations and parameters; float32 if it is none of DTYPES."""
     sizes: dict[str, int] = {}
     for tensor in reader.tensors.values():
         name = str(np.dtype(tensor.dtype))
         sizes[name] = sizes.get(name, 0) + int(np.prod(tensor.shape))
-    dtype = max(sizes, key=sizes.get, default="float32")
-    return dict.fromkeys(("dtype", "param_dtype"), dtype if dtype in DTYPES else "float32")
+    most = max(sizes, key=lambda name: sizes[name], default="float32")
+    dtype = most if most in DTYPES else "float32"
+    return {"dtype": dtype, "param_dtype": dtype}
 
 
 def special_ids(path: Path) -> dict[str, int]:
-    """{config field: id} of the special strings in a tokenizer.json; empty for those it does not have.
+    """{config field: id} of the special strings that a tokenizer.json has.
 
     Raises:
-        MossError: no such file, or not a tokenizer.json.
+        MossError: the file does not exist or is not a tokenizer.json.
     """
     if not is_file(path):
         raise MossError(f"{path}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it")
@@ -154,7 +164,8 @@ def special_ids(path: Path) -> dict[str, int]:
     return {field: ids[string] for field, string in SPECIAL_STRINGS.items() if string in ids}
 
 
-def check_special(config: SpeechLMConfig, special: Mapping[str, int], folder: Path) -> None:
+def check_special_ids(config: SpeechLMConfig, special: Mapping[str, int], folder: Path) -> None:
+    """Raises MossError if the special ids of the text tokenizer differ from those of the config."""
     wrong = [
         f"{SPECIAL_STRINGS[field]} is {i} in tokenizer.json, {field} is {getattr(config, field)} in config.json"
         for field, i in special.items()
@@ -165,11 +176,12 @@ def check_special(config: SpeechLMConfig, special: Mapping[str, int], folder: Pa
 
 
 def copy_text_tokenizer(folder: Path, system: Path) -> None:
+    """Copies tokenizer.json of a release into a system."""
     copy_file(folder / "tokenizer.json", system / "text_tokenizer" / "tokenizer.json", within=folder)
 
 
 def tokenizer_size(path: Path) -> int:
-    """One more than the largest id of a tokenizer.json."""
+    """The largest id of a tokenizer.json plus one."""
     return 1 + max(_token_ids(path).values())
 
 

@@ -1,4 +1,4 @@
-"""An ONNX graph of CAM++ from our tensors, for systems whose speaker network was not imported from one.
+"""Writes an ONNX graph of CAM++, for systems whose speaker network was not imported from one.
 
 Sources: the ONNX operator specification (opset 17); 3D-Speaker's CAM++ for the network.
 """
@@ -15,22 +15,22 @@ from moss_jax.convert.stream import TensorSource
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 OPSET = 17
-CHANNELS = 1  # of 1-D activations [B, C, T]
+CHANNEL_AXIS = 1  # of activations [B, C, T]
 
 
 class _Graph:
-    """Nodes in the order in which they are computed; every method returns the name of its result."""
+    """Collects nodes in the order of computation; every method adds nodes and returns the name of the result."""
 
-    def __init__(self, onnx: Any, source: TensorSource):
+    def __init__(self, onnx: Any, source: TensorSource) -> None:
         self.onnx = onnx
         self.source = source
-        self.nodes = []
-        self.initializers = []
-        self._given = set()
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self._constants: set[str] = set()
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        if name not in self._given:
-            self._given.add(name)
+        if name not in self._constants:
+            self._constants.add(name)
             self.initializers.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
@@ -43,7 +43,7 @@ class _Graph:
         return output
 
     def ints(self, *values: int) -> str:
-        return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
+        return self.constant("ints_" + "_".join(map(str, values)).replace("-", "minus"), np.array(values, np.int64))
 
     def conv(self, x: str, name: str, bias: bool = False, **attributes: Any) -> str:
         weights = [self.tensor(f"{name}.weight"), *([self.tensor(f"{name}.bias")] if bias else [])]
@@ -68,71 +68,71 @@ class _Graph:
 def write_speaker_graph(path: str | Path, source: TensorSource, config: SpeakerConfig) -> None:
     """Writes `campplus.onnx`: features [B, T, feat_dim] in, embedding [B, embedding_size] out."""
     onnx = import_onnx()
-    g = _Graph(onnx, source)
-    x = g.op("Unsqueeze", g.op("Transpose", "input", perm=[0, 2, 1]), g.ints(1))
-    x = _head(g, x, config)
-    x = g.norm(g.conv(x, "xvector.tdnn.linear", strides=[2], pads=[2, 2]), "xvector.tdnn.nonlinear.batchnorm")
+    graph = _Graph(onnx, source)
+    x = graph.op("Unsqueeze", graph.op("Transpose", "input", perm=[0, 2, 1]), graph.ints(1))
+    x = _head(graph, x, config)
+    x = graph.norm(graph.conv(x, "xvector.tdnn.linear", strides=[2], pads=[2, 2]), "xvector.tdnn.nonlinear.batchnorm")
     for block, layers in enumerate(config.dense_layers, 1):
         for layer in range(1, layers + 1):
-            x = _dense(g, x, f"xvector.block{block}.tdnnd{layer}", config.dense_dilations[block - 1], config)
+            x = _dense(graph, x, f"xvector.block{block}.tdnnd{layer}", config.dense_dilations[block - 1], config)
         name = f"xvector.transit{block}"
-        x = g.conv(g.norm(x, f"{name}.nonlinear.batchnorm"), f"{name}.linear")
-    x = g.norm(x, "xvector.out_nonlinear.batchnorm")
-    x = g.op("Unsqueeze", g.op("Concat", *_statistics(g, x), axis=CHANNELS), g.ints(2))
-    x = g.norm(g.conv(x, "xvector.dense.linear"), "xvector.dense.nonlinear.batchnorm", relu=False, affine=False)
-    x = g.op("Squeeze", x, g.ints(2))
-    g.nodes[-1].output[0] = "output"
+        x = graph.conv(graph.norm(x, f"{name}.nonlinear.batchnorm"), f"{name}.linear")
+    x = graph.norm(x, "xvector.out_nonlinear.batchnorm")
+    x = graph.op("Unsqueeze", graph.op("Concat", *_statistics(graph, x), axis=CHANNEL_AXIS), graph.ints(2))
+    x = graph.norm(graph.conv(x, "xvector.dense.linear"), "xvector.dense.nonlinear.batchnorm", relu=False, affine=False)
+    x = graph.op("Squeeze", x, graph.ints(2))
+    graph.nodes[-1].output[0] = "output"
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        g.nodes,
+    onnx_graph = onnx.helper.make_graph(
+        graph.nodes,
         "campplus",
         [value("input", onnx.TensorProto.FLOAT, ["B", "T", config.num_mel_bins])],
         [value("output", onnx.TensorProto.FLOAT, ["B", config.embedding_size])],
-        g.initializers,
+        graph.initializers,
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    model = onnx.helper.make_model(onnx_graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     with atomic_file(path) as part:
         part.write_bytes(model.SerializeToString())
 
 
-def _head(g: _Graph, x: str, config: SpeakerConfig) -> str:
+def _head(graph: _Graph, x: str, config: SpeakerConfig) -> str:
     """[B, 1, F, T] -> [B, C * F / 8, T]."""
-    same = {"pads": [1, 1, 1, 1]}
-    x = g.norm(g.conv(x, "head.conv1", **same), "head.bn1")
+    same: dict[str, Any] = {"pads": [1, 1, 1, 1]}  # keeps height and width at stride 1
+    x = graph.norm(graph.conv(x, "head.conv1", **same), "head.bn1")
     for group, blocks in enumerate(config.head_blocks, 1):
         for block in range(blocks):
             name = f"head.layer{group}.{block}"
             strides = [1 if block else 2, 1]
-            y = g.norm(g.conv(x, f"{name}.conv1", strides=strides, **same), f"{name}.bn1")
-            y = g.norm(g.conv(y, f"{name}.conv2", **same), f"{name}.bn2", relu=False)
+            y = graph.norm(graph.conv(x, f"{name}.conv1", strides=strides, **same), f"{name}.bn1")
+            y = graph.norm(graph.conv(y, f"{name}.conv2", **same), f"{name}.bn2", relu=False)
             if block == 0:
-                x = g.norm(g.conv(x, f"{name}.shortcut.0", strides=strides), f"{name}.shortcut.1", relu=False)
-            x = g.op("Relu", g.op("Add", y, x))
-    x = g.norm(g.conv(x, "head.conv2", strides=[2, 1], **same), "head.bn2")
+                x = graph.norm(graph.conv(x, f"{name}.shortcut.0", strides=strides), f"{name}.shortcut.1", relu=False)
+            x = graph.op("Relu", graph.op("Add", y, x))
+    x = graph.norm(graph.conv(x, "head.conv2", strides=[2, 1], **same), "head.bn2")
     flat = config.head_channels * config.num_mel_bins // 2 ** (len(config.head_blocks) + 1)
-    return g.op("Reshape", x, g.ints(0, flat, -1))
+    return graph.op("Reshape", x, graph.ints(0, flat, -1))
 
 
-def _dense(g: _Graph, x: str, name: str, dilation: int, config: SpeakerConfig) -> str:
-    y = g.conv(g.norm(x, f"{name}.nonlinear1.batchnorm"), f"{name}.linear1")
-    y = g.norm(y, f"{name}.nonlinear2.batchnorm")
+def _dense(graph: _Graph, x: str, name: str, dilation: int, config: SpeakerConfig) -> str:
+    y = graph.conv(graph.norm(x, f"{name}.nonlinear1.batchnorm"), f"{name}.linear1")
+    y = graph.norm(y, f"{name}.nonlinear2.batchnorm")
     size = config.segment_frames
     cam = f"{name}.cam_layer"
-    local = g.conv(y, f"{cam}.linear_local", dilations=[dilation], pads=[dilation, dilation])
-    pooled = g.op("AveragePool", y, kernel_shape=[size], strides=[size], ceil_mode=1, count_include_pad=0)
-    repeated = g.op("Expand", g.op("Unsqueeze", pooled, g.ints(3)), g.ints(1, 1, 1, size))
-    repeated = g.op("Reshape", repeated, g.ints(0, 0, -1))
-    length = g.op("Slice", g.op("Shape", y), g.ints(2), g.ints(3))
-    context = g.op("Add", g.mean(y, [2]), g.op("Slice", repeated, g.ints(0), length, g.ints(2)))
-    gate = g.conv(g.op("Relu", g.conv(context, f"{cam}.linear1", bias=True)), f"{cam}.linear2", bias=True)
-    return g.op("Concat", x, g.op("Mul", local, g.op("Sigmoid", gate)), axis=CHANNELS)
+    local = graph.conv(y, f"{cam}.linear_local", dilations=[dilation], pads=[dilation, dilation])
+    pooled = graph.op("AveragePool", y, kernel_shape=[size], strides=[size], ceil_mode=1, count_include_pad=0)
+    repeated = graph.op("Expand", graph.op("Unsqueeze", pooled, graph.ints(3)), graph.ints(1, 1, 1, size))
+    repeated = graph.op("Reshape", repeated, graph.ints(0, 0, -1))
+    length = graph.op("Slice", graph.op("Shape", y), graph.ints(2), graph.ints(3))
+    context = graph.op("Add", graph.mean(y, [2]), graph.op("Slice", repeated, graph.ints(0), length, graph.ints(2)))
+    gate = graph.conv(graph.op("Relu", graph.conv(context, f"{cam}.linear1", bias=True)), f"{cam}.linear2", bias=True)
+    return graph.op("Concat", x, graph.op("Mul", local, graph.op("Sigmoid", gate)), axis=CHANNEL_AXIS)
 
 
-def _statistics(g: _Graph, x: str) -> tuple[str, str]:
+def _statistics(graph: _Graph, x: str) -> tuple[str, str]:
     """Mean and unbiased standard deviation over time."""
-    centred = g.op("Sub", x, g.mean(x, [2]))
-    squares = g.op("ReduceSum", g.op("Mul", centred, centred), g.ints(2), keepdims=0)
-    frames = g.op("Cast", g.op("Slice", g.op("Shape", x), g.ints(2), g.ints(3)), to=1)
-    variance = g.op("Div", squares, g.op("Sub", frames, g.constant("one", np.ones(1, np.float32))))
-    return g.mean(x, [2], keep=0), g.op("Sqrt", variance)
+    centred = graph.op("Sub", x, graph.mean(x, [2]))
+    squares = graph.op("ReduceSum", graph.op("Mul", centred, centred), graph.ints(2), keepdims=0)
+    frames = graph.op("Cast", graph.op("Slice", graph.op("Shape", x), graph.ints(2), graph.ints(3)), to=1)
+    variance = graph.op("Div", squares, graph.op("Sub", frames, graph.constant("one", np.ones(1, np.float32))))
+    return graph.mean(x, [2], keep=0), graph.op("Sqrt", variance)

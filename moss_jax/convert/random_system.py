@@ -1,4 +1,4 @@
-"""Complete systems with random weights."""
+"""Writes complete systems with random weights."""
 
 import shutil
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from moss_jax.speech_decoder.speaker import speaker_shapes
 from moss_jax.speech_decoder.vocoder import vocoder_shapes
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import MOSS_SPEECH_8B, SpeechLMConfig
-from moss_jax.speech_lm.config import TINY as TRANSFORMER_TINY
+from moss_jax.speech_lm.config import TINY as SPEECH_LM_TINY
 from moss_jax.speech_tokenizer import config as tokenizer_config
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
@@ -40,18 +40,18 @@ from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
 @dataclass(frozen=True)
 class SystemConfigs:
-    """The configs of a whole system."""
+    """The configs of all components of a system."""
 
     transformer: SpeechLMConfig
     tokenizer: SpeechTokenizerConfig
     decoder: SpeechDecoderConfig
 
 
-TINY_CODES = 256
+TINY_CODES = 256  # number of speech codes of the tiny system
 
 
 def _tiny() -> SystemConfigs:
-    """Small in every width, whole in every rate: real audio goes in and comes out."""
+    """Small layers, but the sample rates and code rate of the release, so that it works on real audio."""
     decoder = decoder_config.TINY
     flow = replace(
         decoder.flow,
@@ -65,7 +65,7 @@ def _tiny() -> SystemConfigs:
     speaker = replace(speaker_config.TINY, num_mel_bins=80, embedding_size=192)
     return SystemConfigs(
         replace(
-            TRANSFORMER_TINY,
+            SPEECH_LM_TINY,
             audio_vocab_size=384,
             eosp_id=TINY_CODES,
             audio_pad_id=TINY_CODES - 1,
@@ -76,8 +76,8 @@ def _tiny() -> SystemConfigs:
     )
 
 
-# The language model of Qwen3-0.6B's widths, with the released codec.
-SMALL_TRANSFORMER = replace(
+# A language model of the size of Qwen3-0.6B, for the released codec.
+SPEECH_LM_0_6B = replace(
     MOSS_SPEECH_8B,
     hidden_size=1024,
     intermediate_size=3072,
@@ -88,27 +88,30 @@ SMALL_TRANSFORMER = replace(
 )
 SYSTEM_SIZES = {
     "tiny": _tiny(),
-    "0.6b": SystemConfigs(SMALL_TRANSFORMER, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
+    "0.6b": SystemConfigs(SPEECH_LM_0_6B, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
     "8b": SystemConfigs(MOSS_SPEECH_8B, tokenizer_config.MOSS_SPEECH_CODEC, decoder_config.RELEASED),
 }
 LAYOUTS = ("ours", "released")
 
 
 def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed: int = 0, say: Say = print) -> None:
-    """Writes a complete system with random weights: it runs everywhere, and what it says is noise.
+    """Writes a complete system with random weights. It works like any other, but its replies are noise.
 
     Args:
-        out: the system's folder; with layout "released", the folder that gets the two released folders.
-        size: a key of SIZES.
+        out: folder of the system; with layout "released", the folder for the two released folders.
+        size: a key of SYSTEM_SIZES.
         layout: one of LAYOUTS; "released" needs torch and onnx.
         seed: the same seed gives the same weights.
-        say: gets lines of progress.
+        say: receives progress messages.
+
+    Raises:
+        MossError: unknown size or layout, or `out` exists or cannot be written.
     """
     seed = check_seed(seed)
     if size not in SYSTEM_SIZES:
-        raise MossError(f"size {size!r}: unknown, there are {', '.join(SYSTEM_SIZES)}")
+        raise MossError(f"size is {size!r}, expected one of {', '.join(SYSTEM_SIZES)}")
     if layout not in LAYOUTS:
-        raise MossError(f"layout {layout!r}: unknown, there are {', '.join(LAYOUTS)}")
+        raise MossError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout == "ours":
         with atomic_folder(out) as folder:
             write_random(folder, SYSTEM_SIZES[size], seed, say)
@@ -125,7 +128,7 @@ def init_random(out: str | Path, size: str = "tiny", layout: str = "ours", seed:
 
 
 def write_random(folder: Path, sizes: SystemConfigs, seed: int, say: Say) -> None:
-    """The files of a random system, in an existing folder; one parameter in memory at a time."""
+    """Writes the files of a random system into an existing folder, with one parameter in memory at a time."""
     lm = sizes.transformer
     tokenizer = sizes.tokenizer
     decoder = sizes.decoder
@@ -141,13 +144,13 @@ def write_random(folder: Path, sizes: SystemConfigs, seed: int, say: Say) -> Non
         rows = speaker_table.table(decoder.speaker)
         shapes = speaker_shapes(decoder.speaker)
         parts.append(("speech_decoder", "speaker", rows, shapes))
-    for room, stem, table, shapes in parts:
-        (folder / room).mkdir(exist_ok=True)
-        # The flows share a seed: a stream sounds like the offline decode.
-        _write_part(folder / room, stem, table, shapes, f"{seed} {room} {stem.split('_')[0]}", say)
-        say(f"{room}/{stem}.safetensors: done")
-    for room, config in (("transformer", lm), ("speech_tokenizer", tokenizer), ("speech_decoder", decoder)):
-        write_json(folder / room / "config.json", write_config(config))
+    for component, stem, table, shapes in parts:
+        (folder / component).mkdir(exist_ok=True)
+        # All flows have the same seed, so that streaming sounds like offline decoding.
+        _write_part(folder / component, stem, table, shapes, f"{seed} {component} {stem.split('_')[0]}", say)
+        say(f"{component}/{stem}.safetensors: done")
+    for component, config in (("transformer", lm), ("speech_tokenizer", tokenizer), ("speech_decoder", decoder)):
+        write_json(folder / component / "config.json", write_config(config))
     (folder / "text_tokenizer").mkdir()
     write_text_tokenizer(folder / "text_tokenizer" / "tokenizer.json", lm)
     (folder / "voices").mkdir()
@@ -165,9 +168,9 @@ def _write_part(folder: Path, stem: str, table: NameTable, shapes: Mapping[str, 
 
 
 def random_parameter(entry: TableEntry, seed: str) -> np.ndarray:
-    """Values that keep a signal's size through a layer: unit gains, zero shifts, kernels of variance 1 / inputs.
+    """Values that preserve the scale of a signal: gains of 1, biases of 0, kernels of variance 1 / inputs.
 
-    Drawn layer by layer straight into the parameter's dtype.
+    The normal values are drawn one layer at a time and converted to the dtype of the parameter.
     """
     leaf = entry.path.rpartition("/")[2]
     dtype = np.dtype(entry.dtype)
@@ -175,11 +178,11 @@ def random_parameter(entry: TableEntry, seed: str) -> np.ndarray:
         return np.ones(entry.shape, dtype)
     if leaf in ("bias", "mean", "bias_u", "bias_v"):
         return np.zeros(entry.shape, dtype)
-    # In the foreign layout the inputs are all axes but the first; a table of vectors has unit entries.
-    deviation = 1.0 if leaf in ("embedding", "codebook") else 1 / np.sqrt(np.prod(entry.source_shape[1:]))
+    # In the released layout all axes but the first are inputs. Embeddings have a standard deviation of 1.
+    std = 1.0 if leaf in ("embedding", "codebook") else 1 / np.sqrt(np.prod(entry.source_shape[1:]))
     out = np.empty(entry.shape, dtype)
     rng = np.random.default_rng(list(seed.encode()))
     for index in np.ndindex(entry.names.shape):
         part = rng.standard_normal(entry.shape[len(index) :], np.float32)
-        out[index] = np.multiply(part, np.float32(deviation), out=part)
+        out[index] = np.multiply(part, np.float32(std), out=part)
     return out

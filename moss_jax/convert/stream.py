@@ -1,8 +1,6 @@
-"""Checkpoints through a name table, one parameter at a time, in both directions.
+"""Converts checkpoints through a name table, one parameter at a time, in both directions.
 
-A source is anything with `path`, `tensors` {name: has .shape, .dtype, .nbytes} and `read(name)`: a `TensorReader`, or
-`MemoryTensors` for formats that cannot be read in parts. What is in memory at any time is one stacked parameter and
-one tensor of it.
+At most one stacked parameter and one tensor of it are in memory, unless the format of a file must be read as a whole.
 """
 
 import dataclasses
@@ -20,19 +18,30 @@ from moss_jax.convert.table import NameTable, TableEntry
 from moss_jax.errors import MossError
 
 Say = Callable[[str], None]
+ONE_FILE = 1 << 62  # bytes of a shard that is never full
 
 
 class TensorSource(Protocol):
-    path: Path
-    tensors: Mapping[str, Any]
+    """Named tensors that can be read one at a time, such as a `TensorReader`.
+
+    Attributes:
+        path: the file, for messages.
+        tensors: {name: object with shape and dtype}.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 
 
 class MemoryTensors:
-    """Tensors that are in memory, as a source."""
+    """Tensors in memory, of formats that cannot be read in parts."""
 
-    def __init__(self, path: str | Path, tensors: Mapping[str, np.ndarray]):
+    def __init__(self, path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
         self.path = Path(path)
         self.tensors = dict(tensors)
 
@@ -41,13 +50,18 @@ class MemoryTensors:
 
 
 def tensor_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors of a source."""
     return {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
 
 def with_dtypes(source: TensorSource, entries: Iterable[TableEntry]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape of ours with the dtype of the file}; a stack of tensors with different dtypes is an error."""
-    shapes = {}
-    mixed = []
+    """{path: shape of our parameter, with the dtype of its tensors in the source}.
+
+    Raises:
+        MossError: tensors of one stacked parameter have different dtypes.
+    """
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    mixed: list[str] = []
     for entry in entries:
         dtypes = {np.dtype(source.tensors[name].dtype) for name in entry.names.flat}
         if len(dtypes) > 1:
@@ -70,15 +84,15 @@ def import_tensors(
     say: Say = lambda line: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a foreign checkpoint in our layout.
+    """Writes a released checkpoint in our layout. Dtypes are kept.
 
     Args:
-        source: the foreign tensors.
-        table: where each lives in our tree.
-        shapes: flat {path: has .shape} of our parameters.
-        folder, stem: of our safetensors file(s); the dtype of every tensor is kept.
-        carried: the safetensors file for tensors that the table carries unused; written only if there are any.
-        say: gets a line of progress now and then.
+        source: the released tensors.
+        table: maps them to our parameters.
+        shapes: flat {path: object with shape} of our parameters.
+        folder, stem: folder and start of the file names of our safetensors files.
+        carried: safetensors file for the unused tensors that the table carries; written only if there are any.
+        say: receives progress messages.
 
     Raises:
         MossError: the full list of unmapped, missing and misshapen tensors.
@@ -96,13 +110,13 @@ def import_tensors(
     if unused and carried is not None:
         carried.parent.mkdir(parents=True, exist_ok=True)
         stem = carried.name.removesuffix(".safetensors")
-        with TensorWriter(carried.parent, unused, stem, shard_bytes=1 << 62) as writer:
+        with TensorWriter(carried.parent, unused, stem, shard_bytes=ONE_FILE) as writer:
             for name in unused:
                 writer.write(name, source.read(name))
 
 
 def exported_tensors(ours: TensorReader, table: NameTable, shapes: Mapping[str, Any]) -> "ExportedTensors":
-    """Our file as a source of foreign tensors; checks it against `shapes` first."""
+    """Our file as a source of released tensors. Raises MossError if its parameters do not have these shapes."""
     ours = with_current_names(ours, shapes)
     check_shapes(ours.shapes(), {path: tuple(leaf.shape) for path, leaf in shapes.items()}, ours.path)
     typed = {path: jax.ShapeDtypeStruct(leaf.shape, ours.tensors[path].dtype) for path, leaf in shapes.items()}
@@ -110,40 +124,40 @@ def exported_tensors(ours: TensorReader, table: NameTable, shapes: Mapping[str, 
 
 
 class ExportedTensors:
-    """Foreign tensors made from our file: a source whose tensors are cut out of our stacked parameters."""
+    """A source of released tensors that are slices of the parameters in our file."""
 
-    def __init__(self, ours: TensorReader, entries: list[TableEntry]):
+    def __init__(self, ours: TensorReader, entries: Iterable[TableEntry]) -> None:
         self.path = ours.path
-        self._ours = ours
         self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[TableEntry, tuple[int, ...]]] = {}
+        self._ours = ours
+        self._slices: dict[str, tuple[TableEntry, tuple[int, ...]]] = {}  # of a parameter, by tensor name
         for entry in entries:
             for index in np.ndindex(entry.names.shape):
                 name = str(entry.names[index])
                 self.tensors[name] = TensorInfo(ours.path, entry.source_shape, np.dtype(entry.dtype), 0)
-                self._places[name] = (entry, index)
+                self._slices[name] = (entry, index)
 
     def read(self, name: str) -> np.ndarray:
-        entry, index = self._places[name]
+        entry, index = self._slices[name]
         return np.ascontiguousarray(entry.transform.to_theirs(self._ours.read(entry.path)[index]))
 
 
 class MergedTensors:
-    """Several sources as one; the same name may not stand in two of them."""
+    """Several sources as one. Raises MossError if a name occurs in two of them."""
 
-    def __init__(self, *sources: TensorSource):
+    def __init__(self, *sources: TensorSource) -> None:
         self.path = sources[0].path
-        self._home = {}
-        self.tensors = {}
+        self.tensors: dict[str, Any] = {}
+        self._source_of: dict[str, TensorSource] = {}
         for source in sources:
             for name, tensor in source.tensors.items():
-                if name in self._home:
-                    raise MossError(f"{source.path}: carried tensor {name!r} is a parameter of the model as well")
-                self._home[name] = source
+                if name in self._source_of:
+                    raise MossError(f"{source.path}: carried tensor {name!r} is also a parameter of the model")
+                self._source_of[name] = source
                 self.tensors[name] = tensor
 
     def read(self, name: str) -> np.ndarray:
-        return self._home[name].read(name)
+        return self._source_of[name].read(name)
 
 
 def write_source(
@@ -154,7 +168,7 @@ def write_source(
     say: Say = lambda line: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes every tensor of a source into safetensors, one at a time."""
+    """Writes all tensors of a source to safetensors files, one tensor at a time."""
     progress = CopyProgress(say, f"writing {stem}", source.tensors)
     with TensorWriter(folder, source.tensors, stem, metadata, shard_bytes) as writer:
         for name, tensor in source.tensors.items():
@@ -164,19 +178,19 @@ def write_source(
 
 @dataclasses.dataclass
 class CopyProgress:
-    """Says how far a long piece of work is, at every twentieth of its bytes; silent when it is below 1 GB."""
+    """Reports progress after every 5 % of the bytes; nothing is reported below 1 GB."""
 
     say: Say
     what: str
     tensors: Mapping[str, Any]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._total = sum(_nbytes(tensor) for tensor in self.tensors.values())
         self._done = 0
 
     def add(self, tensor: Any) -> None:
         before = self._done
-        self._done = self._done + _nbytes(tensor)
+        self._done += _nbytes(tensor)
         if self._total >= 1e9 and 20 * before // self._total != 20 * self._done // self._total:
             self.say(f"{self.what}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB")
 

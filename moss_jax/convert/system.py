@@ -1,8 +1,7 @@
-"""A whole system: one folder with the language model, the codec, the text tokenizer and voices.
+"""Converts released checkpoints to system folders, and system folders back to the released layouts.
 
-    FOLDER/system.json, transformer/, speech_tokenizer/, speech_decoder/, text_tokenizer/, voices/, carried/
-
-Made from the two released folders, from a Qwen3, or at random; written whole or not at all.
+A system folder contains system.json, transformer/, speech_tokenizer/, speech_decoder/, text_tokenizer/, voices/ and
+carried/ (what an export restores). All functions write the output completely or not at all.
 """
 
 from pathlib import Path
@@ -11,29 +10,36 @@ from typing import Any
 from moss_jax.checkpoint import atomic_folder
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.components import check_codes
-from moss_jax.convert.codec import NOTES, export_codec, import_codec
+from moss_jax.convert.codec import NOTES_FILE, export_codec, import_codec
 from moss_jax.convert.files import carry_files, copy_file, require_folder, write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model, language_config
 from moss_jax.convert.qwen3 import RELEASED_CODES, export_qwen3, import_qwen3
 from moss_jax.convert.stream import Say
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
-# what an export to the released layouts makes
+# The folders of an export to the released layouts.
 MODEL_FOLDER = "MOSS-Speech"
 CODEC_FOLDER = "MOSS-Speech-Codec"
-# Of a system: what belongs to its codec, and the voices, which are prompts in its codes.
+# The folders of a system that belong to its codec. Voices are prompts in its codes.
 CODEC_PARTS = ("speech_tokenizer", "speech_decoder", "voices", "carried/codec", "carried/unused")
 
 
 def convert_released(model: str | Path, codec: str | Path, out: str | Path, say: Say) -> None:
-    """A system from a released language model and a codec: a released one, or that of another system.
+    """Writes a system from a released language model and a codec.
 
-    Raises MossError and writes nothing when anything does not fit.
+    Args:
+        model: folder of the released language model.
+        codec: folder of the released codec, or a system whose codec and voices are copied.
+        out: folder of the new system, which must not exist or be empty.
+        say: receives progress messages.
+
+    Raises:
+        MossError: a file is missing or damaged, or the two have different numbers of speech codes.
     """
     model = require_folder(model, "a released language model (config.json, *.safetensors, tokenizer.json)")
     config = language_config(model)
     with atomic_folder(out) as folder:
-        _begin(folder, codec, say)
+        _start_system(folder, codec, say)
         check_codes(SystemFolder(folder), config, f"{model} and {codec}")  # before the long work
         import_language_model(model, folder, say)
 
@@ -47,22 +53,26 @@ def convert_qwen3(
     audio_branch: str = "copy",
     seed: int = 0,
 ) -> None:
-    """A system whose language model starts from a Qwen3.
+    """Writes a system whose language model is made from a Qwen3.
 
     Args:
-        codec: a released codec, or a system whose speech tokenizer, speech decoder and voices are taken over unchanged.
-            It decides the number of speech codes. None: that of the released codec; the system has no speech tokenizer
-            or decoder.
+        qwen3: folder of the Qwen3.
+        out: folder of the new system, which must not exist or be empty.
+        say: receives progress messages.
+        modality_layers, audio_branch, seed: see `import_qwen3`.
+        codec: folder of the released codec, or a system whose codec and voices are copied; it determines the number of
+            speech codes. None: the number of the released codec, and the system has no speech tokenizer or decoder.
     """
     with atomic_folder(out) as folder:
-        codes = _begin(folder, codec, say)
+        codes = _start_system(folder, codec, say)
         import_qwen3(qwen3, folder, modality_layers, codes, audio_branch, seed, say)
 
 
 def export_released(system: str | Path, out: str | Path, say: Say) -> None:
-    """The two released folders, `MOSS-Speech` and `MOSS-Speech-Codec`, below `out`; what the system has of them."""
-    system = SystemFolder(system).path
-    check_codes(SystemFolder(system))
+    """Writes the released folders `MOSS-Speech` and `MOSS-Speech-Codec` below `out`, if the system has their parts."""
+    system_folder = SystemFolder(system)
+    check_codes(system_folder)
+    system = system_folder.path
     with atomic_folder(out) as folder:
         if (system / "transformer").is_dir():
             (folder / MODEL_FOLDER).mkdir()
@@ -73,25 +83,25 @@ def export_released(system: str | Path, out: str | Path, say: Say) -> None:
 
 
 def export_text_path(system: str | Path, out: str | Path, say: Say) -> None:
-    """The text path of the language model as a plain Qwen3."""
+    """Writes the text path of the language model as a plain Qwen3."""
     system = SystemFolder(system).path
     with atomic_folder(out) as folder:
         export_qwen3(system, folder, say)
 
 
-def _begin(folder: Path, codec: str | Path | None, say: Say) -> int:
-    """Starts a system with its codec, if there is one; returns the number of speech codes."""
+def _start_system(folder: Path, codec: str | Path | None, say: Say) -> int:
+    """Writes system.json, voices/ and the codec, if there is one; returns the number of speech codes."""
     settings: dict[str, Any] = {"format": SYSTEM_FORMAT, "default_voice": None}
     codes = RELEASED_CODES
     if codec is not None and (Path(codec) / SYSTEM_FILE).is_file():
         system = SystemFolder(codec)
-        for component_folder in ("speech_tokenizer", "speech_decoder"):
-            system.component_folder(component_folder)  # raises where it is missing
+        for component in ("speech_tokenizer", "speech_decoder"):
+            system.component_folder(component)  # raises if it is missing
         for name in CODEC_PARTS:
             if (system.path / name).is_dir():
                 carry_files(system.path / name, folder / name, within=system.path)
-        if (system.path / NOTES).is_file():
-            copy_file(system.path / NOTES, folder / NOTES, within=system.path)
+        if (system.path / NOTES_FILE).is_file():
+            copy_file(system.path / NOTES_FILE, folder / NOTES_FILE, within=system.path)
         settings["default_voice"] = system.settings.get("default_voice")
         codes = system.config(SPEECH_TOKENIZER).quantize_vocab_size
     elif codec is not None:

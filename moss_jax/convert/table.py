@@ -1,23 +1,23 @@
-"""Name tables: one row says where a foreign tensor lives in our tree and how its layout changes, in both directions.
+"""Name tables: which tensor of a released checkpoint is which parameter of ours, and how its layout changes.
 
-A row's `name` is a tensor name of the released file, its `path` a '/'-joined path in our parameter tree. Both may hold
-placeholders such as `{layer}`. A placeholder that stands in both is substituted; one that stands in the name only is a
-stacked axis: the tensors are stacked along leading axes of our array, in the order in which the placeholders stand in
-the name. So
+A row has a tensor name of the released file and a '/'-joined path in our parameter tree. Both may contain placeholders
+such as `{layer}`. A placeholder in both is a name component that is copied. A placeholder in the name only is a stacked
+axis: the tensors are stacked along leading axes of our array, in the order of the placeholders in the name. For example
 
     Row("model.text_block.layers.{layer}.mlp.up_proj.weight", "text/layers/mlp/up/kernel", LINEAR)
 
-maps four `[mlp, embed]` tensors to one `[layers=4, embed, mlp]` array, and back.
+maps four tensors [F, D] to one array [L=4, D, F], and back.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from moss_jax.errors import MossError
 
@@ -26,53 +26,52 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout without arithmetic. `to_theirs(to_ours(x))` is `x`, bit for bit.
+    """A change of layout without arithmetic, as the einops patterns of the released and of our layout.
 
-    Both directions use only `.reshape` and `.transpose`, so that shapes can be traced without data.
+    `to_theirs(to_ours(x))` is `x`, bit for bit. Both directions can be traced by JAX for their shapes alone.
     """
 
-    to_ours: Callable[[Any], Any]
-    to_theirs: Callable[[Any], Any]
+    theirs: str
+    ours: str
+    heads: int | None = None  # size of the axis "heads"
+
+    def to_ours(self, x: Any) -> Any:
+        return rearrange(x, f"{self.theirs} -> {self.ours}", **self._sizes())
+
+    def to_theirs(self, x: Any) -> Any:
+        return rearrange(x, f"{self.ours} -> {self.theirs}", **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {} if self.heads is None else {"heads": self.heads}
 
 
-def _permute(*axes: int) -> Transform:
-    inverse = tuple(int(i) for i in np.argsort(axes))
-    return Transform(lambda x: x.transpose(axes), lambda x: x.transpose(inverse))
-
-
-SAME = Transform(lambda x: x, lambda x: x)
-LINEAR = _permute(1, 0)  # torch [out, in] -> [in, out]
-CONV1D = _permute(2, 1, 0)  # torch [out, in, width] -> [width, in, out]
-CONV2D = _permute(2, 3, 1, 0)  # torch [out, in, height, width] -> [height, width, in, out]
-CONV_TRANSPOSE1D = _permute(2, 0, 1)  # torch [in, out, width] -> [width, in, out], not flipped
-CONV1X1 = Transform(
-    lambda x: x.reshape(x.shape[:2]).transpose(1, 0), lambda x: x.transpose(1, 0).reshape(*x.shape[::-1], 1)
-)
+SAME = Transform("...", "...")
+LINEAR = Transform("outputs inputs", "inputs outputs")
+CONV1D = Transform("outputs inputs width", "width inputs outputs")
+CONV2D = Transform("outputs inputs height width", "height width inputs outputs")
+CONV_TRANSPOSE1D = Transform("inputs outputs width", "width inputs outputs")  # the kernel is not flipped
+CONV1X1 = Transform("outputs inputs 1", "inputs outputs")
 
 
 def heads_out(heads: int) -> Transform:
-    """torch [heads * head_dim, embed] -> [embed, heads, head_dim] (q, k and v projections)."""
-    return Transform(
-        lambda x: x.transpose(1, 0).reshape(x.shape[1], heads, x.shape[0] // heads),
-        lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2]).transpose(1, 0),
-    )
+    """Query, key and value projections: [heads * head_dim, embed] -> [embed, heads, head_dim]."""
+    return Transform("(heads head_dim) embed", "embed heads head_dim", heads)
 
 
 def heads_bias(heads: int) -> Transform:
-    """torch [heads * head_dim] -> [heads, head_dim]."""
-    return Transform(lambda x: x.reshape(heads, x.shape[0] // heads), lambda x: x.reshape(x.shape[0] * x.shape[1]))
+    """Biases of query, key and value projections: [heads * head_dim] -> [heads, head_dim]."""
+    return Transform("(heads head_dim)", "heads head_dim", heads)
 
 
 def heads_in(heads: int) -> Transform:
-    """torch [embed, heads * head_dim] -> [heads, head_dim, embed] (output projection)."""
-    return Transform(
-        lambda x: x.transpose(1, 0).reshape(heads, x.shape[1] // heads, x.shape[0]),
-        lambda x: x.reshape(x.shape[0] * x.shape[1], x.shape[2]).transpose(1, 0),
-    )
+    """Output projections: [embed, heads * head_dim] -> [heads, head_dim, embed]."""
+    return Transform("embed (heads head_dim)", "heads head_dim embed", heads)
 
 
 @dataclass(frozen=True)
 class Row:
+    """A tensor name, the path of our parameter, and the change of layout between them."""
+
     name: str
     path: str
     transform: Transform = SAME
@@ -80,10 +79,13 @@ class Row:
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One parameter of ours with every foreign tensor that it is made of.
+    """A parameter of ours and the released tensors it consists of.
 
-    `names` is an object array whose shape is the stacked leading part of `shape`; `source_shape` is the foreign shape
-    of each of them.
+    Attributes:
+        path, shape, dtype: of our parameter.
+        names: the tensor names, an object array; its shape is that of the stacked leading axes of `shape`.
+        source_shape: shape of each of the tensors.
+        transform: between one tensor and its part of the parameter.
     """
 
     path: str
@@ -94,57 +96,68 @@ class TableEntry:
     transform: Transform
 
     def to_ours(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Reads the tensors one by one into one new array of `shape`; dtype is that of the tensors."""
+        """A new array [*shape] with the dtype of the tensors, which are read one at a time."""
         if self.names.ndim == 0:
             return np.ascontiguousarray(self.transform.to_ours(read(self.names.item())))
-        out = None
+        stacked: np.ndarray | None = None
         for index in np.ndindex(self.names.shape):
-            part = self.transform.to_ours(read(self.names[index]))
-            if out is None:
-                out = np.empty(self.shape, part.dtype)
-            out[index] = part
-        return out
+            part = self.transform.to_ours(read(str(self.names[index])))
+            if stacked is None:
+                stacked = np.empty(self.shape, part.dtype)
+            stacked[index] = part
+        assert stacked is not None, f"{self.path} is a stack of no tensors"
+        return stacked
 
     def to_theirs(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor) for each foreign tensor inside `value`."""
+        """Yields (name, tensor) for every released tensor that is part of `value`."""
         for index in np.ndindex(self.names.shape):
             yield str(self.names[index]), np.ascontiguousarray(self.transform.to_theirs(value[index]))
 
 
 @dataclass(frozen=True)
 class NameTable:
-    """The rows of one released checkpoint, and regular expressions of the names that are carried along unused."""
+    """The rows of a released checkpoint.
+
+    Attributes:
+        rows: see `Row`.
+        carried: regular expressions of the names of tensors that the model does not use and an export restores.
+    """
 
     rows: tuple[Row, ...]
-    carried: tuple[str, ...] = field(default=())
+    carried: tuple[str, ...] = ()
 
     def entries(self, tree: Mapping[str, Any]) -> list[TableEntry]:
         """One entry for each leaf of `tree`, a flat {path: array or ShapeDtypeStruct} of our parameters.
 
-        Raises LookupError when a leaf has no row: a fault of the table, not of a checkpoint.
+        Raises:
+            LookupError: not exactly one row matches a leaf. That is an error in the table, not in a checkpoint.
         """
         patterns = [(_pattern(row.path), row) for row in self.rows]
         entries = []
         for path, leaf in tree.items():
-            found = [(match, row) for pattern, row in patterns if (match := pattern.fullmatch(path))]
-            if len(found) != 1:
-                raise LookupError(f"{len(found)} rows of the name table fit the parameter {path!r}, expected one")
-            match, row = found[0]
+            matches = [(match, row) for pattern, row in patterns if (match := pattern.fullmatch(path))]
+            if len(matches) != 1:
+                raise LookupError(f"{len(matches)} rows of the name table match the parameter {path!r}, expected one")
+            match, row = matches[0]
             entries.append(_entry(path, leaf, row, match.groupdict()))
         return entries
 
     def shapes(self, tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """{foreign name: foreign shape} of everything that `tree` is made of."""
+        """{name: shape} of the released tensors that the parameters in `tree` consist of."""
         return {str(name): entry.source_shape for entry in self.entries(tree) for name in entry.names.flat}
 
     def is_carried(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.carried)
 
-    def check(self, found: Mapping[str, tuple[int, ...]], tree: Mapping[str, Any], where: str) -> None:
-        """Raises MossError with the full list of unmapped, missing and misshapen tensors in `found` {name: shape}."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], tree: Mapping[str, Any], where: str) -> None:
+        """Compares the tensors of a file, {name: shape}, with those that `tree` needs.
+
+        Raises:
+            MossError: the full list of unmapped, missing and misshapen tensors, after `where`.
+        """
         expected = self.shapes(tree)
-        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-        for name, shape in found.items():
+        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in shapes]
+        for name, shape in shapes.items():
             if name not in expected:
                 if not self.is_carried(name):
                     problems.append(f"unmapped: {name} {list(shape)}")
@@ -157,22 +170,23 @@ class NameTable:
             )
 
     def to_ours(self, tensors: Mapping[str, np.ndarray], tree: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
-        """The whole of a small checkpoint as a flat tree of ours, after `check`. Large ones stream entry by entry."""
+        """All parameters of a small checkpoint as a flat tree, after `check`; `import_tensors` does large ones."""
         self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tree, where)
         return {entry.path: entry.to_ours(tensors.__getitem__) for entry in self.entries(tree)}
 
     def to_theirs(self, tree: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor) in the released layout for a flat tree of ours."""
+        """Yields (name, tensor) in the released layout for a flat tree of our parameters."""
         for entry in self.entries(tree):
             yield from entry.to_theirs(np.asarray(tree[entry.path]))
 
 
 def prefixed(rows: Iterable[Row], name: str = "", path: str = "") -> tuple[Row, ...]:
-    """The same rows with a prefix before every name and every path."""
+    """The rows with a prefix added to every name and every path."""
     return tuple(Row(name + row.name, path + row.path, row.transform) for row in rows)
 
 
-def _pattern(template: str) -> re.Pattern:
+def _pattern(template: str) -> re.Pattern[str]:
+    """A regular expression for a path, with the placeholders as named groups."""
     parts = PLACEHOLDER.split(template)
     return re.compile("".join(re.escape(p) if i % 2 == 0 else f"(?P<{p}>\\w+)" for i, p in enumerate(parts)))
 

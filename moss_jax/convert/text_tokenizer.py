@@ -1,4 +1,4 @@
-"""The text tokenizer of systems with random weights: byte-level, with a few merges and no training."""
+"""Writes the text tokenizer of systems with random weights: byte-level, with a few fixed merges."""
 
 from pathlib import Path
 

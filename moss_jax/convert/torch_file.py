@@ -1,4 +1,4 @@
-"""PyTorch's .pt files, in and out. Only converters touch them: at run time nothing is unpickled."""
+"""Reads and writes PyTorch's .pt files, for conversion only: nothing is unpickled at run time."""
 
 import math
 from collections.abc import Mapping
@@ -14,27 +14,28 @@ from moss_jax.documents import short, shown
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
 
-# Types that a checkpoint of a released model may have; float8 and quantised ones are not among them.
-PLAIN = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+# Dtypes that a checkpoint of a released model may have; float8 and quantized ones are not among them.
+PLAIN_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def import_torch() -> Any:
+    """The torch module. Raises MossError if it is not installed."""
     try:
         import torch
     except ImportError:
         raise MossError(
-            "PyTorch is not installed, and .pt files need it: pip install 'moss-jax[convert]' (only for converting)"
+            "PyTorch is not installed, but .pt files need it: pip install 'moss-jax[convert]' (only for converting)"
         ) from None
     return torch
 
 
 def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
-    """The tensors of a state dictionary, and what else it holds (`epoch` and `step`, whole numbers).
+    """The tensors of a state dictionary, and its numbers (`epoch` and `step`).
 
-    Loads with `weights_only=True`: a file that asks for code is refused.
+    The file is loaded with `weights_only=True`, which refuses files that contain code.
 
     Raises:
-        MossError: missing, damaged, not a dictionary, code in it, or entries that are neither tensors nor numbers.
+        MossError: the file is missing, damaged, contains code, or is not a dictionary of plain tensors and numbers.
     """
     torch = import_torch()
     path = Path(path)
@@ -47,28 +48,28 @@ def read_torch(path: str | Path) -> tuple[MemoryTensors, dict[str, Any]]:
         raise MossError(f"{path}: not a readable PyTorch file of plain tensors ({reason[:200]})") from error
     if not isinstance(state, Mapping):
         raise MossError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
-    tensors = {}
-    extras = {}
-    other = []
+    tensors: dict[str, np.ndarray] = {}
+    extras: dict[str, Any] = {}
+    problems: list[str] = []
     for name, value in state.items():
         if not isinstance(name, str):
-            other.append(f"unmapped: the name {shown(name)} is not a string")
+            problems.append(f"unmapped: the name {shown(name)} is not a string")
         elif isinstance(value, torch.Tensor):
-            if problem := _problem(torch, value):
-                other.append(f"unmapped: {short(name)} is {problem}")
+            if problem := _tensor_problem(torch, value):
+                problems.append(f"unmapped: {short(name)} is {problem}")
             else:
                 tensors[name] = _to_numpy(torch, value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             extras[name] = value
         else:
-            other.append(f"unmapped: {short(name)} is a {type(value).__name__}")
-    if other:
-        raise MossError("\n  ".join([f"{path}: entries that are neither plain tensors nor numbers", *other]))
+            problems.append(f"unmapped: {short(name)} is a {type(value).__name__}")
+    if problems:
+        raise MossError("\n  ".join([f"{path}: entries that are neither plain tensors nor numbers", *problems]))
     return MemoryTensors(path, tensors), extras
 
 
 def write_torch(path: str | Path, source: TensorSource, extras: Mapping[str, Any]) -> None:
-    """Writes a state dictionary with `extras` beside its tensors, whole or not at all."""
+    """Writes a state dictionary of the tensors and `extras`, completely or not at all."""
     torch = import_torch()
     state = {name: _to_torch(torch, source.read(name)) for name in source.tensors}
     with atomic_file(path) as part:
@@ -77,17 +78,17 @@ def write_torch(path: str | Path, source: TensorSource, extras: Mapping[str, Any
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(2) == b"PK"  # the older format cannot be mapped
+        return file.read(2) == b"PK"  # the format before torch 1.6 cannot be memory-mapped
 
 
-def _problem(torch: Any, tensor: Any) -> str | None:
-    """Why a tensor has no plain values in memory, or None. Nothing is computed or copied."""
+def _tensor_problem(torch: Any, tensor: Any) -> str | None:
+    """Why a tensor cannot be read as plain values, or None. Nothing is computed or copied."""
     if tensor.layout != torch.strided or tensor.is_nested:
         return f"a tensor of layout {tensor.layout}, expected a dense one"
     if tensor.device.type != "cpu":
         return f"on the device {tensor.device}, without values"
-    if str(tensor.dtype).removeprefix("torch.") not in PLAIN:
-        return f"of {tensor.dtype}, expected one of {', '.join(PLAIN)}"
+    if str(tensor.dtype).removeprefix("torch.") not in PLAIN_DTYPES:
+        return f"of {tensor.dtype}, expected one of {', '.join(PLAIN_DTYPES)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"{list(tensor.shape)} with fewer values stored than that"
     return None
@@ -101,7 +102,7 @@ def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
-    array = np.array(array, order="C")  # torch wants writable memory of its own
+    array = np.array(array, order="C")  # torch needs writable memory
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,5 +1,7 @@
-"""A Whisper of Hugging Face as the beginning of a speech tokenizer's training: its encoder, before and after the
-quantiser, and its decoder as the recogniser."""
+"""Initial weights for training a speech tokenizer, from a Whisper model of Hugging Face.
+
+Its encoder layers are used before and after the quantizer, and its decoder as the recognition head.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,8 +18,15 @@ from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
-LAYER = re.compile(r"model\.encoder\.layers\.(\d+)\.(.*)")
-NEW = ("encoder/codebook", "encoder/code_positions", "encoder/project/", "head/lift/", "head/mel_", "head/ctc/")
+ENCODER_LAYER = re.compile(r"model\.encoder\.layers\.(\d+)\.(.*)")
+NEW_PARAMETERS = (
+    "encoder/codebook",
+    "encoder/code_positions",
+    "encoder/project/",
+    "head/lift/",
+    "head/mel_",
+    "head/ctc/",
+)
 
 
 @dataclass(frozen=True)
@@ -36,45 +45,50 @@ class WhisperConfig:
 def import_whisper(
     folder: str | Path, config: SpeechTokenizerConfig, parameters: Mapping[str, Any], say: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-    """Those of `parameters` (flat paths `encoder/...`, `head/...`) that a Whisper has, in float32.
+    """Values for those of `parameters` that a Whisper has, in float32.
 
-    What it has not stays as it was: the codebook, what leads to it and away from it, the mel network, a CTC head. Its
-    convolutions and its attention before the quantiser become causal, so it has to learn anew; it learns fast.
+    The codebook, the projections around it, the mel head and a CTC head have no counterpart. The convolutions and the
+    attention before the quantizer become causal, so the encoder has to adapt; that takes few steps.
 
     Args:
         folder: with config.json and model.safetensors.
-        parameters: what is to be filled, new.
+        config: of the speech tokenizer.
+        parameters: flat {path: array} of the new model, paths `encoder/...` and `head/...`.
+
+    Returns:
+        Flat {path: array}.
 
     Raises:
-        MossError: the sizes are not those of `config`, or tensors are missing or misshapen.
+        MossError: the sizes differ from those of `config`, or tensors are missing or misshapen.
     """
     folder = Path(folder)
-    about = read_config(WhisperConfig, read_json(folder / "config.json"), folder / "config.json", foreign=True)
+    whisper = read_config(WhisperConfig, read_json(folder / "config.json"), folder / "config.json", foreign=True)
     for name in ("d_model", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions"):
-        if getattr(about, name) != getattr(config, name):
+        if getattr(whisper, name) != getattr(config, name):
             raise MossError(
-                f"{folder}: its {name} is {getattr(about, name)}, the run's model has {getattr(config, name)}"
+                f"{folder}: its {name} is {getattr(whisper, name)}, the run's model has {getattr(config, name)}"
             )
-    wanted = {path: leaf for path, leaf in parameters.items() if not path.startswith(NEW)}
+    wanted = {path: leaf for path, leaf in parameters.items() if not path.startswith(NEW_PARAMETERS)}
     attention = "head/decoder_norm/scale" in wanted
-    if attention and about.decoder_attention_heads != config.encoder_attention_heads:
+    if attention and whisper.decoder_attention_heads != config.encoder_attention_heads:
         raise MossError(f"{folder}: encoder and decoder have different numbers of heads, expected the same")
     reader = open_tensors(folder)
-    names = {_renamed(name, config.num_layers): name for name in reader.tensors}
-    names = {ours: name for ours, name in names.items() if attention or not ours.startswith("model.decoder.")}
+    names = {_table_name(name, config.num_layers): name for name in reader.tensors}  # name in the table -> in the file
+    if not attention:
+        names = {key: name for key, name in names.items() if not key.startswith("model.decoder.")}
     table = whisper_table.table(config.encoder_attention_heads)
-    table.check({ours: tuple(reader.tensors[name].shape) for ours, name in names.items()}, wanted, str(folder))
-    layers = f"{config.num_layers} of its {about.encoder_layers} layers before the codes"
-    say(f"begins with the Whisper in {folder}: {layers}")
+    table.check({key: tuple(reader.tensors[name].shape) for key, name in names.items()}, wanted, str(folder))
+    layers = f"{config.num_layers} of its {whisper.encoder_layers} layers before the codes"
+    say(f"initialized from the Whisper in {folder}: {layers}")
     return {
         entry.path: entry.to_ours(lambda name: np.asarray(reader.read(names[name]), np.float32))
         for entry in table.entries(wanted)
     }
 
 
-def _renamed(name: str, before: int) -> str:
-    """The layers after the quantiser counted from 0 under a name of their own."""
-    found = LAYER.fullmatch(name)
-    if found and int(found[1]) >= before:
-        return f"model.encoder.after.{int(found[1]) - before}.{found[2]}"
+def _table_name(name: str, layers_before: int) -> str:
+    """The name in our table: encoder layers after the quantizer are called "after" and counted from 0."""
+    match = ENCODER_LAYER.fullmatch(name)
+    if match and int(match[1]) >= layers_before:
+        return f"model.encoder.after.{int(match[1]) - layers_before}.{match[2]}"
     return name

@@ -4,13 +4,14 @@
                            context=14336, batch_size=8)
     batch = next(batches)      # {"grid": int32 [B, T, 2], "positions", "segment_ids", "loss_weights", "source"}
 
-docs/data.md tells it from the start.
+docs/data.md is the guide.
 """
 
 import importlib
+from typing import Any
 
 PUBLIC = {
-    "Batches": "pipeline",
+    "PackedBatches": "pipeline",
     "Example": "formats",
     "Mixture": "pipeline",
     "open_batches": "pipeline",
@@ -18,7 +19,7 @@ PUBLIC = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in PUBLIC:
         return getattr(importlib.import_module(f"moss_jax.data.{PUBLIC[name]}"), name)
     raise AttributeError(f"module 'moss_jax.data' has no attribute {name!r}")

@@ -1,11 +1,27 @@
-"""Turns, grids, sampling, generation, voices: the whole pipeline."""
+"""Conversations: turns, token grids, voices, and `System`, the whole pipeline from recordings to spoken replies."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-PUBLIC = {"Reply": "system", "System": "system", "load": "system", "Turn": "turns"}
+if TYPE_CHECKING:
+    from moss_jax.dialogue.conversation import Conversation, LanguageModel
+    from moss_jax.dialogue.system import Reply, ReplyStream, System, load
+    from moss_jax.dialogue.turns import Turn
+
+# Imported on first use: turns and questions alone must not load the models.
+_MODULES = {
+    "Conversation": "conversation",
+    "LanguageModel": "conversation",
+    "Reply": "system",
+    "ReplyStream": "system",
+    "System": "system",
+    "Turn": "turns",
+    "load": "system",
+}
+__all__ = ["Conversation", "LanguageModel", "Reply", "ReplyStream", "System", "Turn", "load"]
 
 
-def __getattr__(name: str):
-    if name in PUBLIC:
-        return getattr(importlib.import_module(f"moss_jax.dialogue.{PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'moss_jax.dialogue' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'moss_jax.dialogue' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moss_jax.dialogue.{_MODULES[name]}"), name)

@@ -13,21 +13,28 @@ from moss_jax.files import is_file
 
 @dataclass(frozen=True)
 class Question:
-    name: str  # a plain file name without an ending, unlike every other one in the file
+    """One conversation to answer.
+
+    Attributes:
+        name: a file name without a suffix, unique in its file.
+        turns: the conversation, the question last.
+    """
+
+    name: str
     turns: list[Turn]
 
 
 def read_questions(path: str | Path, system: str | None = None) -> list[Question]:
-    """The questions in a file of JSON lines.
+    """Reads a JSON Lines file of questions.
 
     A line is {"text": ...}, {"audio": FILE} or {"turns": [{"role": ..., "text" or "audio" or "codes": ...}, ...]}, each
-    with an optional "id". Files are looked for beside the JSON lines. Empty lines are skipped.
+    with an optional "id". Audio paths are relative to the folder of the file. Empty lines are skipped.
 
     Args:
-        system: a system turn for the questions that have none.
+        system: the text of a system turn for the questions that have none.
 
     Raises:
-        MossError: the first line that is wrong, or no line at all.
+        MossError: the file has no question, or names the first line that is invalid.
     """
     path = Path(path)
     questions: dict[str, Question] = {}
@@ -35,10 +42,10 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Question
         with located(f"{path} line {line.number}"):
             question = _question(parse_object(line.content), line.number, path.parent, system)
             if question.name in questions:
-                raise MossError(f"the id {shown(question.name)} is there twice")
+                raise MossError(f"duplicate id {shown(question.name)}")
             questions[question.name] = question
     if not questions:
-        raise MossError(f"{path}: holds no question, expected a JSON object a line")
+        raise MossError(f"{path}: no questions, expected one JSON object per line")
     return list(questions.values())
 
 
@@ -47,7 +54,7 @@ def _question(entry: dict[str, Any], number: int, folder: Path, system: str | No
     if "turns" in entry:
         turns = entry.pop("turns")
         if entry or not isinstance(turns, list):
-            raise MossError("with 'turns' there is only 'id' beside it, and 'turns' is a list")
+            raise MossError("'turns' must be a list, and only 'id' is allowed next to it")
     else:
         turns = [{"role": "user"} | entry]
     turns = [_turn(turn, folder) for turn in turns]
@@ -67,8 +74,8 @@ def _turn(entry: Any, folder: Path) -> Turn:
         raise MossError(f"audio is {shown(audio)}, expected a file name")
     if audio is not None and not is_file(folder / audio):
         raise MossError(f"audio {short(audio)}: no such file")
-    place = None if audio is None else folder / audio
+    path = None if audio is None else folder / audio
     codes = entry.get("codes")
     if codes is not None:
         codes = code_list(codes)
-    return Turn(entry.get("role", "user"), text=entry.get("text"), audio=place, codes=codes)
+    return Turn(entry.get("role", "user"), text=entry.get("text"), audio=path, codes=codes)

@@ -1,10 +1,11 @@
 """Saved conversations: one safetensors file with the grid, the turns and the caches of a conversation.
 
-Metadata: `format`, and `model`, the fingerprint of the weights that the caches were computed with. FORMAT_1 took the
-fingerprint of one embedding row, which many models share; of such a file only the rows are used, and the caches are
-computed again from them.
+Metadata: `format`, and `model`, the fingerprint of the weights that the caches were computed with. In FORMAT_1 that was
+the fingerprint of one embedding row, which different models can share; from such a file only the rows are used, and
+the caches are recomputed from them. The names of the tensors are the fields of GenerationState and Conversation.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,27 +18,31 @@ from flax.serialization import from_state_dict, to_state_dict
 from moss_jax.checkpoint import open_tensors, save_tensors
 from moss_jax.dialogue.turns import ROLES
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationState, new_state, with_capacity
+from moss_jax.generate.slots import GenerationState, new_state, with_capacity
 from moss_jax.generate.state_machine import AUDIO, ENDOFTEXT
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_lm import SpeechLMConfig
 
 FORMAT = "moss-jax-conversation-2"
 FORMAT_1 = "moss-jax-conversation-1"
-TURNS = ("starts", "roles", "replies", "begin")  # beside the state: int32 arrays, see Conversation
+TURNS = ("starts", "roles", "replies", "begin")  # the int32 arrays of a Conversation besides its state
 
 Tensors = dict[str, np.ndarray]
+Spec = tuple[tuple[int, ...], np.dtype]  # of a tensor: its shape and dtype
 
 
 def write_conversation(path: str | Path, state: GenerationState, turns: Mapping[str, np.ndarray], model: str) -> None:
     """Writes one file, whole or not at all.
 
     Args:
-        state: of one row.
+        state: with B = 1.
         turns: the arrays in TURNS.
         model: fingerprint of the weights.
+
+    Raises:
+        MossError: the file cannot be written.
     """
-    state = state.replace(logits={}, keys=jax.random.key_data(state.keys))
+    state = dataclasses.replace(state, logits={}, keys=jax.random.key_data(state.keys))
     state = with_capacity(jax.tree.map(np.asarray, state), int(state.filled))
     tensors = {"state": to_state_dict(state), **turns}
     save_tensors(path, flatten(tensors), {"format": FORMAT, "model": model})
@@ -46,28 +51,27 @@ def write_conversation(path: str | Path, state: GenerationState, turns: Mapping[
 def read_conversation(
     path: str | Path, config: SpeechLMConfig, context: int, models: Mapping[str, str]
 ) -> tuple[GenerationState, Tensors, bool]:
-    """Reads what `write_conversation` wrote, and checks that a conversation could have been left so.
+    """Reads the file that `write_conversation` wrote, and checks that its values are possible.
 
     Args:
         config, context: of the language model.
         models: its fingerprint in each format.
 
     Returns:
-        The state (numpy, as many columns as are filled, no logits), the arrays in TURNS, and whether the caches are
-        known to be of these weights.
+        The state (numpy, the capacity is the number of filled columns, no logits), the arrays in TURNS, and whether the
+        caches are known to belong to these weights.
 
     Raises:
-        MossError: not such a file, one of another model, longer than the context, or with contents that no
-            conversation has.
+        MossError: not such a file, saved with another model, longer than the context, or damaged.
     """
     reader = open_tensors(path)
     version = reader.metadata.get("format")
-    if version not in models:
+    if not isinstance(version, str) or version not in models:
         raise MossError(f"{path}: not a saved conversation, its 'format' is {version!r:.80}")
     if reader.metadata.get("model") != models[version]:
         raise MossError(f"{path}: was saved with other weights, expected a conversation with this model")
     found = {name: (tuple(info.shape), np.dtype(info.dtype)) for name, info in reader.tensors.items()}
-    expected, target = _expected(found, config, context, path)
+    expected, empty_state = _expected(found, config, context, path)
     if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         raise MossError(f"{path}: damaged conversation, these do not fit: {', '.join(sorted(wrong))}")
     tensors = {name: np.array(reader.read(name)) for name in expected}
@@ -75,26 +79,26 @@ def read_conversation(
         raise MossError(f"{path}: damaged conversation, {problem}")
     nested = unflatten(tensors)
     nested["state"]["logits"] = {}
-    return from_state_dict(target, nested["state"]), {name: tensors[name] for name in TURNS}, version == FORMAT
+    return from_state_dict(empty_state, nested["state"]), {name: tensors[name] for name in TURNS}, version == FORMAT
 
 
 def fingerprint_1(params: Any, config: SpeechLMConfig) -> str:
-    """The fingerprint of FORMAT_1."""
+    """The fingerprint in FORMAT_1, of the text embedding of im_start."""
     row = np.asarray(params["text"]["embed"]["embedding"][config.im_start_id])
     return f"{zlib.crc32(row.tobytes()):08x}"
 
 
 def _expected(
-    found: Mapping[str, tuple], config: SpeechLMConfig, context: int, path: str | Path
-) -> tuple[dict[str, tuple], GenerationState]:
-    """Shape and dtype that each tensor should have, from how many columns and turns there are; and such a state."""
-    grid, _ = found.get("state/grid", ((), None))
-    columns = grid[1] if len(grid) == 3 else 1
+    found: Mapping[str, Spec], config: SpeechLMConfig, context: int, path: str | Path
+) -> tuple[dict[str, Spec], GenerationState]:
+    """The shape and dtype that each tensor should have, given the numbers of columns and turns; and such a state."""
+    grid = found["state/grid"][0] if "state/grid" in found else ()
+    columns = grid[1] if len(grid) == 3 else 1  # a grid of another rank is reported as misshapen
     if columns > context:
         raise MossError(f"{path}: has {columns} rows, expected at most the context of {context}")
     state = jax.eval_shape(lambda: new_state(config, 1, max(columns, 1)))
-    state = state.replace(logits={}, keys=jax.eval_shape(jax.random.key_data, state.keys))
-    starts, _ = found.get("starts", ((), None))
+    state = dataclasses.replace(state, logits={}, keys=jax.eval_shape(jax.random.key_data, state.keys))
+    starts = found["starts"][0] if "starts" in found else ()
     turns = starts if len(starts) == 1 and starts[0] else (1,)
     shapes = {"starts": turns, "roles": turns, "replies": (), "begin": ()}
     expected = {f"state/{name}": (tuple(x.shape), x.dtype) for name, x in flatten(to_state_dict(state)).items()}
@@ -102,7 +106,7 @@ def _expected(
 
 
 def _problem(tensors: Tensors, config: SpeechLMConfig) -> str | None:
-    """What no conversation has, or None. Shapes and dtypes are right."""
+    """The first value that no conversation can have, or None. Shapes and dtypes are right already."""
     state = {name.removeprefix("state/"): x for name, x in tensors.items() if name.startswith("state/")}
     starts = tensors["starts"]
     roles = tensors["roles"]

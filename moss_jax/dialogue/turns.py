@@ -1,4 +1,4 @@
-"""What one side says: a turn of a conversation, wholly text or wholly speech."""
+"""The turns of a conversation, each entirely text or entirely speech."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,13 @@ class Turn:
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: what was written; every string in it is plain text.
-        audio: a recording: path of a file, or samples as `moss_jax.audio.as_recording` takes them.
-        codes: speech codes [N], 12.5 a second, as the speech tokenizer makes them.
+        text: plain text; special strings in it have no effect.
+        audio: a recording: the path of a file, or samples as for `moss_jax.audio.as_recording`.
+        codes: speech codes [N] from the speech tokenizer, 12.5 per second.
         sample_rate: of an array of samples, a whole number of Hz.
+
+    Raises:
+        MossError: an unknown role, not exactly one content, or a content of the wrong type.
     """
 
     role: str
@@ -31,7 +34,7 @@ class Turn:
     codes: Sequence[int] | np.ndarray | None = None
     sample_rate: int | float | str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise MossError(f"turn: role is {shown(self.role)}, expected one of {', '.join(ROLES)}")
         given = [name for name in ("text", "audio", "codes") if getattr(self, name) is not None]
@@ -52,7 +55,7 @@ class Turn:
         if self.codes is not None:
             try:
                 codes = np.asarray(self.codes)
-            except (ValueError, OverflowError):  # lists in it of other lengths
+            except (ValueError, OverflowError):  # a ragged list, or integers of more than 64 bits
                 codes = np.zeros((), object)
             if codes.ndim != 1 or (codes.size and not np.issubdtype(codes.dtype, np.integer)):
                 raise MossError(
@@ -62,7 +65,11 @@ class Turn:
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raises MossError unless somebody could answer: at least one turn, none empty, the last one the user's."""
+    """Checks that turns can be answered: there is at least one, none is empty, and the last one is the user's.
+
+    Raises:
+        MossError: they cannot.
+    """
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise MossError(f"turns: is {type(turns).__name__}, expected a list of Turns")
     if not turns:

@@ -1,4 +1,4 @@
-"""Voices: enrolled once from a recording, kept in one small safetensors file (codec specification, section 4)."""
+"""Voices: enrolled once from a recording, and stored in one small safetensors file."""
 
 import functools
 from dataclasses import replace
@@ -34,17 +34,20 @@ def enrol(
 ) -> Voice:
     """A voice from a recording of some seconds of clear speech by one person.
 
-    The codes come from the recording resampled straight to the speech tokenizer's rate; the mel from the decoder's
-    rate; the speaker embedding from 16 kHz by way of the decoder's rate, as the reference has it.
+    As in the released program, the codes are computed at the speech tokenizer's rate, the mel at the decoder's rate,
+    and the speaker embedding at 16 kHz, resampled from the decoder's rate.
 
     Args:
         wave: float32 [samples], mono, at `rate` Hz.
-        tokenizer, config, speaker_params: of the system that will speak; the latter of CAM++.
-        reply_codes: codes of a reply that must fit into the speech decoder together with those of the voice.
+        tokenizer: the speech tokenizer of the system.
+        config: of the speech decoder, which has a speaker network.
+        speaker_params: of the speaker network.
+        reply_codes: length of a reply that the speech decoder must be able to decode with this voice.
 
     Raises:
-        MossError: the recording is too short or too long, or holds NaN or infinite samples.
+        MossError: the recording is too short or too long, or has NaN or infinite samples.
     """
+    assert config.speaker is not None
     _check_length(len(wave), rate, config, reply_codes)
     (codes,) = tokenizer.encode([resample(wave, rate, tokenizer.config.sample_rate)])
     at_decoder = resample(wave, rate, config.sample_rate)
@@ -55,7 +58,7 @@ def enrol(
 
 
 def _check_length(samples: int, rate: int, config: SpeechDecoderConfig, reply_codes: int) -> None:
-    """Raises MossError where a recording is shorter than a code, or leaves no room for a reply."""
+    """Raises MossError where a recording is shorter than a code, or too long to decode a reply with it."""
     seconds = samples / rate
     shortest = 1 / config.code_rate
     longest = max(config.flow.max_codes - reply_codes, 1) / config.code_rate
@@ -67,14 +70,18 @@ def _check_length(samples: int, rate: int, config: SpeechDecoderConfig, reply_co
 
 
 def log_mel(wave: np.ndarray, config: SpeechDecoderConfig) -> np.ndarray:
-    """The decoder's mel of a wave float32 [samples] at its rate: float32 [frames, M]. Few lengths are compiled."""
+    """The log-mel float32 [T, M] of a wave float32 [samples] at the decoder's rate. Few lengths are compiled.
+
+    Raises:
+        MossError: the wave is too short.
+    """
     hop = config.vocoder.hop
     sizes = replace(
         MEL_24K, sample_rate=config.sample_rate, hop_length=hop, n_fft=4 * hop, num_mel_bins=config.flow.mel_bins
     )
     if len(wave) < sizes.n_fft:
         raise MossError(f"a wave of {len(wave)} samples is too short for a mel, expected at least {sizes.n_fft}")
-    bucket = 2 * config.sample_rate
+    bucket = 2 * config.sample_rate  # compiled lengths: 2 s, 4 s, 8 s, ...
     while bucket < len(wave):
         bucket *= 2
     padded = np.zeros((1, bucket), np.float32)
@@ -89,13 +96,21 @@ def _log_mel(wave: jax.Array, length: jax.Array, config: MelConfig) -> jax.Array
 
 
 def save_voice(path: str | Path, voice: Voice) -> None:
-    """Writes one safetensors file, whole or not at all."""
+    """Writes one safetensors file, whole or not at all.
+
+    Raises:
+        MossError: the file cannot be written.
+    """
     tensors = {name: np.asarray(getattr(voice, name)) for name in ("codes", "mel", "embedding")}
     save_tensors(path, tensors, {"format": FORMAT})
 
 
 def load_voice(path: str | Path, config: SpeechDecoderConfig) -> Voice:
-    """Reads what `save_voice` wrote. Raises MossError when it is no voice, or none for this decoder."""
+    """Reads the file that `save_voice` wrote.
+
+    Raises:
+        MossError: it is not a voice, or does not fit this decoder.
+    """
     reader = open_tensors(path)
     expected = {"codes": np.int32, "mel": np.float32, "embedding": np.float32}
     found = {name: info.dtype for name, info in reader.tensors.items()}

@@ -1,1 +1,1 @@
-"""How good a model is: likelihoods, multiple choice, spoken questions, resynthesis, similarity of layers."""
+"""Evaluations of a system: likelihoods, multiple choice, spoken questions, resynthesis, similarity of layers."""

@@ -1,18 +1,28 @@
-"""Two sequences of vectors compared: cosines, the best match of each position, and the best path that keeps order."""
+"""Compares two sequences of vectors: cosines, the best match of each position, and the best monotone path."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
 def cosines(s: jax.Array, t: jax.Array) -> jax.Array:
-    """Cosines of every pair: s [..., S, D], t [..., T, D] -> float32 [..., S, T]."""
-    s, t = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (s, t))
+    """Cosines of all pairs: s [..., S, D], t [..., T, D] -> float32 [..., S, T]."""
+    s = _normalized(s)
+    t = _normalized(t)
     return jnp.einsum("...SD,...TD->...ST", s, t, preferred_element_type=jnp.float32)
 
 
 def best_match(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
-    """Mean over text positions of the best speech position: c [S, T], of which the first `speech` rows and `text`
-    columns count -> scalar."""
+    """Mean over text positions of the cosine with the best speech position.
+
+    Args:
+        c: float32 [S, T], cosines.
+        speech, text: how many rows and columns of c are not padding.
+
+    Returns:
+        float32 scalar.
+    """
     rows = jnp.arange(c.shape[0]) < speech
     columns = jnp.arange(c.shape[1]) < text
     best = jnp.where(rows[:, None], c, -jnp.inf).max(0)
@@ -22,11 +32,12 @@ def best_match(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
 def best_path(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
     """Mean of c along the best monotone path, by dynamic time warping.
 
-    A path goes from the first pair to the last one in steps of one position of speech, of text, or of both; the best
-    one has the least sum of 1 - c.
+    A path leads from the first pair to the last one in steps of one position in speech, in text, or in both; the best
+    one has the smallest sum of 1 - c.
 
     Args:
-        c: float32 [S, T], of which the first `speech` rows and `text` columns count.
+        c: float32 [S, T], cosines.
+        speech, text: how many rows and columns of c are not padding.
 
     Returns:
         float32 scalar.
@@ -34,8 +45,8 @@ def best_path(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
     S, T = c.shape
     columns = jnp.arange(T)
 
-    def advance(carry, diagonal):
-        """One anti-diagonal: cells (diagonal - t, t). Carried: (cost, steps) [T] of the two before it."""
+    def advance(carry: Any, diagonal: jax.Array) -> Any:
+        """One anti-diagonal: cells (diagonal - t, t). The carry is (cost, steps), each [T], of the two before it."""
         (one, one_steps), (two, two_steps) = carry
         row = diagonal - columns
         inside = (row >= 0) & (row < S)
@@ -55,5 +66,10 @@ def best_path(c: jax.Array, speech: jax.Array, text: jax.Array) -> jax.Array:
     return 1 - costs[end] / counts[end]
 
 
-def _shifted(x, fill):
+def _normalized(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _shifted(x: jax.Array, fill: float) -> jax.Array:
+    """x [T] moved by one position, with `fill` in the first."""
     return jnp.concatenate([jnp.full(1, fill, x.dtype), x[:-1]])

@@ -1,7 +1,8 @@
-"""Files of evaluation items: JSON lines. All that is wrong with a file is reported at once, by line number."""
+"""Reads files of evaluation items, in JSON lines. All wrong lines of a file are reported at once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,31 +10,30 @@ from moss_jax.documents import parse_object, plain_name, read_lines, short, show
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
 
-Item = TypeVar("Item")  # has a `name`, unlike every other one in its file
+Item = TypeVar("Item")  # has a `name` that is unique in its file
 
 
 def read_items(path: str | Path, parse: Callable[[dict[str, Any], str, Path], Item]) -> list[Item]:
     """The items of a file of JSON lines; empty lines are skipped.
 
     Args:
-        path: the file. What it names (recordings) is looked for beside it.
+        path: the file; recordings that it names are relative to its folder.
         parse: (entry without its "id", name, folder of the file) -> item; raises MossError.
 
     Raises:
-        MossError: every line that is wrong, with its number; or no line at all.
+        MossError: the list of wrong lines with their numbers, or there is no line.
     """
     path = Path(path)
-    return collect(
-        path, ((line.number, lambda text=line.content: parse_object(text)) for line in read_lines(path)), parse
-    )
+    entries = ((line.number, partial(parse_object, line.content)) for line in read_lines(path))
+    return collect_items(path, entries, parse)
 
 
-def collect(
+def collect_items(
     path: Path,
     entries: Iterable[tuple[int, Callable[[], dict[str, Any]]]],
     parse: Callable[[dict[str, Any], str, Path], Item],
 ) -> list[Item]:
-    """Items of (line number, function that gives the entry or raises MossError); see `read_items`."""
+    """Items from (line number, function that returns the entry or raises MossError) pairs; see `read_items`."""
     items: dict[str, Item] = {}
     problems = []
     for number, entry in entries:
@@ -41,20 +41,20 @@ def collect(
             fields = entry()
             name = plain_name(fields.pop("id", f"{number:05d}"))
             if name in items:
-                raise MossError(f"the id {shown(name)} is there twice")
+                raise MossError(f"the id {shown(name)} is used twice")
             items[name] = parse(fields, name, path.parent)
         except MossError as error:
             problems.append(f"line {number}: {error}")
     if problems:
         raise MossError("\n  ".join([f"{path}: {len(problems)} lines are wrong", *problems]))
     if not items:
-        raise MossError(f"{path}: holds no item, expected a JSON object a line")
+        raise MossError(f"{path}: contains no item, expected one JSON object on each line")
     return list(items.values())
 
 
 @dataclass(frozen=True)
 class ContentPart:
-    """What is said in one stretch: exactly one of `text`, `audio` (a file) and `codes`."""
+    """Text or speech: exactly one of `text`, `audio` (a file) and `codes`."""
 
     text: str | None = None
     audio: Path | None = None
@@ -62,9 +62,15 @@ class ContentPart:
 
 
 def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None) -> ContentPart:
-    """A part from JSON: a string is text; else {"text": ...}, {"audio": FILE} or {"codes": [...]}.
+    """A content part from JSON: a string (text), {"text": ...}, {"audio": FILE} or {"codes": [...]}.
 
-    Codes are below `code_count`, where it is given.
+    Args:
+        folder: file names are relative to it.
+        what: start of error messages.
+        code_count: codes must be below it; None: any.
+
+    Raises:
+        MossError: another structure, an empty text, a wrong code, or a file that does not exist.
     """
     if isinstance(entry, str):
         entry = {"text": entry}
@@ -79,7 +85,7 @@ def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None
             raise MossError(f"{what}: {max(value)} is not a speech code, expected 0 to {code_count - 1}")
         return ContentPart(codes=tuple(value))
     if not isinstance(value, str) or not value.strip():
-        raise MossError(f"{what}: {kind} is {shown(value)}, expected some words")
+        raise MossError(f"{what}: {kind} is {shown(value)}, expected a string that is not empty")
     if kind == "text":
         return ContentPart(text=value)
     if not is_file(folder / value):
@@ -88,7 +94,7 @@ def read_part(entry: Any, folder: Path, what: str, code_count: int | None = None
 
 
 def need(entry: Mapping[str, Any], fields: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Raises MossError unless `entry` has these fields, and no others than these and the optional ones."""
+    """Raises MossError unless `entry` has all these fields, and no others than these and the optional ones."""
     if missing := [field for field in fields if field not in entry]:
         raise MossError(f"lacks {', '.join(missing)}")
     if unknown := sorted(set(entry) - {*fields, *optional}):
@@ -96,7 +102,7 @@ def need(entry: Mapping[str, Any], fields: Sequence[str], optional: Sequence[str
 
 
 def need_string(entry: Mapping[str, Any], field: str, default: str | None = None) -> str:
-    """A string of at least one visible character."""
+    """A field that is a string with at least one visible character. Raises MossError if it is not."""
     value = entry.get(field, default)
     if not isinstance(value, str) or not value.strip():
         raise MossError(f"{field} is {shown(value)}, expected a string that is not empty")
@@ -105,7 +111,7 @@ def need_string(entry: Mapping[str, Any], field: str, default: str | None = None
 
 @dataclass(frozen=True)
 class Sentence:
-    """A recording (or its codes) with its transcript."""
+    """A recording, or its codes, with its transcript."""
 
     name: str
     text: str
@@ -113,13 +119,15 @@ class Sentence:
 
 
 def read_sentences(path: str | Path, code_count: int | None = None) -> list[Sentence]:
-    """A file of {"audio": FILE or "codes": [...], "text": ..., optional "id"}; other fields are not looked at, so that
-    a manifest of training data can be read."""
+    """Reads a file of {"audio": FILE or "codes": [...], "text": ..., optional "id"}.
+
+    Other fields are ignored, so that manifests of training data can be read.
+    """
 
     def parse(entry: dict[str, Any], name: str, folder: Path) -> Sentence:
         speech = {kind: entry[kind] for kind in ("audio", "codes") if kind in entry}
         if len(speech) != 1:
-            raise MossError("expected exactly one of audio and codes beside text")
+            raise MossError("expected exactly one of audio and codes in addition to text")
         return Sentence(name, need_string(entry, "text"), read_part(speech, folder, "speech", code_count))
 
     return read_items(path, parse)

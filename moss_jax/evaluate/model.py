@@ -1,4 +1,4 @@
-"""The system that is evaluated, with what the tasks need of it."""
+"""The system under evaluation."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 
 from moss_jax.audio.wave import load_audio
 from moss_jax.checkpoint import atomic_folder
+from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
 from moss_jax.convert.qwen3 import import_qwen3
@@ -22,41 +23,47 @@ from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_decoder.component import SPEECH_DECODER
+from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.speech_lm.component import SPEECH_LM
+from moss_jax.text.tokenizer import TextTokenizer
 
-CLIPS = 32  # recordings in memory at a time
+RECORDINGS_IN_MEMORY = 32
 
 
 class EvaluatedModel:
-    """A system folder on all devices there are.
+    """A system on all devices of this host.
 
     Args:
-        folder: the system's.
-        fsdp, tensor: how many devices share the parameters (see `moss_jax.sharding`); the others hold copies and
-            divide the batch.
-        batch_size: passages, or questions, at a time.
+        folder: system folder.
+        fsdp, tensor: number of devices over which the parameters are divided (see `moss_jax.sharding`); the other
+            devices have copies and divide the batch.
+        batch_size: passages or questions at a time; rounded up to a multiple of the devices that divide the batch.
+
+    Raises:
+        MossError: fsdp * tensor does not divide the number of devices, or the folder is not a system.
     """
 
-    def __init__(self, folder: str | Path, *, fsdp: int = 1, tensor: int = 1, batch_size: int = 8):
+    def __init__(self, folder: str | Path, *, fsdp: int = 1, tensor: int = 1, batch_size: int = 8) -> None:
         devices = len(jax.devices())
         if fsdp < 1 or tensor < 1 or devices % (fsdp * tensor):
             raise MossError(f"fsdp {fsdp} x tensor {tensor}: expected numbers whose product divides {devices} devices")
         mesh = None if devices == 1 else make_mesh(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
         self.system = System(folder, mesh=mesh)
-        ways = devices // tensor
-        self.batch_size = -(-max(batch_size, 1) // ways) * ways
+        shards = devices // tensor
+        self.batch_size = -(-max(batch_size, 1) // shards) * shards
 
     @cached_property
     def code_count(self) -> int:
-        """How many codes there are; no weights are loaded for it."""
+        """Number of speech codes. No weights are loaded for it."""
         return self.system.folder.config(SPEECH_LM).eosp_id
 
     @property
-    def config(self):
+    def config(self) -> SpeechLMConfig:
+        """The config of the language model."""
         return self.system.language_model.config
 
     @property
-    def text_tokenizer(self):
+    def text_tokenizer(self) -> TextTokenizer:
         return self.system.language_model.text_tokenizer
 
     @cached_property
@@ -65,39 +72,46 @@ class EvaluatedModel:
         return Scorer(language_model.config, language_model.params, language_model.mesh, self.batch_size)
 
     def language_model_hash(self) -> str:
-        """Of the language model, for results that depend on it."""
+        """A hash of the language model's weights, for results that depend on them."""
         return self.system.language_model.fingerprint
 
     def codec_hash(self) -> str:
-        """Of the speech tokenizer and the decoder, for results that depend on them."""
+        """A hash of the weights of speech tokenizer and decoder, for results that depend on them."""
         _, parts = self.system.folder.load(SPEECH_DECODER)
         speech = {name: parts[name] for name in ("flow", "vocoder")}
         params = {"speech_tokenizer": self.system.speech_tokenizer.params, **speech}
-        return f"{fingerprint(flatten(params)):08x}"
+        # Under the parameter names of version 0.1.0, so that results of that version can be continued.
+        return f"{fingerprint({old_path(path): leaf for path, leaf in flatten(params).items()}):08x}"
 
     def codes(
         self, parts: Sequence[ContentPart], say: Callable[[str], None] = lambda line: None
     ) -> dict[ContentPart, np.ndarray]:
-        """Speech codes int32 [N] of the spoken ones among these parts; each recording is read and encoded once."""
-        found = {part: np.array(part.codes, np.int32) for part in parts if part.codes is not None}
-        clips = list(dict.fromkeys(part for part in parts if part.audio is not None))
-        for first in range(0, len(clips), CLIPS):
-            group = clips[first : first + CLIPS]
-            codes = self.system.encode([load_audio(part.audio) for part in group])
-            found |= zip(group, codes, strict=True)
-            say(f"encoded {first + len(group)} of {len(clips)} recordings")
-        if empty := [part for part, codes in found.items() if not len(codes)]:
-            raise MossError(f"{empty[0].audio}: gives no codes, expected some sound")
-        return found
+        """Speech codes, int32 [T], of the parts that are not text; each recording is read and encoded once.
+
+        Raises:
+            MossError: a recording cannot be read, or is too short for a code.
+        """
+        by_part = {part: np.array(part.codes, np.int32) for part in parts if part.codes is not None}
+        recordings = {part: part.audio for part in parts if part.audio is not None}
+        unique = list(recordings)
+        for first in range(0, len(unique), RECORDINGS_IN_MEMORY):
+            group = unique[first : first + RECORDINGS_IN_MEMORY]
+            codes = self.system.encode([load_audio(recordings[part]) for part in group])
+            by_part |= zip(group, codes, strict=True)
+            say(f"encoded {first + len(group)} of {len(unique)} recordings")
+        if empty := [part for part, codes in by_part.items() if not len(codes)]:
+            raise MossError(f"{empty[0].audio}: too short, it gives no codes")
+        return by_part
 
 
 def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[str], None]) -> Path:
-    """A system folder for a control: itself, or made once from a plain Qwen3, with random vectors for the codes.
+    """A system folder for a control model; a plain Qwen3 is converted once, with random embeddings for the codes.
 
     Args:
-        folder: a system's, or a Qwen3's.
-        codes: how many the speech tokenizer has.
-        cache: where a converted Qwen3 is kept.
+        folder: of a system or of a Qwen3.
+        codes: number of speech codes.
+        cache: folder in which a converted Qwen3 is kept.
+        say: receives progress messages.
     """
     folder = Path(folder)
     if (folder / SYSTEM_FILE).is_file():

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, one line an item, so that it can go on where it was interrupted; and tables."""
+"""Results of an evaluation, one line per item, so that an interrupted evaluation can be resumed; and tables."""
 
 import fcntl
 import hashlib
@@ -17,24 +17,28 @@ from moss_jax.errors import MossError
 
 RESULTS_FORMAT = "moss-jax-eval-1"
 RESULTS_FILE = "results.jsonl"
-TABLE = "table"
-Z95 = 1.959963984540054  # of the normal distribution, two-sided 95%
+TABLE_STEM = "table"  # table.md and table.json
+Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 class Results:
-    """`FOLDER/results.jsonl`: a line that says what is being evaluated, then one for each item, as they come.
+    """The file `FOLDER/results.jsonl`: a line about the evaluation, then one for each finished item.
 
-    A last line that was cut off is dropped; its item is done again.
+    An incomplete last line is removed, and its item is evaluated again.
+
+    Attributes:
+        folder: of the results.
+        done: {id: record} of the finished items.
 
     Args:
-        folder: made if it is not there.
-        about: what the results depend on (task, file, model, settings); JSON values.
+        folder: created if it does not exist.
+        about: what the results depend on (task, file, model, settings), as JSON values.
 
     Raises:
-        MossError: the folder holds results of something else, is damaged, or cannot be written.
+        MossError: the folder has results of another evaluation, is in use, is damaged, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, about: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self._path = self.folder / RESULTS_FILE
         about = json.loads(json.dumps({"format": RESULTS_FORMAT, **about}))
@@ -47,31 +51,33 @@ class Results:
         except OSError as error:
             raise MossError(f"{self._path}: cannot be written ({error.strerror or error})") from error
         try:
-            self._take_up(content, about)
+            self._load(content, about)
         except BaseException:
             self._file.close()
             raise
 
-    def _take_up(self, content: bytes, about: Mapping[str, Any]) -> None:
-        """Reads what is there, drops a line that was cut off, begins a new file."""
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = [self._parsed(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+    def _load(self, content: bytes, about: Mapping[str, Any]) -> None:
+        """Reads the finished items and removes an incomplete last line; or starts a new file."""
+        complete = content[: content.rfind(b"\n") + 1]
+        lines = [self._parse(number, line) for number, line in enumerate(complete.split(b"\n")[:-1], 1)]
         if lines:
             self._check(lines[0], about)
         self.done: dict[str, dict[str, Any]] = {line["id"]: line for line in lines[1:]}
-        self._file.truncate(len(whole))
+        self._file.truncate(len(complete))
         if not lines:
             self._write([about])
 
     def _lock(self) -> None:
-        """So that two runs do not write into one another; the lock goes with the process."""
+        """Keeps other processes from writing to the file; the lock ends with the process."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise MossError(f"{self._path}: another run is writing it; wait for it or choose another folder") from None
+            raise MossError(
+                f"{self._path}: another evaluation is writing it; wait for it or choose another folder"
+            ) from None
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps finished items, each with its "id": they are on the disk when this returns."""
+        """Adds finished items, each with its "id"; they are on the disk when this returns."""
         self._write(records)
         self.done |= {record["id"]: dict(record) for record in records}
 
@@ -81,7 +87,7 @@ class Results:
     def __enter__(self) -> "Results":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -91,10 +97,10 @@ class Results:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise MossError(
-                f"{self._path}: cannot be written ({error.strerror or error}); run again to go on"
+                f"{self._path}: cannot be written ({error.strerror or error}); run the same command again to resume"
             ) from error
 
-    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record = parse_json(line, finite=False)
         except MossError:
@@ -104,15 +110,16 @@ class Results:
             raise MossError(f"{self._path} line {number}: damaged; choose another folder")
         return record
 
-    def _check(self, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        differ = [key for key in {**about, **found} if found.get(key) != about.get(key)]
-        if differ:
-            told = "; ".join(f"{key}: there {found.get(key)!r}, now {about.get(key)!r}" for key in differ)
-            raise MossError(f"{self._path}: results of another evaluation ({told}); choose another folder")
+    def _check(self, stored: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Raises MossError if the results in the file depend on other things."""
+        differing = [key for key in {**about, **stored} if stored.get(key) != about.get(key)]
+        if differing:
+            values = "; ".join(f"{key}: there {stored.get(key)!r}, now {about.get(key)!r}" for key in differing)
+            raise MossError(f"{self._path}: results of another evaluation ({values}); choose another folder")
 
 
 def file_hash(path: str | Path) -> str:
-    """Changes when the content of a file, or of a file in a folder, does."""
+    """A hash of the contents of a file, or of the files in a folder."""
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -122,7 +129,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share."""
+    """The 95% Wilson score interval of a proportion."""
     if not count:
         return 0.0, 1.0
     share = correct / count
@@ -133,17 +140,17 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95% bootstrap interval (over items, always the same draws) of sum(parts) / sum(wholes)."""
-    parts = np.asarray(parts, float)
-    wholes = np.asarray(wholes, float)
-    picks = np.random.default_rng(0).integers(0, len(parts), (draws, len(parts)))
-    sums = wholes[picks].sum(1)
-    low, high = np.quantile(parts[picks].sum(1) / np.where(sums, sums, 1), (0.025, 0.975))
+    """The 95% bootstrap interval of sum(parts) / sum(wholes), over items; the random draws are always the same."""
+    numerators = np.asarray(parts, float)
+    denominators = np.asarray(wholes, float)
+    samples = np.random.default_rng(0).integers(0, len(numerators), (draws, len(numerators)))
+    sums = denominators[samples].sum(1)
+    low, high = np.quantile(numerators[samples].sum(1) / np.where(sums, sums, 1), (0.025, 0.975))
     return float(low), float(high)
 
 
 def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
-    """A row of a table of accuracies, in per cent."""
+    """A row of a table of accuracies, in percent."""
     count = len(right)
     correct = int(sum(right))
     low, high = wilson_interval(correct, count)
@@ -159,7 +166,7 @@ def accuracy_row(name: str, right: Sequence[bool]) -> dict[str, Any]:
 
 
 def word_error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> dict[str, Any]:
-    """A row of a table of word error rates, in per cent."""
+    """A row of a table of word error rates, in percent."""
     low, high = ratio_interval(errors, words)
     rate = sum(errors) / max(sum(words), 1)
     return {
@@ -173,18 +180,18 @@ def word_error_row(name: str, errors: Sequence[int], words: Sequence[int]) -> di
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a markdown table."""
-    head = list(rows[0])
+    """A Markdown table of rows that have the same keys."""
+    header = list(rows[0])
     rule = ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]
-    lines = [head, rule, *([str(row[key]) for key in head] for row in rows)]
+    lines = [header, rule, *([str(row[key]) for key in header] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
-    """Writes table.md and table.json; returns the former."""
+    """Writes table.md and table.json; returns the text of table.md."""
     text = "\n\n".join([markdown_table(rows), *notes]) + "\n"
-    write_text(folder / f"{TABLE}.md", text)
-    write_text(folder / f"{TABLE}.json", json.dumps({"rows": list(rows), "notes": list(notes)}, indent=1) + "\n")
+    write_text(folder / f"{TABLE_STEM}.md", text)
+    write_text(folder / f"{TABLE_STEM}.json", json.dumps({"rows": list(rows), "notes": list(notes)}, indent=1) + "\n")
     return text
 
 

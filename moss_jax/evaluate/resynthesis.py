@@ -1,13 +1,15 @@
-"""Word error rate of resynthesis: recording -> codes -> sound -> judge, against the transcript.
+"""Word error rate of resynthesis: recording -> codes -> audio -> judge, compared with the transcript.
 
-This is not the protocol of the paper's table of speech tokenizers, which trains a recogniser on the codes and measures
-that. Here the whole codec is measured, decoder and voice included, by a recogniser that exists. The judge's own error
-on the original recordings is measured beside it: the difference is what the codec costs.
+This is not the protocol of the paper's table of speech tokenizers, which trains a recognizer on the codes. Here an
+existing recognizer measures the complete codec, including decoder and voice. Its own error on the original recordings
+is measured too: the difference is the loss by the codec.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moss_jax.audio.wave import save_audio
 from moss_jax.errors import MossError
@@ -15,11 +17,12 @@ from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, file_hash, word_error_row, write_table
-from moss_jax.evaluate.words import errors, words
 from moss_jax.speech_decoder.flow.sampler import check_codes
+from moss_jax.speech_decoder.voice import Voice
+from moss_jax.text.words import normalized_words, word_errors
 
-PROTOCOL = "Resynthesis: recording -> codes -> sound -> judge. Not a recogniser trained on the codes."
-WAVES = "waves"
+PROTOCOL_NOTE = "Resynthesis: recording -> codes -> audio -> judge. Not a recognizer trained on the codes."
+WAVE_FOLDER = "waves"
 
 
 def run(
@@ -32,35 +35,40 @@ def run(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Evaluates a file of {"audio": FILE, "text": ...} into the folder `out`; returns the table.
+    """Evaluates a file of {"audio": FILE, "text": ...} and writes the results to the folder `out`; returns the table.
 
     Args:
-        judge: hears the originals and what comes back, which stays in `out`/waves.
-        voice: speaks; None for the system's default.
-        seed: of the noise in the voice.
+        judge: transcribes the originals and the resynthesized audio, which is kept in `out`/waves.
+        voice: of the resynthesis; None: the system's default.
+        seed: of the decoder's noise.
+        say: receives progress messages.
+
+    Raises:
+        MossError: wrong lines, a text without words, a recording that cannot be read or is too long, a judge that
+            fails, or a folder with results of another evaluation.
     """
     sentences = read_sentences(file, model.system.speech_decoder.config.flow.codebook_size)
-    if wordless := [s.name for s in sentences if not words(s.text)]:
+    if wordless := [s.name for s in sentences if not normalized_words(s.text)]:
         raise MossError(f"{file}: no words in the text of {', '.join(wordless)}")
-    spoken, notices = model.system.voice(voice)
+    used_voice, notices = model.system.voice(voice)
     about = {"task": "resynthesis", "file": file_hash(file), "judge": judge.name, "voice": voice, "seed": seed}
     about["codec"] = model.codec_hash()
     with Results(out, about) as results:
-        waves = results.folder / WAVES
+        waves = results.folder / WAVE_FOLDER
         waves.mkdir(exist_ok=True)
-        left = [sentence for sentence in sentences if sentence.name not in results.done]
-        for first in range(0, len(left), model.batch_size):
-            group = left[first : first + model.batch_size]
+        remaining = [sentence for sentence in sentences if sentence.name not in results.done]
+        for first in range(0, len(remaining), model.batch_size):
+            group = remaining[first : first + model.batch_size]
             codes = model.codes([sentence.speech for sentence in group])
             for sentence in group:
-                record = _record(model, sentence, codes[sentence.speech], spoken, seed, judge, waves)
+                record = _record(model, sentence, codes[sentence.speech], used_voice, seed, judge, waves)
                 results.append([record])
                 say(f"{len(results.done)} of {len(sentences)} recordings")
         return write_table(results.folder, *_table([results.done[s.name] for s in sentences], notices))
 
 
 def _record(
-    model: EvaluatedModel, sentence: Sentence, codes, voice, seed: int, judge: Judge, waves: Path
+    model: EvaluatedModel, sentence: Sentence, codes: np.ndarray, voice: Voice, seed: int, judge: Judge, waves: Path
 ) -> dict[str, Any]:
     decoder = model.system.speech_decoder
     try:
@@ -69,18 +77,18 @@ def _record(
         raise MossError(f"{sentence.name}: {error}") from error
     path = waves / f"{sentence.name}.wav"
     save_audio(path, decoder.decode(codes, voice, seed), decoder.config.sample_rate)
-    wanted = words(sentence.text)
-    heard = {"resynthesis": judge(path)}
+    reference = normalized_words(sentence.text)
+    transcripts = {"resynthesis": judge(path)}
     if sentence.speech.audio is not None:
-        heard["original"] = judge(sentence.speech.audio)
-    counts = {kind: errors(wanted, words(text)) for kind, text in heard.items()}
-    return {"id": sentence.name, "codes": len(codes), "words": len(wanted), "heard": heard, "errors": counts}
+        transcripts["original"] = judge(sentence.speech.audio)
+    counts = {kind: word_errors(reference, normalized_words(text)) for kind, text in transcripts.items()}
+    return {"id": sentence.name, "codes": len(codes), "words": len(reference), "heard": transcripts, "errors": counts}
 
 
 def _table(records: Sequence[dict[str, Any]], notices: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     rows = []
     for kind in ("resynthesis", "original"):
-        own = [record for record in records if kind in record["errors"]]
-        if own:
-            rows.append(word_error_row(kind, [r["errors"][kind] for r in own], [r["words"] for r in own]))
-    return rows, [PROTOCOL, *(f"Note: {notice}." for notice in notices)]
+        measured = [record for record in records if kind in record["errors"]]
+        if measured:
+            rows.append(word_error_row(kind, [r["errors"][kind] for r in measured], [r["words"] for r in measured]))
+    return rows, [PROTOCOL_NOTE, *(f"Note: {notice}." for notice in notices)]

@@ -1,8 +1,8 @@
-"""Spoken questions (LlamaQuestions, TriviaQA, WebQuestions): is the answer in the reply, written or spoken?
+"""Spoken questions (LlamaQuestions, TriviaQA, WebQuestions): is the answer in the written or spoken reply?
 
-A question is a recording, codes or text; the reply is written (S->T) or spoken (S->S). A spoken reply is turned into
-sound, and a judge says what it hears. A reply is right when the words of one of the answers stand in it, in this order
-and side by side (`moss_jax.evaluate.words`).
+A question is a recording, codes or text; the reply is written (S->T) or spoken (S->S). Spoken replies are decoded to
+audio and transcribed by a judge. A reply is right if the words of one of the answers occur in it, in order and side by
+side (`moss_jax.evaluate.words`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,17 @@ from moss_jax.evaluate.items import ContentPart, need, need_string, read_items, 
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
-from moss_jax.evaluate.words import contains_answer, words
+from moss_jax.evaluate.words import contains_answer
 from moss_jax.text.chat_template import REPLIES
+from moss_jax.text.words import normalized_words
 
-WAVES = "waves"
+WAVE_FOLDER = "waves"
 
 
 @dataclass(frozen=True)
 class SpokenQuestion:
+    """A question and its accepted answers."""
+
     name: str
     question: ContentPart
     answers: tuple[str, ...]
@@ -31,7 +34,7 @@ class SpokenQuestion:
 
 
 def read_spoken_questions(path: str | Path, code_count: int | None = None) -> list[SpokenQuestion]:
-    """A file of {"question": PART, "answers": [...], optional "group" and "id"}.
+    """Reads a file of {"question": PART, "answers": [...], optional "group" and "id"}.
 
     A PART is a string, {"audio": FILE} or {"codes": [...]} with codes below `code_count`.
     """
@@ -41,7 +44,7 @@ def read_spoken_questions(path: str | Path, code_count: int | None = None) -> li
         answers = entry["answers"]
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise MossError("answers: expected a list of strings, at least one")
-        if wordless := [a for a in answers if not words(a)]:
+        if wordless := [a for a in answers if not normalized_words(a)]:
             raise MossError(f"answers: {wordless[0]!r} has no words")
         group = need_string(entry, "group") if "group" in entry else None
         return SpokenQuestion(name, read_part(entry["question"], folder, "question", code_count), tuple(answers), group)
@@ -61,14 +64,19 @@ def run(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Evaluates a file of questions into the folder `out`; returns the table. Spoken replies stay in `out`/waves.
+    """Evaluates a file of questions and writes the results to the folder `out`; returns the table.
 
     Args:
-        reply: "speech" or "text".
-        judge: hears spoken replies.
-        voice: of spoken replies; None for the system's default.
-        sampling: keywords of `moss_jax.dialogue.system.generation_settings`; greedy unless they say otherwise.
-        seed: of the draws; an interrupted run goes on with the draws that it would have had.
+        reply: "speech" or "text". The audio of spoken replies is kept in `out`/waves.
+        judge: transcribes spoken replies.
+        voice: of spoken replies; None: the system's default.
+        sampling: keywords of `moss_jax.dialogue.system.generation_settings`; greedy by default.
+        seed: of sampling; a resumed evaluation gives the same replies as an uninterrupted one.
+        say: receives progress messages.
+
+    Raises:
+        MossError: wrong lines, a recording that cannot be read, no judge for spoken replies, or a folder with results
+            of another evaluation.
     """
     if reply not in REPLIES:
         raise MossError(f"reply: {reply!r}, expected one of {', '.join(REPLIES)}")
@@ -77,30 +85,36 @@ def run(
     questions = read_spoken_questions(file, model.code_count)
     sampling = {"greedy": True, **(sampling or {})}
     model.system.settings(**sampling)
-    about = {"task": "spoken-qa", "file": file_hash(file), "reply": reply, "seed": seed, "sampling": sampling}
-    if reply == "speech":
+    about: dict[str, Any] = {
+        "task": "spoken-qa",
+        "file": file_hash(file),
+        "reply": reply,
+        "seed": seed,
+        "sampling": sampling,
+    }
+    if judge is not None and reply == "speech":
         about |= {"judge": judge.name, "voice": voice, "codec": model.codec_hash()}
     with Results(out, {**about, "model": model.language_model_hash()}) as results:
-        done = len(results.done)  # replies come in the file's order
-        waves = results.folder / WAVES
+        done = len(results.done)  # items are finished in the order of the file
+        waves = results.folder / WAVE_FOLDER
         if reply == "speech":
             waves.mkdir(exist_ok=True)
-        left = questions[done:]
-        turns = [[_turn(question.question)] for question in left]
+        remaining = questions[done:]
+        turns = [[_turn(question.question)] for question in remaining]
         replies = model.system.reply_batch(
             turns, reply=reply, voice=voice, batch_size=model.batch_size, seed=seed, first_request=done, **sampling
         )
-        for question, answer in zip(left, replies if left else (), strict=True):
-            record = {"id": question.name, "group": question.group, "complete": answer.complete}
-            said = answer.text
-            if reply == "speech":
-                said = ""
-                if answer.wave.size:
+        for question, answer in zip(remaining, replies if remaining else (), strict=True):
+            record: dict[str, Any] = {"id": question.name, "group": question.group, "complete": answer.complete}
+            text = answer.text
+            if judge is not None and reply == "speech":
+                text = ""
+                if answer.wave is not None and answer.wave.size:
                     path = waves / f"{question.name}.wav"
                     answer.save(path)
-                    said = judge(path)
+                    text = judge(path)
                 record["codes"] = len(answer.codes)
-            results.append([record | {"said": said, "right": contains_answer(said, question.answers)}])
+            results.append([record | {"said": text, "right": contains_answer(text, question.answers)}])
             say(f"{len(results.done)} of {len(questions)} questions")
         return write_table(results.folder, *_table([results.done[question.name] for question in questions], reply))
 

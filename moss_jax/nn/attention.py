@@ -81,7 +81,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     of 1500 rows. Elsewhere all heads are computed at once.
     """
     heads = [rearrange(x, "B T N H -> B N T H") for x in (q, k, v)]
-    y = jax.lax.platform_dependent(*heads, cpu=_head_by_head, default=jax.vmap(jax.vmap(_causal_head)))
+    y: jax.Array = jax.lax.platform_dependent(*heads, cpu=_head_by_head, default=jax.vmap(jax.vmap(_causal_head)))
     return rearrange(y, "B N T H -> B T N H")
 
 
@@ -114,8 +114,7 @@ def cached_attention(
     return rearrange(y, "B T K G H -> B T (K G) H").astype(v.dtype)
 
 
-@struct.dataclass
-class Past:
+class Past(struct.PyTreeNode):
     """Keys and values of earlier calls.
 
     Attributes:
@@ -262,7 +261,7 @@ def _same_segment(segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Arr
 
 def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     heads = tuple(rearrange(x, "B N T H -> (B N) T H") for x in (q, k, v))
-    y = jax.lax.map(lambda head: _causal_head(*head), heads)
+    y: jax.Array = jax.lax.map(lambda head: _causal_head(*head), heads)
     return rearrange(y, "(B N) T H -> B N T H", B=q.shape[0])
 
 
@@ -320,12 +319,12 @@ def splash(
         key_segment_ids = jnp.zeros(k.shape[:2], jnp.int32)
     elif key_segment_ids is None:
         key_segment_ids = segment_ids
-    heads_first = (rearrange(x, "B T N H -> B N T H") for x in (q / math.sqrt(H), k, v))
+    q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q / math.sqrt(H), k, v))
 
-    def one(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, key_segments: jax.Array | None) -> jax.Array:
+    def run_item(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
         return run(q, k, v, splash_attention.SegmentIds(segments, key_segments))
 
-    y: jax.Array = jax.vmap(one)(*heads_first, segment_ids, key_segment_ids)
+    y: jax.Array = jax.vmap(run_item)(q, k, v, segment_ids, key_segment_ids)
     return rearrange(y, "B N T H -> B T N H").astype(v.dtype)
 
 
@@ -342,13 +341,21 @@ def splash_kernel(length: int, heads: int, head_parts: int = 1, parts: int = 1, 
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)
     keys = math.gcd(length, 4 * SPLASH_BLOCK)
     queries = math.gcd(length // parts, 4 * SPLASH_BLOCK)
-    blocks = {f"block_{name}": keys for name in ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")}
-    blocks |= {f"block_{name}": queries for name in ("q", "q_dkv", "q_dq")}
+    blocks = splash_attention.BlockSizes(
+        block_q=queries,
+        block_q_dkv=queries,
+        block_q_dq=queries,
+        block_kv=keys,
+        block_kv_compute=keys,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
+        block_kv_dq=keys,
+    )
     return splash_attention.make_splash_mha(
         mask,
         head_shards=head_parts,
         q_seq_shards=parts,
-        block_sizes=splash_attention.BlockSizes(**blocks),
+        block_sizes=blocks,
         interpret=interpret,
     )
 
@@ -402,7 +409,7 @@ def _in_query_blocks(
 
     mask = jnp.broadcast_to(mask, (mask.shape[0], rows, mask.shape[2]))
     parts = split(q, 2), split(mask, 1), None if position_q is None else split(position_q, 2)
-    y = jax.lax.map(block, parts)
+    y: jax.Array = jax.lax.map(block, parts)
     return rearrange(y, "blocks B N size H -> B N (blocks size) H")[:, :, :rows]
 
 
@@ -420,7 +427,7 @@ def _over_cache(q: jax.Array, position_q: jax.Array | None, past: Past, softmax:
         top, total, values = softmax
         # The last block of a cache that is no multiple of the block moves back and masks what was counted already.
         start = jnp.minimum(i * size, slots - size)
-        at = (*past.index, 0, 0, start, 0)
+        at: tuple[Any, ...] = (*past.index, 0, 0, start, 0)
         shape = (*(1,) * lead, *past.k.shape[lead:-2], size, past.k.shape[-1])
         k = jax.lax.dynamic_slice(past.k, at, shape).reshape(shape[lead:]).astype(q.dtype)
         v = jax.lax.dynamic_slice(past.v, at, shape).reshape(shape[lead:]).astype(q.dtype)

@@ -87,8 +87,8 @@ class Linear(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = product(x, kernel, self.in_dims)
         if self.has_variable("lora", "a"):
-            a = self.get_variable("lora", "a").astype(x.dtype)
-            b = self.get_variable("lora", "b").astype(x.dtype)
+            a: jax.Array = self.get_variable("lora", "a").astype(x.dtype)
+            b: jax.Array = self.get_variable("lora", "b").astype(x.dtype)
             y = y + jnp.tensordot(jnp.tensordot(x, a, self.in_dims), b, 1)
         return y if bias is None else y + bias
 
@@ -106,7 +106,8 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         centered = y - y.mean(-1, keepdims=True)
         y = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        normalized: jax.Array = (y * scale + bias).astype(x.dtype)
+        return normalized
 
 
 class Embed(nn.Module):

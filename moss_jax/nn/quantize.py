@@ -27,7 +27,9 @@ def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
         product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
         return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
 
-    return jax.lax.map(nearest, vectors)  # one clip at a time: all distances of a batch would take gigabytes
+    # One clip at a time: all distances of a batch would take gigabytes.
+    codes: jax.Array = jax.lax.map(nearest, vectors)
+    return codes
 
 
 def straight_through(vectors: jax.Array, quantized: jax.Array) -> jax.Array:

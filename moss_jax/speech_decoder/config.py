@@ -76,7 +76,6 @@ def flow_stem(chunk: int | None = None) -> str:
 
 
 RELEASED = SpeechDecoderConfig()
-NANO = SpeechDecoderConfig(flow=flow.NANO, vocoder=vocoder.NANO, speaker=None, chunks=())
 TINY = SpeechDecoderConfig(
     flow=flow.TINY,
     vocoder=replace(vocoder.TINY, mel_bins=flow.TINY.mel_bins),

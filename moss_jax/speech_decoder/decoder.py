@@ -131,7 +131,8 @@ def _vocode(config: VocoderConfig) -> Any:
         with jax.default_matmul_precision("highest"):
             draw = partial(sine_noise, config, first=0, frames=mel.shape[1])
             noise = jax.vmap(lambda seed: draw(jax.random.key(seed)))(seeds)
-            wave, _ = HiFT(config).apply({"params": params}, mel, noise, lengths)
+            result: Any = HiFT(config).apply({"params": params}, mel, noise, lengths)
+        wave: jax.Array = result[0]
         return wave
 
     return jax.jit(run)

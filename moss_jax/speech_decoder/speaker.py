@@ -1,11 +1,11 @@
 """CAM++: Kaldi filter banks of a voice -> its speaker embedding (codec specification, section 4.2; 3D-Speaker's
 CAMPPlus).
 
-Runs once a voice. Lengths are padded to a few buckets and masked, so that a clip gets exactly what it gets unpadded and
+Runs once for each voice. Lengths are padded to a few buckets and masked: the result is that of the unpadded clip, and
 other lengths in the same bucket compile nothing. Batch normalisation is in evaluation mode: its statistics are plain
 parameters.
 
-Dimension letters: B batch, T frames, Q mel bins or what strides leave of them, C channels.
+Dimension letters: B batch, T frames, M mel bins or the rows that strides leave of them, C channels.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
 from moss_jax.checkpoint.config_io import check_sizes
@@ -25,7 +26,7 @@ from moss_jax.nn.layers import Linear, named
 from moss_jax.nn.tree import param_shapes
 
 EPSILON = 1e-5
-SHORTEST = 3  # frames: two after the stride, without which there is no standard deviation
+MIN_FRAMES = 3  # two after the stride, without which there is no standard deviation
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class SpeakerConfig:
     context_reduction: int  # the context gate has bottleneck / context_reduction channels inside
     dense_layers: tuple[int, ...]  # layers in each dense block
     dense_dilations: tuple[int, ...]
-    segment_frames: int  # frames that a segment mean of the context covers
+    segment_frames: int  # frames in a segment mean of the context
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, "speaker", layers=("head_blocks", "dense_layers"))
         if self.num_mel_bins % 8:
             raise MossError(f"speaker config: num_mel_bins is {self.num_mel_bins}, expected a multiple of 8")
@@ -53,12 +54,12 @@ class SpeakerConfig:
         if len(self.dense_layers) != len(self.dense_dilations):
             raise MossError(
                 f"speaker config: {len(self.dense_layers)} dense_layers and {len(self.dense_dilations)} "
-                "dense_dilations, expected as many of both"
+                "dense_dilations, expected the same number"
             )
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
-        """Channels that enter each dense block, and those that leave the last transit layer."""
+        """The input channels of each dense block, and the output channels of the last transit layer."""
         channels = [self.init_channels]
         for layers in self.dense_layers:
             channels.append((channels[-1] + layers * self.growth_rate) // 2)
@@ -95,23 +96,27 @@ TINY = SpeakerConfig(
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation with stored statistics over the last axis; scale and bias only if `affine`."""
+    """Batch normalisation of the last axis with stored statistics; scale and bias only if `affine`."""
 
     affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def leaf(name, init):
-            return self.param(name, named(init, "conv_out"), x.shape[-1:], jnp.float32)
-
-        x = (x - leaf("mean", nn.initializers.zeros)) * jax.lax.rsqrt(leaf("var", nn.initializers.ones) + EPSILON)
+        shape = x.shape[-1:]
+        zeros = named(nn.initializers.zeros, "conv_out")
+        ones = named(nn.initializers.ones, "conv_out")
+        mean = self.param("mean", zeros, shape, jnp.float32)
+        variance = self.param("var", ones, shape, jnp.float32)
+        x = (x - mean) * jax.lax.rsqrt(variance + EPSILON)
         if self.affine:
-            x = x * leaf("scale", nn.initializers.ones) + leaf("bias", nn.initializers.zeros)
+            scale = self.param("scale", ones, shape, jnp.float32)
+            bias = self.param("bias", zeros, shape, jnp.float32)
+            x = x * scale + bias
         return x
 
 
 class Conv2d(nn.Module):
-    """Convolution over [B, Q, T, C] with zero padding that keeps T; `stride` is along Q. Parameter: kernel."""
+    """Convolution over [B, M, T, C] with zero padding that keeps T; `stride` is along M. Parameter: kernel."""
 
     features: int
     width: int
@@ -129,7 +134,7 @@ class Conv2d(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; the shortcut of the first block of a group is a convolution."""
+    """Two 3 x 3 convolutions and a shortcut, which is a convolution in the first block of a group."""
 
     channels: int
     first: bool
@@ -145,27 +150,25 @@ class ResidualBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Two-dimensional convolutions that divide the mel bins by 8: [B, T, Q] -> [B, T, C * Q / 8]."""
+    """Two-dimensional convolutions that divide the mel bins by 8: [B, T, M] -> [B, T, C * M / 8]."""
 
     config: SpeakerConfig
 
     @nn.compact
     def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
-        # [B, 1, T, 1]
         channels = self.config.head_channels
-        keep = keep[:, None]
-        x = features.swapaxes(1, 2)[..., None]  # [B, Q, T, 1]
+        keep = rearrange(keep, "B T 1 -> B 1 T 1")
+        x = rearrange(features, "B T M -> B M T 1")
         x = jax.nn.relu(BatchNorm(name="norm1")(Conv2d(channels, 3, name="conv1")(x))) * keep
         for group, blocks in enumerate(self.config.head_blocks, 1):
             for block in range(blocks):
                 x = ResidualBlock(channels, block == 0, name=f"layer{group}_{block}")(x, keep)
         x = jax.nn.relu(BatchNorm(name="norm2")(Conv2d(channels, 3, 2, name="conv2")(x))) * keep
-        x = x.transpose(0, 2, 3, 1)  # [B, T, C, Q]: channels are the slow index of what follows
-        return x.reshape(*x.shape[:2], -1)
+        return rearrange(x, "B M T C -> B T (C M)")
 
 
 class DenseLayer(nn.Module):
-    """New channels from all earlier ones, gated by their context: [B, T, C] -> [B, T, growth_rate]."""
+    """New channels computed from all earlier ones and gated by their context: [B, T, C] -> [B, T, growth_rate]."""
 
     config: SpeakerConfig
     dilation: int
@@ -184,12 +187,16 @@ class DenseLayer(nn.Module):
         return y * jax.nn.sigmoid(Linear(config.growth_rate, ("conv_in", "conv_out"), name="context2")(context))
 
     def _segment_mean(self, x: jax.Array, keep: jax.Array) -> jax.Array:
-        """The mean of each segment, repeated; the last one is divided by the frames that it really has."""
+        """The mean of each segment, repeated for its frames; that of the last one is over the frames that exist."""
         size = self.config.segment_frames
         frames = x.shape[1]
-        pad = ((0, 0), (0, -frames % size), (0, 0))
-        total, count = (jnp.pad(z, pad).reshape(len(z), -1, size, z.shape[2]).sum(2) for z in (x, keep))
-        return jnp.repeat(total / jnp.maximum(count, 1), size, axis=1)[:, :frames]
+
+        def segment_sum(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, ((0, 0), (0, -frames % size), (0, 0)))
+            return rearrange(padded, "B (segments size) C -> B segments size C", size=size).sum(2)
+
+        mean = segment_sum(x) / jnp.maximum(segment_sum(keep), 1)
+        return jnp.repeat(mean, size, axis=1)[:, :frames]
 
 
 class CAMPPlus(nn.Module):
@@ -199,7 +206,7 @@ class CAMPPlus(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, frames: jax.Array | None = None) -> jax.Array:
-        """features float32 [B, T, Q], of which `frames` int [B] count (None: all) -> float32 [B, embedding_size]."""
+        """Features float32 [B, T, M], of which the first `frames` int [B] exist (None: all) -> [B, embedding_size]."""
         config = self.config
         if frames is None:
             frames = jnp.full(features.shape[:1], features.shape[1])
@@ -226,23 +233,26 @@ class CAMPPlus(nn.Module):
 
 
 def _mask(frames: jax.Array, length: int) -> jax.Array:
-    return (jnp.arange(length) < frames[:, None]).astype(jnp.float32)[..., None]  # [B, T, 1]
+    """float32 [B, length, 1]: 1 for the frames that exist."""
+    return (jnp.arange(length) < frames[:, None]).astype(jnp.float32)[..., None]
 
 
 @partial(jax.jit, static_argnums=0)
 def embed_padded(config: SpeakerConfig, params: Any, wave: jax.Array, frames: jax.Array) -> jax.Array:
-    """wave float32 [B, L] at 16 kHz, `frames` int [B] valid filter bank frames -> [B, embedding_size]."""
+    """Wave float32 [B, samples] at 16 kHz with `frames` int [B] filter bank frames -> [B, embedding_size]."""
     with jax.default_matmul_precision("highest"):
         fbank = kaldi_fbank(wave, replace(FBANK_16K, num_mel_bins=config.num_mel_bins))
         features = mean_normalized(fbank, frames)
-        return CAMPPlus(config).apply({"params": params}, features, frames)
+        embedding = CAMPPlus(config).apply({"params": params}, features, frames)
+    assert isinstance(embedding, jax.Array)  # `apply` may also return updated variables
+    return embedding
 
 
 def speaker_embedding(config: SpeakerConfig, params: Any, wave: np.ndarray) -> np.ndarray:
     """The speaker embedding of a recording.
 
     Args:
-        params: nested dictionary of CAM++'s parameters.
+        params: nested parameters of CAM++.
         wave: float32 [samples], mono, 16 kHz, in [-1, 1].
 
     Returns:
@@ -254,24 +264,26 @@ def speaker_embedding(config: SpeakerConfig, params: Any, wave: np.ndarray) -> n
     length = FBANK_16K.frame_length
     shift = FBANK_16K.frame_shift
     frames = 1 + (len(wave) - length) // shift
-    if frames < SHORTEST:
+    if frames < MIN_FRAMES:
         raise MossError(
             f"a recording of {len(wave)} samples at 16 kHz is too short for a speaker embedding, expected at least "
-            f"{length + (SHORTEST - 1) * shift}"
+            f"{length + (MIN_FRAMES - 1) * shift}"
         )
-    bucket = 200
+    bucket = 200  # frames, 2 s
     while bucket < frames:
         bucket *= 2
     padded = np.zeros((1, length + (bucket - 1) * shift), np.float32)
     used = length + (frames - 1) * shift
     padded[0, :used] = wave[:used]
-    return np.asarray(embed_padded(config, params, jnp.asarray(padded), jnp.array([frames])))[0]
+    embedding: np.ndarray = np.asarray(embed_padded(config, params, jnp.asarray(padded), jnp.array([frames])))[0]
+    return embedding
 
 
 def init_params(config: SpeakerConfig, key: jax.Array) -> dict[str, Any]:
-    """Random parameters of CAM++, as a nested dictionary."""
-    features = jnp.zeros((1, 2 * SHORTEST, config.num_mel_bins))
-    return nn.unbox(CAMPPlus(config).init(key, features))["params"]
+    """Random nested parameters of CAM++."""
+    features = jnp.zeros((1, 2 * MIN_FRAMES, config.num_mel_bins))
+    params: dict[str, Any] = nn.unbox(CAMPPlus(config).init(key, features))["params"]
+    return params
 
 
 @cache

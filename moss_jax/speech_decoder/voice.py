@@ -4,8 +4,7 @@ import numpy as np
 from flax import struct
 
 
-@struct.dataclass
-class Voice:
+class Voice(struct.PyTreeNode):
     """The conditioning of the flow, made from a recording by enrolment; `zero()` is no particular voice."""
 
     codes: np.ndarray  # int32 [P]

@@ -1,27 +1,39 @@
-"""Sizes and special ids of the layer-split transformer."""
+"""Sizes and special ids of the layer-split language model."""
 
 from dataclasses import dataclass
 
 from moss_jax.checkpoint.config_io import check_sizes
-from moss_jax.errors import MossError
+from moss_jax.nn.qwen3 import ATTENTION, DTYPES, REMAT, Qwen3Config
 
-ATTENTION = ("auto", "xla", "cudnn", "splash")
-REMAT = ("none", "dots", "full")
-DTYPES = ("float32", "bfloat16", "float16")
+__all__ = [
+    "ATTENTION",
+    "DTYPES",
+    "MOSS_SPEECH_8B",
+    "QWEN3_8B",
+    "REMAT",
+    "TINY",
+    "Channel",
+    "SpeechLMConfig",
+]
 
 
 @dataclass(frozen=True)
-class SpeechLMConfig:
-    """The Qwen3 block, the split of its depth, two vocabularies, and how to compute.
+class Channel:
+    """One column of the grid, predicted by the branch of the same name."""
 
-    A plain Qwen3 is the same model with everything on the text side: `num_shared_layers=0`, `audio_vocab_size=0`.
+    name: str
+    vocab_size: int  # ids are below this
+    pad_id: int  # id on rows where the channel has nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechLMConfig(Qwen3Config):
+    """The Qwen3 layer, the split of the depth, two vocabularies and their special ids.
+
+    config.json of a system's `transformer/` folder has these fields, those of `Qwen3Config` included, in one object. A
+    plain Qwen3 is the same model with everything on the text side: `num_shared_layers=0`, `audio_vocab_size=0`.
     """
 
-    hidden_size: int  # D, width of the residual stream
-    intermediate_size: int  # F, width of the SwiGLU feed-forward
-    num_attention_heads: int  # N, query heads
-    num_key_value_heads: int  # K, key and value heads; each serves N / K query heads
-    head_dim: int  # H, even
     num_shared_layers: int  # layers that both modalities pass
     num_modality_layers: int  # layers of each branch, after the shared ones; 0: no split, the heads follow the shared
     text_vocab_size: int  # rows of the text table and text head, padding included
@@ -33,62 +45,43 @@ class SpeechLMConfig:
     modality_pad_id: int = 151667  # text: this row is embedded from the audio table
     eosp_id: int = 16384  # audio: speech ends; the codes are the ids below
     audio_pad_id: int = 512  # audio: placeholder on text rows (also a real code)
-    rope_theta: float = 1e6  # base of the rotary frequencies
-    rms_norm_eps: float = 1e-6  # added to the mean square
-    max_position_embeddings: int = 40960  # rows of context that the weights were made for
-    attention: str = "auto"  # one of ATTENTION: how attention without a cache is computed; "auto": by backend
-    remat: str = "none"  # one of REMAT: what the backward pass recomputes (nothing; all but products; everything)
-    dtype: str = "float32"  # of activations
-    param_dtype: str = "float32"  # of parameters
+    max_position_embeddings: int = 40960  # rows of context that the weights were trained for
 
-    def __post_init__(self):
-        for name in _WHOLE:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _SIZES + _TEXT_IDS + _AUDIO_IDS:
             value = getattr(self, name)
             self._require(type(value) is int, f"{name} is {value!r}, expected a whole number")
         layers = ("num_shared_layers", "num_modality_layers")
-        check_sizes(self, "transformer", zero=(*layers, "audio_vocab_size", *_IDS), layers=layers)
-        for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            right = isinstance(value, int | float) and 0 < value < float("inf")
-            self._require(right, f"{name} is {value!r}, expected a number above 0")
-        heads = self.num_attention_heads
-        kv_heads = self.num_key_value_heads
-        self._require(heads % kv_heads == 0, f"{heads} attention heads do not divide into {kv_heads} key/value heads")
-        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, expected an even number")
+        check_sizes(self, "transformer", zero=(*layers, "audio_vocab_size", *_TEXT_IDS, *_AUDIO_IDS), layers=layers)
         self._require(self.num_shared_layers + self.num_modality_layers > 0, "has no layers, expected at least 1")
-        for name, known in (("attention", ATTENTION), ("remat", REMAT), ("dtype", DTYPES), ("param_dtype", DTYPES)):
-            value = getattr(self, name)
-            self._require(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
         if self.audio_vocab_size:
-            for name in ("endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id"):
-                self._require_id(name, self.text_vocab_size)
-            for name in ("eosp_id", "audio_pad_id"):
-                self._require_id(name, self.audio_vocab_size)
+            self._require_ids(_TEXT_IDS, self.text_vocab_size)
+            self._require_ids(_AUDIO_IDS, self.audio_vocab_size)
 
-    def _require_id(self, name: str, vocab_size: int):
-        value = getattr(self, name)
-        self._require(0 <= value < vocab_size, f"{name} is {value}, expected an id below the vocabulary's {vocab_size}")
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """The columns of the grid that the model predicts, in order; a plain Qwen3 has text only."""
+        text = Channel("text", self.text_vocab_size, self.endoftext_id)
+        audio = Channel("audio", self.audio_vocab_size, self.audio_pad_id)
+        return (text, audio) if self.audio_vocab_size else (text,)
 
-    @staticmethod
-    def _require(condition: bool, problem: str):
-        if not condition:
-            raise MossError(f"transformer config: {problem}")
+    def _require_ids(self, names: tuple[str, ...], vocab_size: int) -> None:
+        for name in names:
+            value = getattr(self, name)
+            valid = 0 <= value < vocab_size
+            self._require(valid, f"{name} is {value}, expected an id below the vocabulary's {vocab_size}")
 
 
-_IDS = ("endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id", "eosp_id", "audio_pad_id")
-_WHOLE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
+_SIZES = (
     "num_shared_layers",
     "num_modality_layers",
     "text_vocab_size",
     "audio_vocab_size",
     "max_position_embeddings",
-    *_IDS,
 )
+_TEXT_IDS = ("endoftext_id", "im_start_id", "im_end_id", "sosp_id", "modality_pad_id")
+_AUDIO_IDS = ("eosp_id", "audio_pad_id")
 
 # fnlp/MOSS-Speech: 9,095,694,336 parameters.
 MOSS_SPEECH_8B = SpeechLMConfig(
@@ -118,29 +111,6 @@ QWEN3_8B = SpeechLMConfig(
     audio_vocab_size=0,
     dtype="bfloat16",
     param_dtype="bfloat16",
-)
-
-# The bundled model, 3.3 million parameters: the text tokenizer of nano's corpus, 256 codes; no example is longer than
-# 256 rows.
-NANO = SpeechLMConfig(
-    hidden_size=192,
-    intermediate_size=384,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_shared_layers=5,
-    num_modality_layers=2,
-    text_vocab_size=800,
-    audio_vocab_size=384,
-    endoftext_id=768,
-    im_start_id=769,
-    im_end_id=770,
-    sosp_id=771,
-    modality_pad_id=792,
-    eosp_id=256,
-    audio_pad_id=255,
-    rope_theta=1e4,
-    max_position_embeddings=256,
 )
 
 # For tests.

@@ -88,23 +88,6 @@ MOSS_SPEECH_CODEC = SpeechTokenizerConfig(
     layer_norm_epsilon=1e-5,
 )
 
-NANO = SpeechTokenizerConfig(
-    sample_rate=16000,
-    n_fft=400,
-    hop_length=160,
-    num_mel_bins=80,
-    d_model=128,
-    num_layers=4,
-    encoder_attention_heads=4,
-    encoder_ffn_dim=512,
-    max_source_positions=1500,
-    pooling_kernel_size=4,
-    quantize_vocab_size=256,
-    code_dim=64,
-    normalize_codes=True,
-    layer_norm_epsilon=1e-5,
-)  # 1.1 million parameters
-
 TINY = SpeechTokenizerConfig(
     sample_rate=16000,
     n_fft=400,

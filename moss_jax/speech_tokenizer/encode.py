@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -41,7 +40,8 @@ def encode_padded(config: SpeechTokenizerConfig, params: Any, waves: jax.Array, 
         int32 [B, samples / samples_per_code]; those after a segment's own samples are undefined.
     """
     with jax.default_matmul_precision("highest"):
-        codes: jax.Array = Encoder(config).apply({"params": params}, log_mel_16k(waves, lengths, config.mel))
+        codes = Encoder(config).apply({"params": params}, log_mel_16k(waves, lengths, config.mel))
+    assert isinstance(codes, jax.Array)  # `apply` may also return updated variables
     return codes
 
 
@@ -159,7 +159,8 @@ class SpeechTokenizer:
         for row, index in enumerate(call.segments):
             waves[row, : len(pieces[index])] = pieces[index]
             lengths[row] = counts[index] * unit
-        if self._sharding is None:
-            return encode_padded(self.config, self.params, jnp.asarray(waves), jnp.asarray(lengths))
-        sharded = jax.device_put((waves, lengths), self._sharding)
-        return encode_padded(self.config, self.params, *sharded)
+        inputs: tuple[Any, Any] = (waves, lengths)
+        if self._sharding is not None:
+            inputs = jax.device_put(inputs, self._sharding)
+        codes: jax.Array = encode_padded(self.config, self.params, *inputs)
+        return codes

@@ -7,10 +7,10 @@ H head size, L layers, V codes.
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 
 from moss_jax.nn.attention import Past, causal_attention, masked_attention
 from moss_jax.nn.conv import CausalConv1d, tail_after
@@ -24,8 +24,7 @@ from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 POSITION_SCALE = 0.2
 
 
-@flax.struct.dataclass
-class EncoderState:
+class EncoderState(struct.PyTreeNode):
     """The state of streams.
 
     Attributes:
@@ -68,7 +67,8 @@ def _sinusoids(length: int, width: int) -> jax.Array:
 
 def _unit_sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Initialises positions [length, width] of length 1."""
-    return (2 / shape[1]) ** 0.5 * _sinusoids(*shape).astype(dtype)
+    positions: jax.Array = (2 / shape[1]) ** 0.5 * _sinusoids(*shape).astype(dtype)
+    return positions
 
 
 class EncoderLayer(nn.Module):
@@ -189,7 +189,8 @@ class Encoder(nn.Module):
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Codes [B, T] of one segment -> their vectors plus positions, [B, T, code_dim]: the reference's
         last_hidden_state."""
-        return self._codebook()[codes] + self.code_positions[: codes.shape[1]]
+        vectors: jax.Array = self._codebook()[codes] + self.code_positions[: codes.shape[1]]
+        return vectors
 
     def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
         """The next frames of a stream.
@@ -212,7 +213,9 @@ class Encoder(nn.Module):
         x = jax.nn.gelu(self.conv2(y, tail2), approximate=False)
         x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
         past = Past(state.k, state.v, position)
-        x, (k, v) = self.layers(x, jnp.arange(config.num_layers), past)
+        x, new = self.layers(x, jnp.arange(config.num_layers), past)
+        assert new is not None  # there is a cache
+        k, v = new
         exists = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
         codes = self.quantize(self._pool(jnp.where(exists, x, 0.0)))
         new_state = EncoderState(
@@ -240,6 +243,7 @@ def encoder_shapes(config: SpeechTokenizerConfig) -> dict[str, jax.ShapeDtypeStr
 
 
 def init_params(config: SpeechTokenizerConfig, key: jax.Array) -> dict[str, Any]:
-    """Random parameters of an encoder, as a nested dictionary."""
+    """Random nested parameters of an encoder."""
     frames = jnp.zeros((1, config.frames_per_code, config.num_mel_bins))
-    return nn.unbox(Encoder(config).init(key, frames))["params"]
+    params: dict[str, Any] = nn.unbox(Encoder(config).init(key, frames))["params"]
+    return params

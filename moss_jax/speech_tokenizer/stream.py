@@ -14,10 +14,10 @@ frame, starting from `start_peak` in each segment. Therefore
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from moss_jax.audio.features import limit, log10_mel
 from moss_jax.errors import MossError
@@ -29,8 +29,7 @@ StepCodes = tuple[jax.Array, int]  # codes int32 [1, chunk] of a step, and how m
 START_PEAK = 1.0  # log10 of mel power; the peak of recorded speech is mostly between 0.4 and 1.9
 
 
-@flax.struct.dataclass
-class WaveState:
+class WaveState(struct.PyTreeNode):
     """The state of streams of waves: that of the encoder, and the maximum log10 mel power so far, float32 [B]."""
 
     encoder: EncoderState
@@ -48,10 +47,9 @@ def log_mel_step(
 ) -> tuple[jax.Array, EncoderState]:
     """`Encoder.step`, compiled: frames [B, T, M], valid int32 [B] -> (codes [B, T / frames_per_code], state)."""
     with jax.default_matmul_precision("highest"):
-        result: tuple[jax.Array, EncoderState] = Encoder(config).apply(
-            {"params": params}, frames, valid, state, method="step"
-        )
-    return result
+        result: Any = Encoder(config).apply({"params": params}, frames, valid, state, method="step")
+    codes, new_state = result
+    return codes, new_state
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -1,0 +1,1 @@
+"""Text of the language model: the tokenizer and the chat template."""

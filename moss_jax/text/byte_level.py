@@ -1,4 +1,4 @@
-"""Small text tokenizers of our own: byte-level BPE with given merges, Qwen's special tokens behind them."""
+"""Small text tokenizers: byte-level BPE with given merges, followed by Qwen's special tokens."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -36,14 +36,14 @@ SPECIAL_TOKENS = (
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in a byte-level BPE, in the order of its ids."""
+    """The printable characters that stand for the 256 bytes in a byte-level BPE, in the order of their ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
 
 
 def learn_merges(texts: Iterable[str], count: int) -> list[str]:
-    """The merges, `count` at most, that make the words of these texts short; the same texts give the same merges."""
+    """Learns at most `count` BPE merges from texts; deterministic."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
@@ -54,8 +54,8 @@ def learn_merges(texts: Iterable[str], count: int) -> list[str]:
 
 
 def byte_level(merges: Sequence[str], endoftext_id: int) -> str:
-    """The content of a `tokenizer.json`: 256 bytes, merges as far as there is room for them, and Qwen's 26 special
-    tokens from `endoftext_id` on."""
+    """The content of a `tokenizer.json`: 256 bytes, as many of the merges as fit below `endoftext_id`, and Qwen's 26
+    special tokens from that id on."""
     alphabet = byte_alphabet()
     merges = merges[: max(0, endoftext_id - 256)]
     vocab = {token: i for i, token in enumerate([*alphabet, *(merge.replace(" ", "") for merge in merges)])}
@@ -91,7 +91,7 @@ def byte_level(merges: Sequence[str], endoftext_id: int) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            # The special tokens stand here too: the library gives the others the next free id, not the one written.
+            # The special tokens are in the vocabulary too: otherwise the library numbers them from the next free id.
             "vocab": vocab | special,
             "merges": [merge.split(" ") for merge in merges],
         },

@@ -1,4 +1,4 @@
-"""The text tokenizer: a byte-level BPE read from `tokenizer.json`, with a twin that knows no special tokens."""
+"""The text tokenizer: a byte-level BPE from a `tokenizer.json`, and a copy of it without special tokens."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,13 +8,14 @@ from typing import Any, Protocol
 from moss_jax.documents import located, parse_object, read_text, shown
 from moss_jax.errors import MossError
 
+# Field of the language model's config: the string that the stock vocabulary has at this id.
 SPECIAL_STRINGS = {
     "endoftext_id": "<|endoftext|>",
     "im_start_id": "<|im_start|>",
     "im_end_id": "<|im_end|>",
     "sosp_id": "<|object_ref_start|>",
     "modality_pad_id": "<think>",
-}  # config field -> the string that the stock vocabulary has at this id
+}
 
 
 class SpecialIds(Protocol):
@@ -34,41 +35,41 @@ class SpecialIds(Protocol):
     def modality_pad_id(self) -> int: ...
 
 
-NOT_ONE = "not a tokenizer.json of the `tokenizers` library"
+INVALID = "not a tokenizer.json of the `tokenizers` library"
 
 
 def token_ids(description: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """The ids of the vocabulary and of the added tokens in the content of a `tokenizer.json`.
+    """The ids of the vocabulary and of the added tokens, from the content of a `tokenizer.json`.
 
     Raises:
-        MossError: it does not have them, or is not a byte-level BPE; without a place in its message.
+        MossError: it lacks them, or is not a byte-level BPE. The message does not name the file.
     """
     model = description.get("model")
     if not isinstance(model, Mapping) or model.get("type", "BPE") != "BPE":
-        raise MossError(f"{NOT_ONE}: its model is not a BPE")
+        raise MossError(f"{INVALID}: its model is not a BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise MossError(f"{NOT_ONE} that is byte-level: {key} is {shown(model[key])}")
+            raise MossError(f"{INVALID} that is byte-level: {key} is {shown(model[key])}")
     vocabulary = model.get("vocab")
     entries = description.get("added_tokens")
     if not isinstance(vocabulary, Mapping) or not vocabulary or not isinstance(entries, list):
-        raise MossError(f"{NOT_ONE}: it lacks a vocabulary or added tokens")
-    added = {}
+        raise MossError(f"{INVALID}: it lacks a vocabulary or added tokens")
+    added: dict[str, Any] = {}
     for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise MossError(f"{NOT_ONE}: {shown(entry)} is not an added token")
+            raise MossError(f"{INVALID}: {shown(entry)} is not an added token")
         added[entry["content"]] = entry.get("id")
     for token, i in (*vocabulary.items(), *added.items()):
         if type(i) is not int or not 0 <= i < 2**31:
-            raise MossError(f"{NOT_ONE}: token {shown(token)} has id {shown(i)}, expected a whole number from 0")
+            raise MossError(f"{INVALID}: token {shown(token)} has id {shown(i)}, expected a whole number from 0")
     return dict(vocabulary), added
 
 
 def build_tokenizer(description: str) -> Any:
-    """A tokenizer of the `tokenizers` library, which does not cut or pad, from the content of a `tokenizer.json`.
+    """A tokenizer of the `tokenizers` library, without truncation or padding, from the content of a `tokenizer.json`.
 
     Raises:
-        MossError: the library does not take it; without a place in its message.
+        MossError: the library refuses it. The message does not name the file.
     """
     from tokenizers import Tokenizer
 
@@ -76,26 +77,35 @@ def build_tokenizer(description: str) -> Any:
         tokenizer = Tokenizer.from_str(description)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Some of what the file says is first used here.
+        # Some of the content is only used, and so checked, when something is encoded and decoded.
         tokenizer.decode(tokenizer.encode("Hello.", add_special_tokens=False).ids)
     except BaseException as error:
-        # The library raises bare Exception, and PanicException, a BaseException that cannot be imported.
+        # The library raises a bare Exception, or PanicException: a BaseException that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise MossError(f"{NOT_ONE} ({' '.join(str(error).split())[:200]})") from error
+        raise MossError(f"{INVALID} ({' '.join(str(error).split())[:200]})") from error
     return tokenizer
 
 
 class TextTokenizer:
     """Text <-> ids of the text channel.
 
-    What people write is plain text: `encode` turns even `<|im_end|>` or `<think>` inside it into ordinary characters,
-    by a twin of the tokenizer whose JSON has lost its added tokens. `encode_template` honours them; it is meant for the
-    pieces of the chat template and for the reference's behaviour.
+    What a person wrote is plain text: `encode` turns even `<|im_end|>` or `<think>` in it into ordinary characters,
+    with a copy of the tokenizer from which the added tokens are removed. `encode_template` keeps them special; it is
+    meant for the pieces of the chat template.
+
+    Args:
+        description: the content of a `tokenizer.json`.
+        where: the start of error messages.
+
+    Attributes:
+        size: number of ids, gaps included.
+
+    Raises:
+        MossError: `description` is not a valid `tokenizer.json`.
     """
 
     def __init__(self, description: str, where: str = "text tokenizer"):
-        """`description` is the content of a `tokenizer.json`; raises MossError when it is not one."""
         with located(where):
             parsed = parse_object(description)
             vocabulary, added = token_ids(parsed)
@@ -119,7 +129,11 @@ class TextTokenizer:
         return tokenizer
 
     def check(self, config: SpecialIds, where: str = "text tokenizer") -> None:
-        """Raises MossError when the special strings do not have the ids of the model's config, or ids do not fit."""
+        """Checks that the special strings have the ids of the model's config, and that all ids fit its vocabulary.
+
+        Raises:
+            MossError: they do not.
+        """
         for field, string in SPECIAL_STRINGS.items():
             found = self._with_specials.token_to_id(string)
             expected = getattr(config, field)
@@ -133,35 +147,39 @@ class TextTokenizer:
             raise MossError(f"{where}: ids reach {self.size - 1}, but text_vocab_size is {config.text_vocab_size}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; no string in it is special."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """The ids of plain text; no string in it is special."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of text in which the special strings are special."""
-        return self._with_specials.encode(text, add_special_tokens=False).ids
+        """The ids of a piece of the chat template, in which the special strings are special."""
+        ids: list[int] = self._with_specials.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens and without ids that no token has."""
-        return self._with_specials.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The text of ids, without special tokens and without ids that have no token."""
+        text: str = self._with_specials.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
 
 
 class TextStream:
-    """Text of ids that arrive in portions; a character is held back until all its bytes are there."""
+    """Decodes ids that arrive in portions; a character is held back until all its bytes have arrived."""
 
     def __init__(self, text_tokenizer: TextTokenizer):
         self._text_tokenizer = text_tokenizer
-        self._ids = []
-        self._told = 0
+        self._ids: list[int] = []
+        self._length = 0  # of the text that has been returned
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
         self._ids.extend(ids)
         text = self._text_tokenizer.decode(self._ids)
-        ready = max(self._told, len(text.rstrip("\ufffd")))  # the bytes of a character may be half here
-        piece = text[self._told : ready]
-        self._told = ready
+        # The replacement character at the end may stand for the first bytes of a character.
+        ready = max(self._length, len(text.rstrip("\ufffd")))
+        piece = text[self._length : ready]
+        self._length = ready
         return piece
 
     def finish(self) -> str:
-        """What is left; all strings together are `decode` of all ids."""
-        return self._text_tokenizer.decode(self._ids)[self._told :]
+        """The remaining text. All returned strings together are `decode` of all ids."""
+        return self._text_tokenizer.decode(self._ids)[self._length :]

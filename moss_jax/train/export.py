@@ -1,4 +1,4 @@
-"""Checkpoints as what their model is used by, and what every export needs."""
+"""Exports a checkpoint as what its model is used from."""
 
 from pathlib import Path
 
@@ -13,24 +13,25 @@ from moss_jax.speech_lm.config import DTYPES
 from moss_jax.train.checkpoints import CHECKPOINTS, Checkpoints, verify
 from moss_jax.train.gather import with_sharding
 from moss_jax.train.record import check_record
-from moss_jax.train.run import read_run
+from moss_jax.train.run_file import read_run
 from moss_jax.train.state import TrainState
 from moss_jax.train.task import Task
+from moss_jax.train.tasks import prepare
 
 
 def export_checkpoint(
     folder: str | Path, output: str | Path, step: int | None = None, dtype: str | None = None, say: Say = print
 ) -> None:
-    """Writes a checkpoint of a run as what its model is used by: a language model as a system.
+    """Writes a checkpoint of a run as what its model is used from: a language model as a system.
 
     Args:
         folder: of the run.
-        output: a folder that is not there yet, or is empty.
-        step: of the checkpoint; None: the newest whole one.
-        dtype: of the parameters that trained; None: as the run says.
+        output: a folder that does not exist yet, or is empty.
+        step: of the checkpoint; None: the newest complete one.
+        dtype: of the trained parameters; None: as the run says.
 
     Raises:
-        MossError: no such run, checkpoint or dtype, a damaged checkpoint, or `output` is there, is being written by
+        MossError: no such run, checkpoint or dtype, a damaged checkpoint, or `output` exists, is being written by
             another process, or cannot be written.
     """
     output = Path(output)
@@ -40,15 +41,15 @@ def export_checkpoint(
     with output_lock(output):
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise MossError(f"{output}: already exists; remove it or choose another folder")
-        task, state = restored(folder, step, say)
+        task, state = load_checkpoint(folder, step, say)
         task.export(state, output, dtype)
 
 
-def restored(folder: str | Path, step: int | None = None, say: Say = print) -> tuple[Task, TrainState]:
-    """The task of a run and its state at a checkpoint, without the optimiser's, on one device.
+def load_checkpoint(folder: str | Path, step: int | None = None, say: Say = print) -> tuple[Task, TrainState]:
+    """The task of a run and its state at a checkpoint, without the optimizer's, on one device.
 
     Args:
-        step: of the checkpoint; None: the newest whole one.
+        step: of the checkpoint; None: the newest complete one.
 
     Raises:
         MossError: no such run or checkpoint, a damaged one, or one that does not fit.
@@ -57,20 +58,20 @@ def restored(folder: str | Path, step: int | None = None, say: Say = print) -> t
     run = read_run(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep, say)
     try:
-        if step is None and (step := checkpoints.newest_whole()) is None:
-            raise MossError(f"{folder}: this run has no whole checkpoint yet")
+        if step is None and (step := checkpoints.newest_complete()) is None:
+            raise MossError(f"{folder}: this run has no complete checkpoint yet")
         if step not in checkpoints.steps():
-            told = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise MossError(f"{folder}: no checkpoint of step {step}, there are: {told}")
-        if problem := verify(checkpoints.folder / str(step)):
-            raise MossError(f"{checkpoints.folder / str(step)}: damaged, {problem}")
+            steps = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise MossError(f"{folder}: no checkpoint of step {step}, existing ones: {steps}")
+        path = checkpoints.folder / str(step)
+        if problem := verify(path):
+            raise MossError(f"{path}: damaged, {problem}")
         mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
-        task = run.task(mesh, say)
-        parameters = task.start()
+        task, parameters = prepare(run, mesh, say)
         like = jax.tree.map(with_sharding, jax.eval_shape(task.new_state, parameters), task.state_shardings())
         del parameters
-        expected = task.described() | {"frozen": fingerprint(task.frozen)}
-        check_record(checkpoints.record(step), expected, checkpoints.folder / str(step), say)
+        expected = task.compatibility() | {"frozen": fingerprint(task.frozen)}
+        check_record(checkpoints.record(step), expected, path, say)
         state = checkpoints.restore_state(step, like, optimizer=False)
     finally:
         checkpoints.close()

@@ -1,10 +1,11 @@
-"""What a run tells: a line of JSON a step, a line for people now and then, TensorBoard and Weights & Biases when asked.
+"""What a run records: a JSON line per step, progress lines for people, TensorBoard and Weights & Biases on request.
 
-metrics.jsonl       {"step": 120, "loss": 5.1, ...}   update 120: its loss is that before it
+metrics.jsonl       {"step": 120, "loss": 5.1, ...}   update 120, with the loss before the update
 evaluations.jsonl   {"step": 120, "loss": 5.3, ...}   held-out data with the parameters after update 120
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -17,22 +18,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from moss_jax.checkpoint import atomic_file
 from moss_jax.documents import parse_object
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_file
 from moss_jax.progress import duration
+from moss_jax.train.run_folder import EVALUATIONS_FILE, METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
 GIB = 2**30
 
 
 class MetricsFile:
-    """One JSON object a line, no step twice.
+    """A file with one JSON object per line and at most one per step.
 
     Args:
-        path: of the file, which may be there.
-        step: the run goes on after this update: entries of later ones, and half a line, are taken out.
+        path: of the file, which may exist.
+        step: the run resumes after this update: entries of later ones, and an incomplete line, are removed.
+
+    Raises:
+        MossError: the file cannot be written; also by the methods.
     """
 
     def __init__(self, path: Path, step: int):
@@ -47,20 +50,21 @@ class MetricsFile:
                     with atomic_file(path) as part:
                         part.write_bytes(text)
             self._file = path.open("a", encoding="utf-8")
-        self._last = kept[-1][1]["step"] if kept else None
+        self._last_step = kept[-1][1]["step"] if kept else None
 
     def has(self, step: int) -> bool:
         """Whether the last entry is of this step."""
-        return self._last == step
+        return self._last_step == step
 
     def write(self, entry: Mapping[str, Any]) -> None:
+        """Appends an entry, which has a "step"."""
         with self._readable_errors():
-            self._file.write(json.dumps({key: _plain(value) for key, value in entry.items()}) + "\n")
+            self._file.write(json.dumps({key: _json_value(value) for key, value in entry.items()}) + "\n")
             self._file.flush()
-        self._last = entry["step"]
+        self._last_step = entry["step"]
 
     def sync(self) -> None:
-        """Returns when what was written is on the disk."""
+        """Returns when the entries are on the disk."""
         with self._readable_errors():
             os.fsync(self._file.fileno())
 
@@ -86,10 +90,21 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 class Board:
-    """TensorBoard and Weights & Biases, as far as they were asked for."""
+    """TensorBoard and Weights & Biases, each if requested.
+
+    Args:
+        folder: of the run.
+        wandb: the project on Weights & Biases; None: not used.
+        name: of the run.
+        settings: of the run, shown on Weights & Biases.
+
+    Raises:
+        MossError: the package is not installed.
+    """
 
     def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, name: str, settings: Mapping[str, Any]):
-        self._writer = self._wandb = None
+        self._writer: Any = None
+        self._wandb: Any = None
         if tensorboard:
             module = _optional("tensorboardX", "tensorboard=true")
             self._writer = module.SummaryWriter(str(folder / "tensorboard"))
@@ -97,9 +112,10 @@ class Board:
             module = _optional("wandb", f"wandb={wandb}")
             self._wandb = module.init(project=wandb, name=name, id=name, resume="allow", config=dict(settings))
 
-    def write(self, kind: str, entry: Mapping[str, Any]) -> None:
+    def write(self, group: str, entry: Mapping[str, Any]) -> None:
+        """Writes the numbers of an entry as "group/name"."""
         step = entry["step"]
-        numbers = {f"{kind}/{key}": value for key, value in _numbers(entry) if key != "step"}
+        numbers = {f"{group}/{key}": value for key, value in _numbers(entry) if key != "step"}
         if self._writer is not None:
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, step)
@@ -111,6 +127,42 @@ class Board:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class RunLog:
+    """Everything that a run records by step: metrics.jsonl, evaluations.jsonl and the board.
+
+    Args:
+        folder: of the run.
+        step: the run resumes after this update.
+        board: receives the same numbers; it is closed by its owner.
+    """
+
+    def __init__(self, folder: Path, step: int, board: Board):
+        self._metrics = MetricsFile(folder / METRICS_FILE, step)
+        self._evaluations = MetricsFile(folder / EVALUATIONS_FILE, step)
+        self._board = board
+
+    def write_step(self, entry: Mapping[str, Any]) -> None:
+        self._metrics.write(entry)
+        self._board.write("train", entry)
+
+    def write_evaluation(self, entry: Mapping[str, Any], seconds: float) -> None:
+        """Writes an evaluation that took some seconds."""
+        self._evaluations.write({**entry, "seconds": seconds})
+        self._board.write("held_out", entry)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the last evaluation is of this step."""
+        return self._evaluations.has(step)
+
+    def sync(self) -> None:
+        """Returns when the metrics are on the disk."""
+        self._metrics.sync()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._evaluations.close()
 
 
 def by_source(metrics: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -127,24 +179,29 @@ def by_source(metrics: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[s
 
 
 def memory_gib() -> float:
-    """The most memory in use so far, GiB: of this process's fullest device, or of the process where devices have none
-    of their own."""
+    """The peak memory use in GiB: of this process's fullest device, or of the process where devices have no memory of
+    their own."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(entry.get("peak_bytes_in_use", 0) for entry in statistics)
     if not peak:
+        # Bytes on macOS, KiB elsewhere.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB
 
 
-def losses(entry: Mapping[str, Any], shown: Sequence[str] = ("text_loss", "audio_loss")) -> str:
-    """What a person reads of the losses: "loss 2.0000 (text 1.5000, audio 0.5000)"."""
-    parts = [f"{name.removesuffix('_loss')} {entry[name]:.4f}" for name in shown if name in entry]
+def losses(entry: Mapping[str, Any], reported: Sequence[str] = ("text_loss", "audio_loss")) -> str:
+    """The losses in a progress line: "loss 2.0000 (text 1.5000, audio 0.5000)".
+
+    Args:
+        reported: names of further metrics, as far as the entry has them.
+    """
+    parts = [f"{name.removesuffix('_loss')} {entry[name]:.4f}" for name in reported if name in entry]
     return f"loss {entry['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry without the losses of targets that the batch does not have (a count of 0): they say nothing."""
+    """The entry without the losses of targets that are not in the batch (a count of 0), which have no meaning."""
     missing = {
         f"{name.removesuffix('_count')}_loss" for name, value in entry.items() if name.endswith("_count") and value == 0
     }
@@ -152,21 +209,21 @@ def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class IntervalMetrics:
-    """What the next progress line reports: means over the steps since the last line.
+    """The means that the next progress line reports, over the steps since the last line.
 
-    The loss of a target is a mean over the targets of these steps, and one that no step had is left out. Steps whose
+    The loss of a target is a mean over the targets of these steps; a loss without targets is left out. Steps whose
     update was skipped count for the speed only.
 
     Args:
-        shown: the metrics that stand beside the loss, as far as there are any.
-        weights: {metric: weight} of the losses that the loss is the weighted sum of; empty: the mean loss of the steps
-            is shown.
-        unit: of what the throughput counts.
+        reported: names of the metrics that follow the loss, as far as there are any.
+        weights: {metric: weight} where the loss is a weighted sum of metrics; empty: the mean of the steps' losses is
+            reported.
+        unit: of the throughput.
         peak: FLOP/s of all devices; None where it is not known.
     """
 
-    def __init__(self, shown: Sequence[str], weights: Mapping[str, float], unit: str, peak: float | None):
-        self._shown = shown
+    def __init__(self, reported: Sequence[str], weights: Mapping[str, float], unit: str, peak: float | None):
+        self._reported = reported
         self._weights = weights
         self._unit = unit
         self._peak = peak
@@ -174,51 +231,54 @@ class IntervalMetrics:
 
     def _clear(self) -> None:
         self._steps = 0
-        self._totals = {"seconds": 0.0, "tokens": 0.0, "waited": 0.0, "flops": 0.0}
+        self._seconds = 0.0
+        self._data_seconds = 0.0
+        self._tokens = 0.0
+        self._flops = 0.0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
 
     def add(self, entry: Mapping[str, Any], flops: float) -> None:
-        """Takes a step in.
+        """Adds a step.
 
         Args:
-            entry: its line of metrics.jsonl.
-            flops: FLOP of the model.
+            entry: of the step in metrics.jsonl.
+            flops: FLOP of the step.
         """
-        self._steps += 1
         seconds = entry["step_seconds"]
-        new = {"seconds": seconds, "waited": entry["data_seconds"], "flops": flops}
-        for name, value in (new | {"tokens": entry["tokens_per_second"] * seconds}).items():
-            self._totals[name] += value
+        self._steps += 1
+        self._seconds += seconds
+        self._data_seconds += entry["data_seconds"]
+        self._tokens += entry["tokens_per_second"] * seconds
+        self._flops += flops
         if entry["skipped"]:
             return
-        for name in ("loss", "grad_norm", *self._shown):
+        for name in ("loss", "grad_norm", *self._reported):
             if name in entry:
                 count = entry.get(f"{name.removesuffix('_loss')}_count", 1.0)
                 self._sums[name] = self._sums.get(name, 0.0) + count * entry[name]
                 self._counts[name] = self._counts.get(name, 0.0) + count
 
     def line(self, entry: Mapping[str, Any], steps: int) -> str:
-        """The line of the step that was added last, of `steps` in all; the next line begins anew."""
+        """The progress line after the last added step, of `steps` in all; starts a new interval."""
         means = {name: self._sums[name] / count for name, count in self._counts.items() if count > 0}
-        weighed = [self._weights[name] * means[name] for name in self._weights if name in means]
-        if weighed:
-            means["loss"] = sum(weighed)
-        step_seconds = self._totals["seconds"] / self._steps
-        rate = self._totals["tokens"] / self._totals["seconds"]
+        weighted = [weight * means[name] for name, weight in self._weights.items() if name in means]
+        if weighted:
+            means["loss"] = sum(weighted)
+        step_seconds = self._seconds / self._steps
         words = [f"step {entry['step']}/{steps}"]
         if means:
-            words += [losses(means, self._shown), f"grad {means['grad_norm']:.3g}"]
+            words += [losses(means, self._reported), f"grad {means['grad_norm']:.3g}"]
         else:
             words.append("every update was skipped")
         words += [
             f"lr {entry['learning_rate']:.2e}",
-            f"{_short(rate)} {self._unit}/s",
-            f"{duration(step_seconds)} a step",
-            f"data {100 * self._totals['waited'] / self._totals['seconds']:.1f}%",
+            f"{_short(self._tokens / self._seconds)} {self._unit}/s",
+            f"{duration(step_seconds)} per step",
+            f"data {100 * self._data_seconds / self._seconds:.1f}%",
         ]
         if self._peak:
-            words.append(f"MFU {100 * self._totals['flops'] / self._totals['seconds'] / self._peak:.1f}%")
+            words.append(f"MFU {100 * self._flops / self._seconds / self._peak:.1f}%")
         self._clear()
         return "  ".join([*words, f"{duration((steps - entry['step']) * step_seconds)} left"])
 
@@ -231,7 +291,7 @@ def _short(number: float) -> str:
 
 
 def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line, entry) of every whole line."""
+    """(line, entry) of every complete line."""
     for line in content.split(b"\n")[:-1]:
         try:
             entry = parse_object(line)
@@ -250,19 +310,17 @@ def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as strings, which float() reads."""
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings, which float() reads."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _json_value(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
 
 
-def _optional(module: str, asked: str) -> Any:
-    import importlib
-
+def _optional(module: str, setting: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MossError(f"{asked}: needs the package {module}, pip install {module}") from error
+        raise MossError(f"{setting}: needs the package {module}, pip install {module}") from error

@@ -2,23 +2,35 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moss_jax.checkpoint import atomic_file
 from moss_jax.errors import MossError
-from moss_jax.train.metrics import EVALUATIONS_FILE, METRICS_FILE, read_entries
-from moss_jax.train.run import run_class, values_in
+from moss_jax.files import atomic_file
+from moss_jax.train.metrics import read_entries
+from moss_jax.train.run_file import read_run_values
+from moss_jax.train.run_folder import EVALUATIONS_FILE, METRICS_FILE
+from moss_jax.train.tasks import run_class
 
 FORMATS = (".png", ".svg", ".pdf")
-SMOOTH = 50  # the bold line is a mean over a window of 1 / SMOOTH of the steps
+WINDOWS = 50  # the bold line is a moving average over a window of 1 / WINDOWS of the steps
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """What is drawn of one run: its JSON, and the entries of metrics.jsonl and evaluations.jsonl."""
+
+    values: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Draws the losses that a run shows (text and audio of a language model) over the steps, a column a run, held-out
-    losses as points.
+    """Draws the reported losses of runs (text and audio of a language model) over the steps, one column per run, with
+    held-out losses as points.
 
     Raises:
         MossError: a folder is not that of a run, or has no metrics; the output has another ending or cannot be written.
@@ -26,67 +38,65 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     output = Path(output)
     if output.suffix not in FORMATS:
         raise MossError(f"{output}: ends in {output.suffix!r}, expected one of {', '.join(FORMATS)}")
-    runs = [
-        (values_in(folder), read_entries(Path(folder) / METRICS_FILE), _held_out(Path(folder)))
-        for folder in map(Path, folders)
-    ]
-    for folder, (_, steps, _) in zip(folders, runs, strict=True):
-        if not steps:
-            raise MossError(f"{Path(folder) / METRICS_FILE}: no step in it yet")
+    runs = [_read_curves(Path(folder)) for folder in folders]
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(runs), figsize=(1 + 4.5 * len(runs), 4), squeeze=False, sharey=True)
-    kinds = {values["kind"]: run_class(values["kind"]) for values, _, _ in runs}
-    for axis, (values, steps, held_out) in zip(axes[0], runs, strict=True):
-        shown = [name for name in kinds[values["kind"]].shown if name.endswith("_loss")]
-        for place, name in enumerate(shown):
-            _draw(axis, steps, held_out, name.removesuffix("_loss"), f"C{place}")
-        axis.set(title=_title(values), xlabel="step")
+    kinds = {run.values["kind"]: run_class(run.values["kind"]) for run in runs}
+    for axis, run in zip(axes[0], runs, strict=True):
+        losses = [name for name in kinds[run.values["kind"]].reported_metrics if name.endswith("_loss")]
+        for index, name in enumerate(losses):
+            _draw(axis, run, name.removesuffix("_loss"), f"C{index}")
+        axis.set(title=_title(run.values), xlabel="step")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss, nats per token" if set(kinds) == {"language_model"} else "loss")
-    named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0][0].legend(named.values(), named.keys())
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][0].legend(lines.values(), lines.keys())
     figure.tight_layout()
     with atomic_file(output) as part:
         figure.savefig(part, format=output.suffix[1:], dpi=150)
     pyplot.close(figure)
 
 
-def _draw(axis: Any, steps: list[dict], held_out: list[dict], channel: str, color: str) -> None:
-    points = [(entry["step"], _loss(entry, channel)) for entry in steps if _counts(entry, channel)]
+def _read_curves(folder: Path) -> _Curves:
+    values = read_run_values(folder)
+    steps = read_entries(folder / METRICS_FILE)
+    if not steps:
+        raise MossError(f"{folder / METRICS_FILE}: no step in it yet")
+    evaluations = folder / EVALUATIONS_FILE
+    return _Curves(values, steps, read_entries(evaluations) if evaluations.is_file() else [])
+
+
+def _draw(axis: Any, run: _Curves, target: str, color: str) -> None:
+    points = [(entry["step"], _loss(entry, target)) for entry in run.steps if _has_loss(entry, target)]
     if not points:
         return
     x, y = np.asarray(points).T
     axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
-    width = max(1, len(y) // SMOOTH)
+    width = max(1, len(y) // WINDOWS)
     smooth = np.convolve(y, np.ones(width) / width, "valid")
-    axis.plot(x[width - 1 :], smooth, color=color, label=channel)
-    points = [(entry["step"], _loss(entry, channel)) for entry in held_out if entry.get(f"{channel}_loss")]
+    axis.plot(x[width - 1 :], smooth, color=color, label=target)
+    points = [(entry["step"], _loss(entry, target)) for entry in run.evaluations if entry.get(f"{target}_loss")]
     if points:
-        axis.plot(*np.asarray(points).T, "o", color=color, markersize=4, label=f"{channel}, held out")
+        axis.plot(*np.asarray(points).T, "o", color=color, markersize=4, label=f"{target}, held out")
 
 
-def _loss(entry: dict, channel: str) -> float:
-    """The loss of an entry; NaN, which is not drawn, where the entry holds no number."""
+def _loss(entry: dict[str, Any], target: str) -> float:
+    """The loss of an entry; NaN, which is not drawn, where the entry has no number."""
     try:
-        return float(entry.get(f"{channel}_loss"))
-    except (TypeError, ValueError):
+        return float(entry[f"{target}_loss"])
+    except (KeyError, TypeError, ValueError):
         return math.nan
 
 
-def _counts(entry: dict, channel: str) -> bool:
-    """Whether a step has this loss: a language model's may have had no target of the channel."""
-    return bool(entry.get(f"{channel}_count", f"{channel}_loss" in entry))
+def _has_loss(entry: dict[str, Any], target: str) -> bool:
+    """Whether a step has this loss: a batch of a language model may have had no target of this kind."""
+    return bool(entry.get(f"{target}_count", f"{target}_loss" in entry))
 
 
 def _title(values: dict[str, Any]) -> str:
     stage = values["stage"].get("name") if isinstance(values.get("stage"), dict) else None
     return f"{values.get('name')} ({stage})" if stage else f"{values.get('name')}"
-
-
-def _held_out(folder: Path) -> list[dict]:
-    path = folder / EVALUATIONS_FILE
-    return read_entries(path) if path.is_file() else []

@@ -1,4 +1,4 @@
-"""Several processes as one run."""
+"""Several processes in one run."""
 
 import jax
 
@@ -6,20 +6,23 @@ from moss_jax.errors import MossError
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several; call it before anything else of JAX.
+    """Makes this process one of several; call it before any other function of JAX.
 
-    On TPU pods, Slurm and the like JAX finds out by itself; elsewhere all three are given.
+    On TPU pods, with Slurm and the like JAX detects the processes by itself; elsewhere all three arguments are needed.
 
     Args:
         coordinator: "host:port" of process 0.
         processes: how many there are.
-        process: which one this is.
+        process: which one this is, from 0.
+
+    Raises:
+        MossError: some of the arguments are missing or wrong, or JAX cannot connect the processes.
     """
-    told = (coordinator, processes, process)
-    if any(value is None for value in told) and any(value is not None for value in told):
-        raise MossError("--coordinator, --processes and --process: give all three, or none where JAX finds out itself")
-    if coordinator is not None and not 0 <= process < processes:
-        raise MossError(f"--process {process}: expected 0 to {processes - 1}")
+    if coordinator is not None and processes is not None and process is not None:
+        if not 0 <= process < processes:
+            raise MossError(f"--process {process}: expected 0 to {processes - 1}")
+    elif (coordinator, processes, process) != (None, None, None):
+        raise MossError("--coordinator, --processes and --process: give all three, or none where JAX detects them")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:

@@ -6,6 +6,8 @@ from moss_jax.errors import MossError
 
 RUN_FILE = "run.json"
 EXPORTS = "exports"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def newest_export(folder: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a training step changes, how it lies on a mesh, and one guarded update of it; the same for every model."""
+"""The state that a training step changes, its shardings, and one guarded update of it; the same for every model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from moss_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
 
@@ -17,88 +18,96 @@ Flat = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """What a step changes. `step` counts batches; skipped ones count too, but not in the optimizer's own count."""
+    """What a step changes. `step` counts all batches; the optimizer's own count leaves out skipped updates."""
 
     step: jax.Array  # int32
     params: Flat  # float32, the trainable parameters only
     opt_state: Any
-    extra: Any = ()  # what changes without a gradient (statistics, averages); checkpoints hold it too
+    extra: Any = ()  # what changes without a gradient (statistics, averages); part of checkpoints
 
 
 def new_state(trainable: Flat, optimizer: OptimizerConfig, extra: Any = ()) -> TrainState:
-    """The state before the first step; may be traced."""
+    """The state before the first step. May be traced."""
     return TrainState(jnp.int32(0), dict(trainable), make_optimizer(optimizer).init(dict(trainable)), extra)
 
 
 def init_state(trainable: Flat, optimizer: OptimizerConfig) -> TrainState:
-    """The state before the first step; moments lie where their parameters lie.
+    """The state before the first step; moments have the shardings of their parameters.
 
-    The arrays are handed over: the first step takes their memory.
+    The arrays of `trainable` become part of the state: the first step donates them.
     """
-    transformation = make_optimizer(optimizer)
-    meshes = {getattr(x.sharding, "mesh", None) for x in trainable.values()}
-    mesh = meshes.pop()
-    shardings = None
-    if mesh is not None:
-        placed = {path: x.sharding for path, x in trainable.items()}
-        shape = jax.eval_shape(transformation.init, dict(trainable))
-        shardings = _beside(shape, placed, NamedSharding(mesh, P()))
-    step = jnp.int32(0) if mesh is None else jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
-    return TrainState(step, dict(trainable), jax.jit(transformation.init, out_shardings=shardings)(dict(trainable)))
+    init = make_optimizer(optimizer).init
+    step = jnp.int32(0)
+    sharding = next(iter(trainable.values())).sharding
+    if not isinstance(sharding, NamedSharding):
+        return TrainState(step, dict(trainable), jax.jit(init)(dict(trainable)))
+    replicated = NamedSharding(sharding.mesh, P())
+    shapes = jax.eval_shape(init, dict(trainable))
+    shardings = _like_parameters(shapes, {path: x.sharding for path, x in trainable.items()}, replicated)
+    opt_state = jax.jit(init, out_shardings=shardings)(dict(trainable))
+    return TrainState(jax.device_put(step, replicated), dict(trainable), opt_state)
 
 
-def shardings_of(state: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
-    """A TrainState of shardings: what belongs to a parameter (moments, averages) lies as it does, the rest everywhere.
+def shardings_of(state: TrainState, params: Mapping[str, Sharding], mesh: Mesh) -> Any:
+    """A TrainState with a sharding for each array: what belongs to a parameter (moments, averages) has the sharding of
+    the parameter, everything else is replicated.
 
     Args:
-        state: of shapes. What has a parameter's path among the keys that lead to it belongs to that parameter.
+        state: of shapes. An array belongs to a parameter when the parameter's path is one of the dictionary keys that
+            lead to it.
         params: {path: sharding} of the parameters.
     """
-    everywhere = NamedSharding(mesh, P())
-    return TrainState(
-        everywhere,
-        dict(params),
-        _beside(state.opt_state, params, everywhere),
-        _beside(state.extra, params, everywhere),
-    )
+    replicated = NamedSharding(mesh, P())
+    fields: dict[str, Any] = {
+        "step": replicated,
+        "params": dict(params),
+        "opt_state": _like_parameters(state.opt_state, params, replicated),
+        "extra": _like_parameters(state.extra, params, replicated),
+    }
+    return TrainState(**fields)
 
 
-def updated(
-    state: TrainState, grads: Flat, loss: jax.Array, limit: jax.Array, optimizer: OptimizerConfig, extra: Any = ()
+def apply_update(
+    state: TrainState,
+    grads: Flat,
+    loss: jax.Array,
+    limit: ArrayLike,
+    optimizer: OptimizerConfig,
+    extra: Any = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of all parameters, made only where the loss and the gradient are in order.
+    """One update of all parameters, which is skipped when the loss or the gradient is not acceptable.
 
     Args:
-        limit: float32, the largest loss and the largest gradient norm that are accepted: one number, or [2] for the
-            two. When either is not finite or above, parameters, optimizer state and `extra` stay as they are.
-        extra: the new one.
+        limit: float32, the largest accepted loss and the largest accepted gradient norm: [2], or one number for both.
+            When either is exceeded or not finite, parameters, optimizer state and `extra` are not changed.
+        extra: its new value.
 
     Returns:
         (the state, {"grad_norm" before clipping, "learning_rate", "skipped" 0 or 1}, all float32)
     """
     norm = jnp.sqrt(sum(jnp.square(x).sum() for x in grads.values()))
-    good = accepted(loss, norm, limit)
+    ok = accepted(loss, norm, limit)
     updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state, extra = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
+        lambda new, old: jnp.where(ok, new, old),
         (params, opt_state, extra),
         (state.params, state.opt_state, state.extra),
     )
     rate = learning_rate(optimizer)(updates_made(state.opt_state))
-    metrics = {"grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - good.astype(jnp.float32)}
+    metrics = {"grad_norm": norm, "learning_rate": jnp.float32(rate), "skipped": 1 - ok.astype(jnp.float32)}
     return TrainState(state.step + 1, params, opt_state, extra), metrics
 
 
-def accepted(loss: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
-    """Whether an update may be made: loss and gradient norm are finite and within `limit` (see `updated`)."""
+def accepted(loss: jax.Array, norm: jax.Array, limit: ArrayLike) -> jax.Array:
+    """Whether an update may be applied: loss and gradient norm are finite and within `limit` (see `apply_update`)."""
     limits = jnp.broadcast_to(jnp.asarray(limit, jnp.float32), (2,))
     return jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
 
 
-def _beside(tree: Any, params: Mapping[str, NamedSharding], everywhere: NamedSharding) -> Any:
-    def place(path, _):
+def _like_parameters(tree: Any, params: Mapping[str, Sharding], default: Sharding) -> Any:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> Sharding:
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return next((params[key] for key in keys if key in params), everywhere)
+        return next((params[key] for key in keys if key in params), default)
 
-    return jax.tree.map_with_path(place, tree)
+    return jax.tree.map_with_path(sharding, tree)

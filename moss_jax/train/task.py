@@ -1,16 +1,22 @@
-"""What the loop asks of the thing that is trained. The loop knows steps, checkpoints, metrics and notices; a task knows
-one kind of model. `run.task(mesh, say)` makes it.
+"""The interface between the loop and what it trains.
 
-To train another model: a run, which is a frozen dataclass that extends `moss_jax.train.run.BaseRun` with the model's
-own fields, its `kind` and what of its metrics people read (`shown`), with a line in `KINDS` there; and a class with
-the members of `Task`. `moss-jax train`, `export` and `plot` then serve it.
+The loop handles steps, checkpoints, metrics and preemption; a task handles one kind of model.
 
-What a task must keep to, so that a run that was killed and resumed gives every number of one that was not:
+To train another kind of model, write
 
-- `start` gives the same bits each time for the same run (new weights from `run.seed`);
-- what a step changes is in the state, nothing in the task; random draws come from (seed, state.step), never from the
-  host's state;
-- the batches are a function of (seed, step); `get_state` after a step names the batch that comes next;
+- a run: a frozen dataclass that extends `moss_jax.train.run.BaseRun` with its own fields, `kind` and
+  `reported_metrics`;
+- a class with the members of `Task`, and a function (run, mesh, say) -> (task, initial parameters);
+- one line in `moss_jax.train.tasks.KINDS`.
+
+`moss-jax train`, `export` and `plot` then support it.
+
+A run that is killed and resumed must give the same numbers as one that is not. Therefore
+
+- the initial parameters are the same bits each time for the same run (new weights come from `run.seed`);
+- everything that a step changes is in the state, nothing in the task; random numbers are derived from
+  (seed, state.step), never from state of the host;
+- batches are a function of (seed, step), and `get_state` of the feed after a step identifies the next batch;
 - an evaluation reads the same batches each time and changes nothing.
 """
 
@@ -23,97 +29,79 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moss_jax.errors import MossError
+from moss_jax.train.feed import Feed
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.state import TrainState
 
-Flat = dict[str, jax.Array]
+Flat = dict[str, jax.Array]  # parameters by path
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Flat, Batch, np.ndarray], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class Batches(Protocol):
-    """An iterator without end over batches that lie on the mesh. `moss_jax.train.feed.Feed` is one."""
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> Any:
-        """Where it stands, for JSON; the same in every process."""
-
-    def set_state(self, state: Any) -> None:
-        """Goes where `get_state` was called. Raises MossError when that was with other data."""
-
-    def skip_to(self, step: int) -> None:
-        """The batch of update `step` + 1 comes next."""
-
-    def close(self) -> None: ...
+# Returns a dictionary with "loss" for JSON, or None when a preemption notice arrived meanwhile.
+Evaluate = Callable[[TrainState, Preemption], dict[str, Any] | None]
 
 
 class Task(Protocol):
-    """One kind of training, as the loop sees it. Methods are called in the order in which they stand here.
+    """One kind of training, as the loop sees it. Its methods may be called in any order.
 
     Attributes:
-        frozen: flat parameters that no step changes; there after `start`. {} where there are none.
-        what: who trains, for a line to people: "stage stage1".
-        rows: what a step reads, for the same line: "16 x 2048 rows".
+        frozen: flat parameters that no step changes; {} where there are none.
+        description: what is trained, for a progress line: "stage stage1".
+        batch_description: what a step reads, for the same line: "16 x 2048 rows".
     """
 
     frozen: Flat
-    what: str
-    rows: str
+    description: str
+    batch_description: str
 
-    def start(self) -> Flat:
-        """The flat {path: array} that `new_state` takes, on the mesh: all that is not frozen.
+    def state_shardings(self) -> Any:
+        """A TrainState with a sharding for each array; `moss_jax.train.state.shardings_of` makes one."""
 
-        Raises:
-            MossError: what the run starts from is not there, damaged, or does not fit.
-        """
-
-    def state_shardings(self) -> TrainState:
-        """A TrainState of shardings; `moss_jax.train.state.shardings_of` makes one."""
-
-    def feed(self) -> Batches:
-        """The batches that are trained on."""
+    def feed(self) -> Feed:
+        """Opens the training batches."""
 
     def new_state(self, parameters: Flat) -> TrainState:
-        """The state before the first step. It is traced: compiled, or asked for its shapes alone. What is not changed
-        by a gradient goes into `extra`; several optimizers are a dictionary in `opt_state`. Checkpoints hold it all."""
+        """The state before the first step.
+
+        It is traced: compiled, or evaluated for its shapes only. What changes without a gradient goes into `extra`;
+        several optimizers are a dictionary in `opt_state`. Checkpoints hold all of it.
+        """
 
     def make_step(self) -> Step:
         """The compiled (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
-        `limit` float32 [2]: the largest loss and the largest gradient norm of an update that is made; see
-        `moss_jax.train.state.updated`. Metrics are float32; `loss`, `grad_norm`, `learning_rate` and `skipped` are
-        needed, further scalars are written down as they are.
+        `limit` float32 [2]: the largest loss and the largest gradient norm of an update that is applied; see
+        `moss_jax.train.state.apply_update`. Metrics are float32; `loss`, `grad_norm`, `learning_rate` and `skipped` are
+        required, further scalars are logged as they are.
         """
 
-    def evaluation(self) -> Callable[[TrainState, Preemption], dict[str, Any] | None] | None:
-        """What measures the model on held-out data: a dictionary with "loss" for JSON, or None when a notice to end
-        came meanwhile. None instead of a function: nothing is held out."""
+    def evaluation(self) -> Evaluate | None:
+        """What evaluates the model on held-out data; None where there is no such data."""
 
-    def described(self) -> dict[str, dict[str, Any]]:
-        """{"architecture": {...}, ...}: what must be the same when a run goes on from a checkpoint, JSON. What ends in
-        "_weight" may change."""
+    def compatibility(self) -> dict[str, dict[str, Any]]:
+        """{"architecture": {...}, ...}: JSON values that must be equal in a checkpoint and the run that resumes it.
+        Names that end in "_weight" may differ."""
 
     def tokens(self, batch: Batch) -> int:
-        """How much of `run.unit` a batch is, for the throughput."""
+        """The size of a batch in `run.throughput_unit`."""
 
     def flops(self, batch: Batch) -> float:
         """FLOP of the step over this batch, by arithmetic."""
 
-    def entry(self, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """What goes into metrics.jsonl of a step's metrics; `scalars` is enough for most."""
+    def log_entry(self, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The entry of a step's metrics in metrics.jsonl; `scalars` is enough for most."""
 
     def export(self, state: TrainState, folder: Path, dtype: str | None = None) -> None:
-        """Writes what the model is used by, whole or not at all, in place of one that is there
-        (`moss_jax.files.replace_folder`). Every process calls it; of the state only `params` and `extra` are there.
+        """Writes what the model is used from, completely or not at all (`moss_jax.files.replace_folder`).
+
+        An existing folder is replaced. Every process calls it. Of the state only `params` and `extra` are present.
 
         Args:
-            dtype: of what trained; None: as the run says.
+            dtype: of the trained parameters; None: as the run says.
         """
 
 
 def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The metrics that are one number."""
+    """The metrics that are a single number."""
     return {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
 
 

@@ -1,4 +1,4 @@
-"""A safetensors header in which something was changed is read or refused, never a crash."""
+"""A changed safetensors header is read or refused, without a crash."""
 
 import json
 
@@ -20,7 +20,7 @@ def places(value, path=()):
 
 
 def changed(data, value):
-    """A copy of a JSON object in which one value, at any depth, is another."""
+    """A copy of a JSON object in which one value, at any depth, is changed."""
     copy = json.loads(json.dumps(value))
     *above, last = data.draw(st.sampled_from([place for place in places(copy) if place]))
     inner = copy

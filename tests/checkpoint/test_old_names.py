@@ -11,10 +11,12 @@ from moss_jax.convert.stream import exported_tensors
 from moss_jax.convert.tables import flow as flow_table
 from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.errors import MossError
+from moss_jax.evaluate.model import EvaluatedModel
+from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
+from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER as TOKENIZER
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.flow.model import flow_shapes
-from moss_jax.speech_tokenizer.config import NANO as TOKENIZER
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
@@ -53,6 +55,20 @@ def test_a_system_with_old_names_is_exported():
         assert set(source.tensors) == set(table.shapes(shapes))
         name = next(str(entry.names.flat[-1]) for entry in table.entries(shapes) if old_path(entry.path) == path)
         assert source.read(name).shape == source.tensors[name].shape
+
+
+def test_the_hash_of_a_codec_is_that_of_version_0_1_0():
+    files = (
+        ("speech_tokenizer", "speech_tokenizer/model"),
+        ("flow", "speech_decoder/flow"),
+        ("vocoder", "speech_decoder/vocoder"),
+    )
+    stored = {}
+    for part, stem in files:
+        reader = open_tensors(NANO_FOLDER / f"{stem}.safetensors")
+        for name in reader.tensors:
+            stored[f"{part}/{name}"] = jax.numpy.asarray(reader.read(name), jax.numpy.float32)
+    assert EvaluatedModel(NANO_FOLDER).codec_hash() == f"{fingerprint(stored):08x}"
 
 
 def test_a_file_with_both_names_is_refused(tmp_path):

@@ -39,7 +39,7 @@ def test_round_trip(tmp_path, shard_bytes):
     }
 
 
-def test_all_misfits_are_told_at_once(tmp_path):
+def test_all_misfits_are_reported_at_once(tmp_path):
     save_tree(tmp_path, tree())
     wanted = shapes()
     wanted["layers/kernel"] = jax.ShapeDtypeStruct((3, 8, 17), jnp.float32)

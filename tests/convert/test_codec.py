@@ -127,7 +127,7 @@ def _cut(folder):
 
 
 DAMAGE = {
-    "missing file": (lambda f: (f / "flow/hift.pt").unlink(), "not a whole released codec, missing: flow/hift.pt"),
+    "missing file": (lambda f: (f / "flow/hift.pt").unlink(), "not a complete released codec, missing: flow/hift.pt"),
     "code in a .pt": (_pickled, "flow.pt: not a readable PyTorch file of plain tensors"),
     "cut in half": (_cut, "hift.pt: not a readable PyTorch file"),
     "unmapped": (_state("flow.pt", lambda s: s.update(surprise=torch.zeros(2))), "unmapped: surprise"),

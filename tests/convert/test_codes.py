@@ -12,7 +12,7 @@ from moss_jax.checkpoint.system_folder import NANO_FOLDER, SystemFolder
 from moss_jax.cli import main
 from moss_jax.components import check_codes
 from moss_jax.convert import system
-from moss_jax.convert.language_model import read_transformer_config
+from moss_jax.convert.language_model import read_speech_lm_config
 from moss_jax.convert.random_system import SYSTEM_SIZES, write_random
 from moss_jax.errors import MossError
 from tests.convert.checkpoints import read_tensors, same_tensors, write_qwen3
@@ -79,7 +79,7 @@ def test_the_codec_of_a_system_is_taken_over(other, started):
         assert contents(started / part) == contents(other / part), part
     assert (started / "carried" / "codec.json").read_text() == "{}"
     assert json.loads((started / "system.json").read_text()) == {"format": "moss-jax-1", "default_voice": "anna"}
-    config = read_transformer_config(started)
+    config = read_speech_lm_config(started)
     assert (config.eosp_id, config.audio_vocab_size) == (OTHER, 128)
     check_codes(SystemFolder(started))
 
@@ -103,7 +103,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     """A data set made with the system is one for a run that starts from the Qwen3 and names the system."""
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
-    from moss_jax.train.run import load_run
+    from moss_jax.train.run_file import load_run
     from moss_jax.train.speech_lm.initial import starting_parameters
     from tests.train.tiny import write_config as write_run
 
@@ -114,7 +114,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     made = json.loads((data / "source.json").read_text())["vocabulary"]
     for init, more in ((qwen, ["model=None", f"system={started}", "split=2"]), (started, ["model=None"])):
         run = load_run(write_run(tmp_path / "run.py", data, tmp_path / "run"), [f"init={init}", *more])
-        config, _, _ = starting_parameters(run, make_mesh(), quiet)
+        config, _, _ = starting_parameters(run, make_mesh())
         assert vocabulary(config) == made
     (tmp_path / "bad.jsonl").write_text(json.dumps({"codes": [OTHER]}) + "\n")
     arguments = [str(tmp_path / "bad.jsonl"), "--model", str(started), "--format", "speech", "-o", str(data) + "2"]
@@ -123,7 +123,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
 
 def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched, qwen, tmp_path):
     system.convert_qwen3(qwen, tmp_path / "one", quiet, 2, mismatched)
-    assert read_transformer_config(tmp_path / "one").eosp_id == 256
+    assert read_speech_lm_config(tmp_path / "one").eosp_id == 256
     path = mismatched / "speech_decoder" / "config.json"
     config = json.loads(path.read_text())
     config["flow"]["codebook_size"] = OTHER

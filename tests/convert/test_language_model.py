@@ -209,11 +209,11 @@ def test_the_text_path_of_a_released_model_is_a_qwen3(tmp_path):
 
 
 def test_an_unknown_audio_branch_is_refused(tmp_path):
-    with pytest.raises(MossError, match="audio branch 'both': unknown, there are copy, random"):
+    with pytest.raises(MossError, match="audio branch is 'both', expected one of copy, random"):
         import_qwen3(tmp_path, tmp_path / "system", audio_branch="both")
 
 
-@pytest.mark.parametrize(("split", "message"), [(-1, "-1 layers for each branch"), (5, "expected 0 to 4 of the 5")])
+@pytest.mark.parametrize(("split", "message"), [(-1, "-1 layers for each branch"), (5, "expected 0 to 4 of its 5")])
 def test_an_impossible_split_is_refused(tmp_path, split, message):
     write_qwen3(tmp_path / "qwen", True)
     with pytest.raises(MossError, match=message):

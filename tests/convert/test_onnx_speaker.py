@@ -71,7 +71,7 @@ def test_initialisers_that_the_exporter_shares(tmp_path):
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
     graph.write(tmp_path / "again.onnx", MemoryTensors("x", expected))
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "shared.onnx").read_bytes()
-    with pytest.raises(MossError, match="shares its values with another tensor"):
+    with pytest.raises(MossError, match="shares a stored tensor with another parameter"):
         graph.write(tmp_path / "other.onnx", MemoryTensors("x", state(random_campplus())))
 
 
@@ -147,7 +147,7 @@ def _extra(graph):
     [
         (_remove_relu_conv, "are not those of CAM|is not that of CAM"),
         (_epsilon, "epsilon 0.001, expected 1e-05"),
-        (_swap, "its place in the order holds"),
+        (_swap, "the operator at its position has"),
         (_extra, "unmapped: surprise"),
     ],
 )
@@ -169,11 +169,11 @@ def test_not_an_onnx_file(tmp_path):
 
 def test_full_size_order():
     """The walk's list of layers has exactly the released network's convolutions and norms."""
-    from moss_jax.convert.onnx_speaker import slots
+    from moss_jax.convert.onnx_speaker import operators
     from moss_jax.speech_decoder.speaker import CAMPPLUS
 
     names = speaker_table.table(CAMPPLUS).shapes(speaker_shapes(CAMPPLUS))
-    walked = {slot.name for slot in slots(CAMPPLUS.head_blocks, CAMPPLUS.dense_layers)}
+    walked = {operator.name for operator in operators(CAMPPLUS.head_blocks, CAMPPLUS.dense_layers)}
     assert walked == {name.rpartition(".")[0] for name in names}
     assert SMALL["growth_rate"] == 4
 

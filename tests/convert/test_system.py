@@ -13,7 +13,7 @@ from moss_jax.cli import main
 from moss_jax.convert import resolve, system
 from moss_jax.convert.codec import read_codec_configs
 from moss_jax.convert.describe import describe
-from moss_jax.convert.language_model import read_transformer_config
+from moss_jax.convert.language_model import read_speech_lm_config
 from moss_jax.convert.random_system import SYSTEM_SIZES, SystemConfigs, init_random, random_parameter
 from moss_jax.convert.text_tokenizer import SPECIAL_TOKENS, write_text_tokenizer
 from moss_jax.errors import MossError
@@ -40,7 +40,7 @@ def same_files(one, two, skip=()):
 
 
 def test_a_random_system_is_complete(random, tmp_path):
-    config = read_transformer_config(random)
+    config = read_speech_lm_config(random)
     codec = read_codec_configs(random)
     assert SystemConfigs(config, codec.tokenizer, codec.decoder) == SYSTEM_SIZES["tiny"]
     shapes = {
@@ -139,7 +139,7 @@ def _offline(name, revision, files):
         ("owner/name", None, r"not found locally or on the Hugging Face Hub \(ConnectionError: no route to host\)"),
         ("{random}", "x", "is a complete system with its own codec"),
         ("{released}/MOSS-Speech", None, "which needs a codec: add --codec"),
-        ("{released}/MOSS-Speech", "{released}/MOSS-Speech", "not a whole released codec, missing: flow/flow.pt"),
+        ("{released}/MOSS-Speech", "{released}/MOSS-Speech", "not a complete released codec, missing: flow/flow.pt"),
         ("{released}/MOSS-Speech-Codec", "{released}/MOSS-Speech-Codec", "tokenizer.json: no such file"),
         ("{released}", None, "neither a system folder"),
         ("{random}/system.json", None, "is a file, expected a folder"),
@@ -179,14 +179,14 @@ def test_qwen3_system(released, tmp_path, capsys):
     codec = str(released / system.CODEC_FOLDER)
     arguments = ["--from-qwen3", str(tmp_path / "qwen"), "--split", "2", "--codec", codec]
     assert main(["convert", *arguments, "-o", str(tmp_path / "system")]) == 0
-    config = read_transformer_config(tmp_path / "system")
+    config = read_speech_lm_config(tmp_path / "system")
     assert (config.num_shared_layers, config.eosp_id) == (3, 256)
     assert main(["convert", "--model", str(tmp_path / "system"), "--export", "qwen3", "-o", str(tmp_path / "q")]) == 0
     same_tensors(read_tensors(tmp_path / "q"), tensors)
     system.export_released(tmp_path / "system", tmp_path / "r", quiet)
     folders = [tmp_path / "r" / name for name in (system.MODEL_FOLDER, system.CODEC_FOLDER)]
     system.convert_released(*folders, tmp_path / "again", quiet)
-    assert read_transformer_config(tmp_path / "again") == config
+    assert read_speech_lm_config(tmp_path / "again") == config
     same_tensors(*(read_tensors(tmp_path / name / "transformer") for name in ("system", "again")))
 
 
@@ -197,10 +197,10 @@ def test_verbs(tmp_path, capsys):
     assert main(["init-random", folder]) == 2
     assert "already exists" in capsys.readouterr().err.splitlines()[0]
     assert main(["init-random", folder + "2", "--size", "9b"]) == 2
-    assert capsys.readouterr().err == "moss-jax init-random: size '9b': unknown, there are tiny, 0.6b, 8b\n"
+    assert capsys.readouterr().err == "moss-jax init-random: size is '9b', expected one of tiny, 0.6b, 8b\n"
     assert main(["info", folder]) == 0
     text = capsys.readouterr().out
-    assert "392,416" in text and "No one here has opened the released files" in text
+    assert "392,416" in text and "The released files were not available to this project" in text
     assert main(["info", str(tmp_path)]) == 2
     assert main(["convert", "--model", folder, "-o", folder + "3"]) == 2
     assert "give --model and --codec" in capsys.readouterr().err
@@ -212,9 +212,9 @@ def test_info_on_a_release(released):
     lines = list(describe(released / system.CODEC_FOLDER, names=True))
     assert any(line.startswith("flow/hift.pt") for line in lines)
     assert any("flow: printed from the reference class" in line and "148 of 148" in line for line in lines)
-    assert not any("never seen: encoder_proj" in line for line in lines)
+    assert not any("not seen: encoder_proj" in line for line in lines)
     lines = list(describe(released / system.MODEL_FOLDER, names=True))
-    assert any("never seen: encoder_proj.weight" in line for line in lines)
+    assert any("not seen: encoder_proj.weight" in line for line in lines)
 
 
 def test_a_failed_conversion_leaves_nothing(released, tmp_path):

@@ -42,7 +42,7 @@ def test_the_path_is_the_best_of_all(frames, tokens, seed, blank):
 
 
 def test_nothing_to_align():
-    with pytest.raises(MossError, match="nothing to align"):
+    with pytest.raises(MossError, match="no token to align"):
         forced_alignment(np.zeros((4, 3)), [], 0)
 
 
@@ -74,10 +74,10 @@ def test_a_checkpoint_gives_every_word_a_time(checkpoint, monkeypatch):
     whole = aligner.log_probs(wave)
     assert whole.shape == (149, 29) and np.allclose(np.exp(whole).sum(1), 1, atol=1e-4)
     # In windows there are as many frames, and those far from the edges are nearly the same.
-    monkeypatch.setattr("moss_jax.data.alignment.WINDOW", 1.0)
-    monkeypatch.setattr("moss_jax.data.alignment.MARGIN", 0.5)
+    monkeypatch.setattr("moss_jax.data.alignment.WINDOW_SECONDS", 1.0)
+    monkeypatch.setattr("moss_jax.data.alignment.CONTEXT_SECONDS", 0.5)
     assert aligner.log_probs(wave).shape == whole.shape
-    with pytest.raises(MossError, match="knows none of the text's characters"):
+    with pytest.raises(MossError, match="has none of the text's characters"):
         aligner.words(wave, "你好")
 
 

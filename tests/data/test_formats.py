@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.data import formats
-from moss_jax.data.formats import Example, Maker, cut_interleaved
+from moss_jax.data.formats import Example, ExampleBuilder, cut_interleaved
 from moss_jax.data.manifest import Document, Word
 from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
@@ -64,7 +64,7 @@ def test_interleaved():
 
 
 def maker(text_tokenizer, format, **more):
-    return Maker(format, TINY, text_tokenizer, **more)
+    return ExampleBuilder(format, TINY, text_tokenizer, **more)
 
 
 def rows_of(text_tokenizer, piece):
@@ -77,20 +77,20 @@ def test_asr_and_tts(text_tokenizer):
     user, reply, end = (
         rows_of(text_tokenizer, piece) for piece in ("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n")
     )
-    said = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
+    spoken = [(SOSP, NONE), (PAD, 3), (PAD, 4), (PAD, EOSP)]
     written = [(i, NONE) for i in text_tokenizer.encode("Hi")]
-    prompt = len(user + said + end + reply)
+    prompt = len(user + spoken + end + reply)
     example = maker(text_tokenizer, "asr").example(document, codes)
     same(
         (example.grid, example.loss_weights),
-        user + said + end + reply + written + end,
+        user + spoken + end + reply + written + end,
         [O] * prompt + [T] * len(written) + [T] + [O] * (len(end) - 1),
     )
     example = maker(text_tokenizer, "tts").example(document, codes)
     prompt = len(user + written + end + reply)
     same(
         (example.grid, example.loss_weights),
-        user + written + end + reply + said + end,
+        user + written + end + reply + spoken + end,
         [O] * prompt + [O, A, A, A, T] + [O] * (len(end) - 1),
     )
 
@@ -117,9 +117,9 @@ def test_a_chat_begins_as_generation_does_and_every_reply_is_scored(text_tokeniz
     first = prompt_grid(turns[:1], "speech", text_tokenizer, TINY)
     fallback = len(prompt_grid(turns, "text", text_tokenizer, TINY)) - len(prompt)
     assert fallback == 0 and first[-1].tolist() == [SOSP, NONE]
-    told = maker(text_tokenizer, "chat", system="X").example(document, codes)
+    message = maker(text_tokenizer, "chat", system="X").example(document, codes)
     expected = prompt_grid([Turn("system", text="X"), *turns], "text", text_tokenizer, TINY)
-    assert (told.grid[: len(expected)] == expected).all()
+    assert (message.grid[: len(expected)] == expected).all()
 
 
 @st.composite
@@ -154,7 +154,7 @@ def test_cuts_lie_on_words_and_lose_nothing(transcript, seed):
         placed += piece.count("w")
         if end < count:
             assert seconds >= 2.9
-            # Longer than 6 s only where no boundary lies between 3 and 6 s.
+            # Longer than 6 s only where there is no boundary between 3 and 6 s.
             near = [m for m in middles if 3.1 <= (m - begin) / 12.5 <= 5.9]
             assert seconds <= 6.1 or not near
         assert len(inside) >= piece.count("w") - 2
@@ -184,10 +184,10 @@ def test_variants_differ_and_repeat(text_tokenizer):
 
 def test_documents_that_do_not_fit(text_tokenizer):
     one = [np.array([1], np.int32)]
-    with pytest.raises(MossError, match="has 1 codes, expected 2 at least"):
+    with pytest.raises(MossError, match="has 1 codes, expected at least 2"):
         maker(text_tokenizer, "continuation").example(Document(1, "a"), one)
     late = Document(1, "a", text="x", words=(Word("x", 5.0, 5.1),))
-    with pytest.raises(MossError, match=r"begins at 5 s, the recording ends at 0\.08 s"):
+    with pytest.raises(MossError, match=r"starts at 5 s, the recording ends at 0\.08 s"):
         maker(text_tokenizer, "interleaved").example(late, one)
 
 
@@ -195,5 +195,5 @@ def test_examples_are_checked():
     grid, weights = formats.text([1, 2], TINY)
     with pytest.raises(MossError, match="its first row has a loss weight"):
         Example(grid, np.ones_like(weights)).check()
-    with pytest.raises(MossError, match=r"expected int32 and float32 \[N, 2\]"):
+    with pytest.raises(MossError, match=r"expected int32 and float32 \[T, 2\]"):
         Example(grid.astype(np.int64), weights).check()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dev.bench import Options
 from dev.bench import data as bench
 from moss_jax.data import Mixture, open_batches, write_examples
-from moss_jax.data.batches import READ_AHEAD, READ_THREADS
+from moss_jax.data.batches import GRAIN_READ_AHEAD, GRAIN_READ_THREADS
 from moss_jax.data.pipeline import PackedRows
 from moss_jax.data.store import Examples
 from moss_jax.errors import MossError
@@ -111,7 +111,7 @@ def test_each_process_reads_only_its_share(mixture, monkeypatch):
             rows.examples.about["process"] = index
         take(share, 2)
         share.close()
-        ahead = 2 + READ_AHEAD + READ_THREADS + 1  # batches that may have been read
+        ahead = 2 + GRAIN_READ_AHEAD + GRAIN_READ_THREADS + 1  # batches that may have been read
         needed, allowed = (
             {place for step in range(steps) for place in places(share, step, index, 4)} for steps in (2, ahead)
         )
@@ -137,7 +137,7 @@ class Places:
         return len(self.rows)
 
     def __getitem__(self, index):
-        epoch, row = self.rows.place(index)
+        epoch, row = self.rows.locate(index)
         return [(self.rows.examples.folder.name, example) for example, _, _ in self.rows.plan(epoch).row(row)]
 
 
@@ -148,7 +148,7 @@ def first_steps(mixture):
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), min_size=1, max_size=4))
-def test_a_restored_state_goes_on_exactly(mixture, first_steps, jumps):
+def test_a_restored_state_continues_exactly(mixture, first_steps, jumps):
     opened = batches(mixture)
     for step, more in jumps:
         before = batches(mixture)
@@ -189,7 +189,7 @@ def test_an_epoch_has_every_row_once_and_the_next_one_another_order(two_sources)
         count = 0
         for _ in range(len(rows.plan(epoch))):
             row = rows[index]
-            assert rows.place(index)[0] == epoch
+            assert rows.locate(index)[0] == epoch
             for segment in range(1, row["segment_ids"].max() + 1):
                 segments.append(tuple(map(tuple, row["grid"][row["segment_ids"] == segment])))
             count += int((row["segment_ids"] > 0).sum())
@@ -273,9 +273,9 @@ def test_a_document_has_the_same_loss_packed_and_alone(params, tmp_path_factory,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size 6 does not divide by the 4 processes"),
+        ({"batch_size": 6, "process_count": 4}, "batch_size 6 is not a multiple of the 4 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
-        ({"context": 1}, "context is 1, expected 2 at least"),
+        ({"context": 1}, "context is 1, expected at least 2"),
         ({"workers": -1}, "workers is -1"),
     ],
 )
@@ -288,8 +288,8 @@ def test_bad_mixtures(two_sources, tmp_path):
     folder = str(two_sources["short"][0])
     for sources, message in (
         ((), "no source"),
-        ((("a", folder, 0.0),), "weight 0.0, expected a number above 0"),
-        ((("a", folder, 1.0), ("a", folder, 1.0)), "expected each once"),
+        ((("a", folder, 0.0),), "weight 0.0, expected a number > 0"),
+        ((("a", folder, 1.0), ("a", folder, 1.0)), "expected different names"),
     ):
         with pytest.raises(MossError, match=message):
             Mixture(sources)
@@ -309,7 +309,11 @@ def test_another_vocabulary_is_refused(mixture):
 def test_states_of_other_data_are_refused(mixture):
     opened = batches(mixture)
     other = batches(Mixture(mixture.sources, seed=9))
-    for state, message in ((other.get_state(), "other data, seed"), ("[]", "is none"), ('{"step": 1}', "is none")):
+    for state, message in (
+        (other.get_state(), "other data, seed"),
+        ("[]", "invalid data state"),
+        ('{"step": 1}', "invalid data state"),
+    ):
         with pytest.raises(MossError, match=message):
             opened.set_state(state)
     with pytest.raises(MossError, match="step -1"):

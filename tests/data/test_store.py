@@ -1,4 +1,4 @@
-"""Data sets on disk: what is written comes back, and damage is told."""
+"""Data sets on disk: what is written is read again, and damage is reported."""
 
 import json
 import pickle
@@ -49,11 +49,14 @@ SHARD = "examples-train.array_record-00001-of-00003"
         (lambda at: (at / SHARD).unlink(), f"1 shard files are missing\n.*{SHARD}"),
         (lambda at: (at / "lengths.npy").unlink(), "cannot be opened"),
         (lambda at: (at / "features.json").unlink(), "cannot be opened"),
-        (lambda at: np.save(at / "lengths.npy", np.ones(5, np.int32)), "90 examples, 5 lengths and 90 promised"),
+        (
+            lambda at: np.save(at / "lengths.npy", np.ones(5, np.int32)),
+            "90 examples and 5 lengths, its source.json says 90",
+        ),
         (lambda at: (at / "source.json").write_text(json.dumps({"format": "x"})), "format is 'x', expected"),
     ],
 )
-def test_damage_is_told(two_sources, tmp_path, damage, message):
+def test_damage_is_reported(two_sources, tmp_path, damage, message):
     folder = tmp_path / "data"
     shutil.copytree(two_sources["short"][0], folder)
     damage(folder)
@@ -62,7 +65,7 @@ def test_damage_is_told(two_sources, tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cut_shard_is_told_when_it_is_read(two_sources, tmp_path, workers):
+def test_a_truncated_shard_is_reported_when_it_is_read(two_sources, tmp_path, workers):
     folder = tmp_path / "data"
     shutil.copytree(two_sources["short"][0], folder)
     shard = folder / SHARD

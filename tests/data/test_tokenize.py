@@ -1,4 +1,4 @@
-"""`moss-jax tokenize` on a tiny system: the same data set in one go, in pieces, after a kill and on more devices."""
+"""`moss-jax tokenize` on a tiny system: the same data set at once, in shares, after a kill and on several devices."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
 from moss_jax.data import Mixture, open_batches
 from moss_jax.data.store import Examples, shard_name
-from moss_jax.data.tokenize import Request, tokenize
+from moss_jax.data.tokenize import TokenizeRequest, tokenize
 from moss_jax.errors import MossError
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
@@ -60,7 +60,7 @@ def corpus(tmp_path_factory):
             }
             if number == 4:
                 entry = tarfile.TarInfo(name)
-                entry.size = buffer.tell()
+                entry.size = len(buffer.getvalue())
                 buffer.seek(0)
                 tar.addfile(entry, buffer)
                 line["shard"] = "part.tar"
@@ -143,7 +143,7 @@ def test_the_data_set(corpus, system, whole, capsys):
     assert main(command(corpus, system, whole, "--variants", "2", "--shard-documents", "4")) == 0
     assert f"{whole}: 20 examples, {about['rows']} rows, " in capsys.readouterr().out
     assert main(command(corpus, system, whole, "--variants", "1", "--shard-documents", "4")) == 2
-    assert "already there, of another manifest, model or settings" in capsys.readouterr().err
+    assert "already exists, made from another manifest, model or settings" in capsys.readouterr().err
 
 
 def test_tensorflow_datasets_reads_it(whole):
@@ -159,9 +159,13 @@ def test_killed_and_run_again(corpus, system, whole, tmp_path):
     out = tmp_path / "data"
     arguments = command(corpus, system, out, "--variants", "2", "--shard-documents", "4")
     slow = (
-        "import sys, time; import moss_jax.data.tokenize as t; t.GROUP = 2; old = t._write_journal\n"
-        "def write(*a):\n    old(*a); time.sleep(60)\n"
-        "t._write_journal = write\nfrom moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+        "import sys, time\n"
+        "import moss_jax.data.build as build, moss_jax.data.tokenize as tokenize\n"
+        "build.GROUP_DOCUMENTS = 2\n"
+        "write_journal = tokenize._write_journal\n"
+        "def write_and_sleep(*arguments):\n    write_journal(*arguments)\n    time.sleep(60)\n"
+        "tokenize._write_journal = write_and_sleep\n"
+        "from moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     journals = set()
@@ -189,7 +193,7 @@ def test_killed_and_run_again(corpus, system, whole, tmp_path):
 def test_processes_share_the_work(corpus, system, whole, tmp_path):
     lines = []
     for index in (1, 0):  # process 0 comes last: it would wait
-        request = Request(
+        request = TokenizeRequest(
             corpus / "speech.jsonl",
             system,
             "interleaved",
@@ -201,7 +205,7 @@ def test_processes_share_the_work(corpus, system, whole, tmp_path):
         )
         about = tokenize(request, lines.append)
         assert (about is None) == (index == 1)
-    assert re.match(r"4 of 4 documents, 0\.0\d h of sound at [\d.]+ x real time", lines[0])
+    assert re.match(r"4 of 4 documents, 0\.0\d h of audio at [\d.]+ x real time", lines[0])
     assert content(tmp_path / "data") == content(whole)
 
 
@@ -263,7 +267,7 @@ def test_text_needs_no_codec(corpus, system, tmp_path):
     assert main(arguments) == 0
     assert len(Examples(tmp_path / "data")) == 2
     with pytest.raises(MossError, match=r"has no speech_tokenizer/config.json"):
-        tokenize(Request(corpus / "speech.jsonl", bare, "asr", tmp_path / "other"))
+        tokenize(TokenizeRequest(corpus / "speech.jsonl", bare, "asr", tmp_path / "other"))
 
 
 def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corpus, system, tmp_path, capsys):
@@ -277,11 +281,11 @@ def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corp
     (folder / "speech.jsonl").write_text("\n".join([*lines[:5], json.dumps(late), *lines[6:]]) + "\n")
     out = tmp_path / "data"
     assert main(command(folder, system, out, "--shard-documents", "4")) == 2
-    first, *told = capsys.readouterr().err.splitlines()
+    first, *entries = capsys.readouterr().err.splitlines()
     assert first.endswith("3 bad lines of 10") and not out.exists()
-    assert [line.split(":")[0].strip() for line in told] == ["line 2", "line 6", "line 9"]
-    assert "1.flac: not an audio file" in told[0] and "8.wav: cut short" in told[2]
-    assert "the last one ends at" in told[1]
+    assert [line.split(":")[0].strip() for line in entries] == ["line 2", "line 6", "line 9"]
+    assert "1.flac: not an audio file" in entries[0] and "8.wav: cut short" in entries[2]
+    assert "the last one ends at" in entries[1]
     for name, data in good.items():
         (folder / name).write_bytes(data)
     (folder / "speech.jsonl").write_text("\n".join(lines) + "\n")
@@ -300,7 +304,7 @@ def test_recordings_that_cannot_be_read_are_all_listed_and_the_rest_is_kept(corp
     ("change", "message"),
     [
         (["--format", "music"], "format 'music': expected one of text, speech"),
-        (["--variants", "0"], "variants is 0, expected 1 at least"),
+        (["--variants", "0"], "variants is 0, expected at least 1"),
         (["--format", "asr", "--variants", "2"], "documents of the format asr have one variant only"),
         (["--system", "x"], "the format interleaved has no system turn"),
         (["--format", "asr", "--aligner", "x"], "the format asr needs no word times"),
@@ -315,15 +319,15 @@ def test_bad_requests(corpus, system, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
-def test_places_that_are_taken(corpus, system, tmp_path, capsys):
+def test_folders_that_exist_already(corpus, system, tmp_path, capsys):
     arguments = command(corpus, system, tmp_path / "data", format="text")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("do not lose")
-    assert main(arguments) == 2 and "already there and no data set" in capsys.readouterr().err
+    assert main(arguments) == 2 and "already exists and is not a data set" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "data.part").mkdir()
     (tmp_path / "data.part" / "settings.json").write_text("{}")
-    assert main(arguments) == 2 and "begun with another model or other settings" in capsys.readouterr().err
+    assert main(arguments) == 2 and "was started with another model or other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--system", "Be brief."]])
@@ -333,17 +337,21 @@ def test_shards_with_another_default_system_turn_are_not_mixed(system, tmp_path,
         '{"turns": [{"role": "user", "text": "A"}, {"role": "assistant", "text": "B"}]}\n'
     )
     line = command(tmp_path, system, tmp_path / "data", *flags, format="chat", manifest="chats.jsonl")
-    monkeypatch.setattr("moss_jax.data.tokenize._Work._make_shard", lambda *_: (_ for _ in ()).throw(MossError("cut")))
+
+    def interrupted(*_):
+        raise MossError("cut")
+
+    monkeypatch.setattr("moss_jax.data.tokenize._ExamplesBuild.make_shard", interrupted)
     assert main(line) == 2
     monkeypatch.undo()
-    (begun,) = (tmp_path / "data.part").glob("*.json")
-    about = json.loads(begun.read_text())
+    (settings_file,) = (tmp_path / "data.part").glob("*.json")
+    about = json.loads(settings_file.read_text())
     assert ("default_system" in about["settings"]) is not bool(flags)
     about["settings"].pop("default_system", None)
-    begun.write_text(json.dumps(about))
+    settings_file.write_text(json.dumps(about))
     capsys.readouterr()
     assert main(line) == (0 if flags else 2)
-    assert flags or "begun with another model or other settings" in capsys.readouterr().err
+    assert flags or "was started with another model or other settings" in capsys.readouterr().err
 
 
 def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
@@ -359,8 +367,8 @@ def test_vocabularies_that_do_not_match(corpus, system, tmp_path, capsys):
     assert "the language model has 200, the speech tokenizer has 256" in capsys.readouterr().err
 
 
-def test_a_place_without_room(corpus, system, tmp_path):
-    """Nothing appears; with room the same command goes on. A limit on the size of files stands for a full disk."""
+def test_a_full_disk(corpus, system, tmp_path):
+    """No data set appears; with more space the same command resumes. A limit on file sizes simulates a full disk."""
     (corpus / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(300)))
     arguments = command(corpus, system, tmp_path / "data", format="text", manifest="long.jsonl")
     code = (
@@ -387,12 +395,12 @@ def test_word_times_by_alignment(corpus, system, checkpoint, tmp_path, capsys):
     for number, line in enumerate(lines):
         spoken = examples[number].grid[:, 0] == config.modality_pad_id
         text = read_text_tokenizer(system).decode(examples[number].grid[~spoken, 0])
-        said = [word for word in line["text"].split() if word not in text.split()]
-        assert set(text.split()) <= set(line["text"].split()) and bool(said) == bool(spoken.any())
+        spoken_words = [word for word in line["text"].split() if word not in text.split()]
+        assert set(text.split()) <= set(line["text"].split()) and bool(spoken_words) == bool(spoken.any())
 
 
-def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
-    """Half of the shards have their last names already, and nothing is described."""
+def test_interrupted_while_the_data_set_is_completed(corpus, system, whole, tmp_path):
+    """Half of the shards have their final names already, and there is no description."""
     arguments = command(corpus, system, tmp_path / "data", "--variants", "2", "--shard-documents", "4")
 
     def half_way(folder, shards, known, about):
@@ -408,7 +416,7 @@ def test_interrupted_when_everything_is_there(corpus, system, whole, tmp_path):
         patch.undo()
         patch.setattr(SpeechTokenizer, "encode", None)  # nothing is left to encode
         with pytest.MonkeyPatch.context() as late:
-            late.setattr("moss_jax.data.tokenize._Work._finish", broken)
+            late.setattr("moss_jax.data.build.DatasetBuild._publish", broken)
             assert main(arguments) == 130 and (tmp_path / "data.part" / "source.json").exists()
         (tmp_path / "data.part" / "shard-00001.json").unlink()  # it was about to clear up
         assert main(arguments) == 0

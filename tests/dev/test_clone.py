@@ -35,5 +35,6 @@ def test_an_installed_package_refuses_developer_verbs_in_one_line(installed, tmp
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.splitlines() == [
-        f"moss-jax: moss-jax {words[0]}: a developer tool; run it in a clone of the repository"
+        f"moss-jax {words[0]}: the developer tools (dev/{words[0]}) are not installed; "
+        "run it in a clone of the repository"
     ]

@@ -1,4 +1,4 @@
-"""Lines of questions, system.json and config.json in which something was changed: read or refused, never a crash."""
+"""Changed questions, system.json and config.json are read or refused, without a crash."""
 
 import json
 

@@ -10,14 +10,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from moss_jax.data.formats import Maker
+from moss_jax.data.formats import ExampleBuilder
 from moss_jax.data.manifest import Document
-from moss_jax.dialogue.conversation import LanguageModel, capacity_for
+from moss_jax.dialogue.conversation import LanguageModel
 from moss_jax.dialogue.grid import prompt_grid
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill
+from moss_jax.generate.slots import capacity_for
 from moss_jax.nn.tree import flatten, unflatten
 from moss_jax.speech_lm import TINY
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
@@ -36,7 +36,7 @@ def model(params, text_tokenizer):
 
 def answer(model, turns, reply, conversation=None, settings=SETTINGS, seed=0):
     conversation, notices = model.begin(turns, reply, settings, conversation=conversation, seed=seed)
-    state = model.go_on(conversation.state, settings, settings.max_new_tokens)
+    state = model.decode(conversation.state, settings, settings.max_new_tokens)
     return conversation.replace(state=state), notices
 
 
@@ -47,19 +47,19 @@ def test_kept_caches_change_nothing(model):
         conversation, notices = answer(model, [turn], reply, conversation)
         assert notices == []
         assert len(conversation.rows)
-    # The last reply again, from the rows of everything before it.
+    # The last reply once more, from a prefill of all rows before it.
     grids = np.asarray(conversation.state.grid)[0, : conversation.begin]
     whole = Turn("system", text=DEFAULT_SYSTEM_PROMPT["speech"])
     first = prompt_grid([whole, TEXT], "speech", model.text_tokenizer, TINY)
     np.testing.assert_array_equal(grids[: len(first)], first)
     state = new_state(TINY, 1, 256)
     state = model._prefill(state, grids[None], np.ones((1, len(grids)), bool), conversation.state.keys)
-    state = model.go_on(state, SETTINGS, SETTINGS.max_new_tokens)
+    state = model.decode(state, SETTINGS, SETTINGS.max_new_tokens)
     again = np.asarray(state.grid)[0, len(grids) : int(state.filled)]
     np.testing.assert_array_equal(again, conversation.rows)
 
 
-def test_turns_are_closed_as_the_template_has_it(model):
+def test_turns_are_closed_as_in_the_template(model):
     cut = SETTINGS.replace(min_new_tokens=100, max_new_tokens=5)
     conversation, _ = answer(model, [TEXT], "speech", settings=cut)
     assert conversation.running
@@ -80,14 +80,14 @@ def test_turns_are_closed_as_the_template_has_it(model):
 
 
 def test_twenty_turns_in_a_full_context(model):
-    """The oldest turns go and it is told; nothing more is compiled, and no more memory is held."""
+    """The oldest turns are dropped with a notice; nothing more is compiled, and no more memory is used."""
     conversation = None
     notices = []
     sizes = []
     compiled = []
     for turn in range(20):
-        conversation, told = answer(model, [SPEECH if turn % 2 else TEXT], "speech", conversation, seed=turn)
-        notices += told
+        conversation, new_notices = answer(model, [SPEECH if turn % 2 else TEXT], "speech", conversation, seed=turn)
+        notices += new_notices
         jax.block_until_ready(conversation.state)
         sizes.append(sum(array.nbytes for array in jax.live_arrays()))
         compiled.append((prefill._cache_size(), decode_chunk._cache_size()))
@@ -110,7 +110,7 @@ def test_a_turn_that_cannot_fit(model):
     conversation, _ = answer(model, [TEXT], "speech")
     with pytest.raises(MossError, match="the last turn of"):
         model.begin([long], "speech", SETTINGS, conversation=conversation)
-    answer(model, [TEXT], "speech", conversation)  # it is still good after the error
+    answer(model, [TEXT], "speech", conversation)  # it can still be continued after the error
 
 
 def test_saved_and_resumed(model, tmp_path):
@@ -121,9 +121,9 @@ def test_saved_and_resumed(model, tmp_path):
     resumed, _ = answer(model, [SPEECH], "speech", model.resume(path))
     np.testing.assert_array_equal(resumed.rows, expected.rows)
     np.testing.assert_array_equal(resumed.starts, expected.starts)
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         model.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         conversation.save(path)
     with pytest.raises(MossError, match="cannot be written"):
         resumed.save(tmp_path / "nowhere" / "talk.safetensors")
@@ -207,7 +207,7 @@ def saved(model, tmp_path_factory):
         ("begin", (), 10**6, "begin is 1000000"),
     ],
 )
-def test_contents_that_no_conversation_has(model, saved, tmp_path, name, place, value, says):
+def test_impossible_contents(model, saved, tmp_path, name, place, value, says):
     metadata, tensors = saved
     tensor = tensors[name].copy()
     if value is None:
@@ -234,14 +234,14 @@ def test_contents_that_no_conversation_has(model, saved, tmp_path, name, place, 
         ("state/keys", np.zeros((1, 3), np.uint32)),
     ],
 )
-def test_shapes_that_no_conversation_has(model, saved, tmp_path, name, tensor):
+def test_impossible_shapes(model, saved, tmp_path, name, tensor):
     metadata, tensors = saved
     save_file(tensors | {name: tensor}, tmp_path / "talk.safetensors", metadata)
     with pytest.raises(MossError, match=f"talk.safetensors: damaged conversation, these do not fit: .*{name}"):
         model.resume(tmp_path / "talk.safetensors")
 
 
-def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp_path):
+def test_a_conversation_of_the_former_format_is_resumed(params, text_tokenizer, tmp_path):
     """The file was saved by an earlier version with the parameters of `random_params` (seed 1) and this embedding row.
 
     Its turns are "Hi." as the system turn, the codes 3, 1, 4 and a greedy spoken reply of 6 rows.
@@ -264,8 +264,8 @@ def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp
     for conversation in (resumed, again):
         found, _ = answer(model, [TEXT], "text", conversation, settings=settings)
         np.testing.assert_array_equal(found.rows, expected.rows)
-    # Its fingerprint covers one row of the weights only, so the caches in it are computed again. (With 512 columns:
-    # a chunk of the prefill has 256, and would pass all columns of a smaller state once more.)
+    # Its fingerprint covers one row of the weights only, so the caches in it are recomputed. (With 512 columns: a
+    # chunk of the prefill has 256, and would run all columns of a smaller state again.)
     flat["shared/layers/mlp/down/kernel"] = flat["shared/layers/mlp/down/kernel"] * 0
     other = LanguageModel(TINY, unflatten(flat), text_tokenizer, context=512)
     long = settings.replace(max_new_tokens=300)
@@ -280,17 +280,17 @@ def test_a_conversation_of_the_former_format_goes_on(params, text_tokenizer, tmp
 def test_a_conversation_of_another_language_model(model):
     conversation, _ = answer(model, [TEXT], "speech")
     other = LanguageModel(TINY, model.params, model.text_tokenizer, context=256)
-    with pytest.raises(MossError, match="of another language model"):
+    with pytest.raises(MossError, match="belongs to another language model"):
         other.begin([SPEECH], "speech", SETTINGS, conversation=conversation)
 
 
 @pytest.mark.parametrize("reply", ["speech", "text"])
 def test_training_and_generation_begin_alike(model, reply):
-    """What the model is asked with is what it was trained on, where nobody gives a system turn."""
-    said = Turn("assistant", codes=[1, 2]) if reply == "speech" else Turn("assistant", text="yes")
-    document = Document(1, "a", turns=(TEXT, said))
-    codes = [None, said.codes]
-    trained = Maker("chat", TINY, model.text_tokenizer).example(document, codes).grid
+    """Without a system turn, the prompt in generation is the prompt in training."""
+    answered = Turn("assistant", codes=[1, 2]) if reply == "speech" else Turn("assistant", text="yes")
+    document = Document(1, "a", turns=(TEXT, answered))
+    codes = [None, answered.codes]
+    trained = ExampleBuilder("chat", TINY, model.text_tokenizer).example(document, codes).grid
     prompt = prompt_grid([TEXT], reply, model.text_tokenizer, TINY)
     np.testing.assert_array_equal(trained[: len(prompt)], prompt)
     conversation, _ = model.begin([TEXT], reply, SETTINGS)
@@ -303,18 +303,18 @@ def test_training_and_generation_begin_alike(model, reply):
 def test_a_batch_answers_as_each_alone(model):
     questions = [[TEXT], [SPEECH], [Turn("system", text="x"), TEXT, Turn("assistant", text="no"), SPEECH]]
     state, start, notices = model.begin_batch(questions, "speech", SETTINGS, seed=3, rows=4)
-    state = model.go_on(state, SETTINGS, SETTINGS.max_new_tokens)
+    state = model.decode(state, SETTINGS, SETTINGS.max_new_tokens)
     lengths = np.asarray(state.lengths)
     assert lengths[3] == 0 and notices == [[], [], []]
     for i, question in enumerate(questions):
         conversation, _ = model.begin(question, "speech", SETTINGS, seed=3, request=i)
-        conversation = conversation.replace(state=model.go_on(conversation.state, SETTINGS, 100))
+        conversation = conversation.replace(state=model.decode(conversation.state, SETTINGS, 100))
         np.testing.assert_array_equal(np.asarray(state.grid)[i, start : start + lengths[i]], conversation.rows)
 
 
-def test_a_batch_tells_which_turns_went(model):
-    said = Turn("user", codes=[1] * 60)
-    state, _, notices = model.begin_batch([[TEXT], [said, said, said, said, SPEECH]], "speech", SETTINGS)
+def test_a_batch_reports_dropped_turns(model):
+    long = Turn("user", codes=[1] * 60)
+    state, _, notices = model.begin_batch([[TEXT], [long, long, long, long, SPEECH]], "speech", SETTINGS)
     assert notices[0] == [] and "full: the oldest" in notices[1][0] and int(state.filled) <= model.context
     with pytest.raises(MossError, match="question 6: context: the last turn of"):
         model.begin_batch([[TEXT], [Turn("user", codes=[1] * 300)]], "speech", SETTINGS, requests=[4, 5])

@@ -1,10 +1,14 @@
 import numpy as np
 import pytest
 
+from dev.reference import dialogue as reference
 from moss_jax.dialogue import grid
 from moss_jax.dialogue.turns import Turn, check_turns
 from moss_jax.errors import MossError
+from moss_jax.generate.slots import positions_of
 from moss_jax.speech_lm import TINY
+from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
+from tests.tiny_speech_lm import tokenizer_json
 
 TEXT_OF = {
     TINY.im_start_id: "<|im_start|>",
@@ -33,12 +37,14 @@ def test_prompt_of_text_and_speech(text_tokenizer):
     np.testing.assert_array_equal(text_reply, rows[:-1])
 
 
-def test_the_default_system_turn_is_first_and_in_compat_that_of_the_processor_is_last(text_tokenizer):
+def test_the_default_system_turn_is_first_and_that_of_the_released_processor_last(text_tokenizer):
     turns = [Turn("user", text="Hi")]
     ours = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY), text_tokenizer)
-    theirs = spell(grid.prompt_grid(turns, "text", text_tokenizer, TINY, compat=True), text_tokenizer)
+    released = reference.with_processor_system(turns, "text")
+    theirs = spell(np.concatenate(grid.prompt_pieces(released, "text", text_tokenizer, TINY)), text_tokenizer)
     default, processor = (
-        f"<|im_start|>system\n{texts['text']}<|im_end|>\n" for texts in (grid.DEFAULT_SYSTEM_PROMPT, grid.COMPAT_SYSTEM)
+        f"<|im_start|>system\n{texts['text']}<|im_end|>\n"
+        for texts in (DEFAULT_SYSTEM_PROMPT, reference.PROCESSOR_SYSTEM_PROMPT)
     )
     user = "<|im_start|>user\nHi<|im_end|>\n"
     opening = "<|im_start|>assistant\n"
@@ -47,11 +53,12 @@ def test_the_default_system_turn_is_first_and_in_compat_that_of_the_processor_is
 
 
 def test_special_strings_in_a_turn_are_plain_text(text_tokenizer):
-    said = "say <|im_end|>, <think> and <|object_ref_start|>."
-    ours = grid.turn_rows(Turn("user", text=said), text_tokenizer, TINY)
-    assert [i for i in ours[:, 0] if i >= 256] == [TINY.im_start_id, TINY.im_end_id]  # the template's own two
-    assert text_tokenizer.decode(ours[:, 0]) == f"user\n{said}\n"
-    theirs = grid.turn_rows(Turn("user", text=said), text_tokenizer, TINY, compat=True)
+    text = "say <|im_end|>, <think> and <|object_ref_start|>."
+    ours = grid.turn_rows(Turn("user", text=text), text_tokenizer, TINY)
+    assert [i for i in ours[:, 0] if i >= 256] == [TINY.im_start_id, TINY.im_end_id]  # those of the template
+    assert text_tokenizer.decode(ours[:, 0]) == f"user\n{text}\n"
+    processor_tokenizer = reference.ProcessorTokenizer(tokenizer_json(TINY))
+    theirs = grid.turn_rows(Turn("user", text=text), processor_tokenizer, TINY)
     assert [i for i in theirs[:, 0] if i >= 256] == [
         TINY.im_start_id,
         TINY.im_end_id,
@@ -74,7 +81,7 @@ def test_padding_on_the_left():
     batch, valid = grid.pad_left(grids, TINY)
     assert valid.tolist() == [[True] * 3, [False, False, True]]
     assert batch[1].tolist() == [[TINY.endoftext_id, TINY.audio_pad_id]] * 2 + [[0, 1]]
-    assert grid.positions_of(valid).tolist() == [[0, 1, 2], [1, 1, 0]]
+    assert positions_of(valid).tolist() == [[0, 1, 2], [1, 1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_reading_a_reply(rows, ids, codes, complete):
         (lambda: grid.turn_rows(Turn("user", audio="x.wav"), None, TINY), "must be encoded"),
     ],
 )
-def test_bad_input_is_told_in_one_line(make, message):
+def test_bad_input_is_reported_in_one_line(make, message):
     with pytest.raises(MossError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Eight devices say what one says. They need a process of their own: `python -m tests.dialogue.test_mesh`."""
+"""Eight devices generate the same as one. This needs a process of its own: `python -m tests.dialogue.test_mesh`."""
 
 import os
 import subprocess
@@ -33,8 +33,7 @@ def main():
 
     from moss_jax.dialogue.conversation import LanguageModel
     from moss_jax.dialogue.turns import Turn
-    from moss_jax.generate.loop import GenerationSettings
-    from moss_jax.generate.sampling import ChannelSettings
+    from moss_jax.generate import ChannelSettings, GenerationSettings
     from moss_jax.nn.tree import flatten, param_axes, unflatten
     from moss_jax.sharding import make_mesh, shardings_for
     from moss_jax.speech_lm import TINY, LayerSplitModel
@@ -49,17 +48,17 @@ def main():
     settings = GenerationSettings(text=channel, audio=channel, max_new_tokens=80)
     questions = [[Turn("user", text="hello " * i), Turn("user", codes=range(5 + i))] for i in range(8)]
 
-    def said(model):
+    def replies(model):
         state, begin, _ = model.begin_batch(questions, "speech", settings)
-        state = model.go_on(state, settings, 100)
+        state = model.decode(state, settings, 100)
         return np.asarray(state.grid)[:, begin:], np.asarray(state.lengths), state
 
-    expected, lengths, _ = said(LanguageModel(TINY, unflatten(params), tokenizer))
+    expected, lengths, _ = replies(LanguageModel(TINY, unflatten(params), tokenizer))
     assert len(set(lengths)) > 1
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         placed = jax.device_put(params, shardings_for(param_axes(LayerSplitModel(TINY), *grid), params, mesh))
-        ours, _, state = said(LanguageModel(TINY, unflatten(placed), tokenizer, mesh=mesh))
+        ours, _, state = replies(LanguageModel(TINY, unflatten(placed), tokenizer, mesh=mesh))
         np.testing.assert_array_equal(ours, expected)
         assert len(state.caches["shared"].k.sharding.device_set) == 8
         assert not state.caches["shared"].k.is_fully_replicated

@@ -1,4 +1,4 @@
-"""The system that comes with the package: it is there, small, and answers."""
+"""The system that is part of the package: it is there, small, and answers."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_size_and_sampling(nano):
 
 
 @pytest.mark.slow
-def test_every_way(nano):
+def test_every_combination_of_speech_and_text(nano):
     question = NANO_FOLDER / "question.wav"
     turns = [moss_jax.Turn("user", audio=question)]
     assert nano.reply(turns, reply="text").text.strip() == ANSWER
@@ -62,7 +62,7 @@ def test_chat_without_a_model(tmp_path, capsys):
         ({"top_p": 2.0}, "top_p is 2.0, expected a number from 1e-06 to 1"),
     ],
 )
-def test_a_folder_that_says_nonsense_about_sampling(tmp_path, sampling, says):
+def test_a_folder_with_invalid_sampling_settings(tmp_path, sampling, says):
     from moss_jax.dialogue.system import System
 
     (tmp_path / "system.json").write_text(json.dumps({"format": "moss-jax-1", "sampling": sampling}))

@@ -27,18 +27,18 @@ def test_every_kind_of_line(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "holds no question"),
+        ([], "no questions, expected"),
         (["{"], r"line 1: .*"),
         (["[1]"], "line 1: holds a JSON list, expected an object"),
         ([{"text": "x"}, {"speech": "x"}], "line 2: unknown: speech"),
         ([{"text": "x", "audio": "none.wav"}], "line 1: audio none.wav: no such file"),
         ([{"audio": 3}], "line 1: audio is 3, expected a file name"),
         ([{"text": " "}], "line 1: turns: the user turn at 0 has empty text"),
-        ([{"turns": "x"}], "'turns' is a list"),
-        ([{"turns": [], "text": "x"}], "there is only 'id' beside it"),
+        ([{"turns": "x"}], "'turns' must be a list"),
+        ([{"turns": [], "text": "x"}], "only 'id' is allowed next to it"),
         ([{"turns": [3]}], "a turn is 3, expected an object"),
         ([{"turns": [{"role": "assistant", "text": "x"}]}], "the last turn is of assistant"),
-        ([{"id": "a", "text": "x"}, {"id": "a", "text": "x"}], "line 2: the id 'a' is there twice"),
+        ([{"id": "a", "text": "x"}, {"id": "a", "text": "x"}], "line 2: duplicate id 'a'"),
         ([{"id": "../a", "text": "x"}], "is not a plain file name"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Recordings on their way into a conversation: what holds no speech, channels that cancel, arrays, standard input."""
+"""Recordings in questions: no speech, channels that cancel, arrays, standard input."""
 
 import io
 import sys
@@ -47,7 +47,7 @@ def verb(folder, tmp_path, *arguments):
 
 
 @pytest.mark.parametrize("name", NO_SPEECH)
-def test_what_holds_no_speech_is_refused_everywhere(name, folder, system, tmp_path, monkeypatch, capsys):
+def test_recordings_without_speech_are_refused_everywhere(name, folder, system, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     wave = NO_SPEECH[name]
     soundfile.write("q.wav", wave, RATE, subtype="FLOAT")

@@ -23,14 +23,14 @@ NEVER = [None, "a", "0.5", True, np.True_, [1], (), {}, 1j, np.array([1]), -1, 1
 
 @pytest.fixture
 def bare(tmp_path):
-    """A system that has nothing to load: a request that gets as far as that fails with another error."""
+    """A system without components: a request that tries to load one fails with another error."""
     (tmp_path / "system.json").write_text(json.dumps({"format": "moss-jax-1", "sampling": {"greedy": True}}))
     return System(tmp_path)
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *WHOLE])
 @pytest.mark.parametrize("value", NEVER, ids=lambda value: repr(value)[:12])
-def test_what_no_setting_can_be(bare, name, value):
+def test_values_that_are_no_setting(bare, name, value):
     with pytest.raises(MossError, match=f"^{name} is .*, expected "):
         generation_settings(**{name: value})
     with pytest.raises(MossError, match=f"^{name} is .*, expected "):
@@ -70,7 +70,7 @@ def test_out_of_range(bare, name, value):
             make(**{name: value})
 
 
-def test_what_is_taken_as_it_is_meant():
+def test_values_that_are_converted():
     settings = generation_settings(temperature=np.float32(0.5), top_k=20.0, max_new_tokens=np.int64(9), top_p=1)
     assert settings == generation_settings(temperature=0.5, top_k=20, max_new_tokens=9, top_p=1.0)
     assert type(settings.text.top_k) is int and type(settings.text.temperature) is float
@@ -211,14 +211,14 @@ def test_help_does_not_promise_defaults_that_a_system_may_change(capsys):
 
 
 @pytest.mark.parametrize("own", [{"temperature": 1e39}, {"top_k": 2.5}, {"greedy": 1}, {"min_new_tokens": 900}])
-def test_a_system_is_held_to_the_same_ranges(tmp_path, own):
+def test_the_ranges_hold_for_system_json_too(tmp_path, own):
     (tmp_path / "system.json").write_text(json.dumps({"format": "moss-jax-1", "sampling": own}))
     with pytest.raises(MossError, match=f"system.json: sampling: {next(iter(own))} is "):
         System(tmp_path).settings()
 
 
 @pytest.mark.parametrize("voice", [1.5, ["anna"], {"name": "anna"}, True])
-def test_a_default_voice_that_is_no_name(tmp_path, voice):
+def test_a_default_voice_that_is_not_a_name(tmp_path, voice):
     import shutil
 
     from moss_jax.checkpoint.system_folder import NANO_FOLDER

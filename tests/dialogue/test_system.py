@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random system: four pairings, streams, voices, conversations, batches, the verbs."""
+"""The whole pipeline on a tiny random system: four combinations, streams, voices, conversations, batches, the verbs."""
 
 import json
 import shutil
@@ -13,10 +13,11 @@ from moss_jax.audio.features import mel_24k
 from moss_jax.audio.wave import load_audio, resample
 from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
-from moss_jax.dialogue.system import Reply, generation_settings
+from moss_jax.dialogue.system import Reply
 from moss_jax.dialogue.turns import Turn
 from moss_jax.dialogue.voice import enrol, load_voice, log_mel, save_voice
 from moss_jax.errors import MossError
+from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.voice import Voice
 
 WRITTEN = Turn("user", text="How are you? <think>")
@@ -92,7 +93,7 @@ def test_three_turns_of_every_kind_and_a_saved_conversation(system, spoken, tmp_
     third = system.reply([spoken], conversation=system.resume(tmp_path / "talk.safetensors"), **SHORT)
     np.testing.assert_array_equal(third.codes, stream.reply.codes)
     assert third.conversation.roles.tolist() == [0, 1, 2, 1, 2, 1, 2]
-    with pytest.raises(MossError, match="already gone on"):
+    with pytest.raises(MossError, match="already been continued"):
         system.reply([WRITTEN], conversation=second.conversation)
 
 
@@ -106,7 +107,7 @@ def test_a_batch_in_order(system, spoken):
     np.testing.assert_allclose(replies[0].wave, alone.wave, atol=1e-5)
 
 
-def test_an_array_is_as_good_as_a_file(system, spoken, recording_file):
+def test_an_array_equals_a_file(system, spoken, recording_file):
     wave, rate = soundfile.read(recording_file)
     array = Turn("user", audio=wave, sample_rate=rate)
     (from_file,), _ = system._with_codes([[spoken]])
@@ -142,10 +143,10 @@ def test_a_voice_is_enrolled_kept_and_used(system, recording_file, tmp_path):
     assert not any("voice" in notice for notice in own.notices)
 
 
-def test_voices_that_are_none(system, tmp_path):
+def test_files_that_are_not_voices(system, tmp_path):
     with pytest.raises(MossError, match="neither a file nor a voice of the system, which has: none"):
         system.reply([WRITTEN], voice="anna")
-    config, parts = system._decoder_parts
+    config, parts = system.folder.load(SPEECH_DECODER)
     for samples in (1, 1900):
         with pytest.raises(MossError, match="too short"):
             enrol(np.zeros(samples, np.float32), 24000, system.speech_tokenizer, config, parts["speaker"])
@@ -154,7 +155,7 @@ def test_voices_that_are_none(system, tmp_path):
         load_voice(tmp_path / "no.safetensors", config)
 
 
-def test_recordings_that_leave_no_room_for_a_reply(system, tmp_path, capsys):
+def test_recordings_too_long_for_a_reply(system, tmp_path, capsys):
     """320 s are 4000 codes; the decoder takes 3750, of which a reply needs 500."""
     noise = np.random.default_rng(0).normal(0, 0.1, 320 * 16000).astype(np.float32)
     for seconds in (320, 261):
@@ -180,7 +181,7 @@ def test_recordings_that_leave_no_room_for_a_reply(system, tmp_path, capsys):
         (3740, "max_new_tokens is 500, expected at most 10 with this voice: .* recording has 3740"),
     ],
 )
-def test_voice_files_that_leave_no_room_for_a_reply(system, tmp_path, codes, message):
+def test_voice_files_too_long_for_a_reply(system, tmp_path, codes, message):
     config = system.speech_decoder.config.flow
     mel = np.zeros((codes * config.frames_per_code, config.mel_bins), np.float32)
     voice = Voice(np.zeros(codes, np.int32), mel, np.ones(config.speaker_size, np.float32))
@@ -200,9 +201,10 @@ def test_the_mel_of_a_padded_wave_is_its_own(system):
 def test_a_reply_without_speech(system, tmp_path):
     config = system.language_model.config
     rows = np.array([[config.modality_pad_id, config.eosp_id], [config.im_end_id, config.audio_pad_id]], np.int32)
-    said = system._read(rows, "speech", True, generation_settings())
-    assert said.complete and said.notices == ("the reply holds no speech: it ended before the first code",)
-    reply = Reply("", said.codes, system._speak(said.codes, None, 0), 24000, True)
+    request = system._request("speech", None, 0, {})
+    empty = system._read_reply(rows, request, complete=True)
+    assert empty.complete and empty.notices[-1:] == ("the reply holds no speech: it ended before the first code",)
+    reply = Reply("", empty.codes, system._speak(empty.codes, request), 24000, True)
     with pytest.raises(MossError, match="not written, the reply is one without any speech"):
         reply.save(tmp_path / "answer.wav")
     assert list(tmp_path.iterdir()) == []

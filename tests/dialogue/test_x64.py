@@ -1,4 +1,4 @@
-"""With JAX_ENABLE_X64 everything says the same as without."""
+"""JAX_ENABLE_X64 changes no result."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def results(folder: Path, tiny: Path) -> dict:
-    """What the bundled system and a tiny one say, as JSON values. `folder` is empty."""
+    """Replies of the bundled system and of a tiny one, as JSON values. `folder` is empty."""
     import moss_jax
     from moss_jax.checkpoint.system_folder import NANO_FOLDER
 

@@ -1,4 +1,4 @@
-"""The layer-similarity analysis: alignment against brute force, layers against the model's own blocks, the verb."""
+"""The layer-similarity analysis: alignment against brute force, layer outputs against the model's stacks, the verb."""
 
 import json
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
-from moss_jax.evaluate.similarity import Curves, layer_outputs, other_text
+from moss_jax.evaluate.curves import Curves
+from moss_jax.evaluate.similarity import layer_outputs, other_text
 from moss_jax.speech_lm import LayerSplitModel
 from tests.evaluate.conftest import tone
 
@@ -92,7 +93,7 @@ def test_where_the_plateau_ends():
 
 
 def test_the_verb_on_a_model_that_hears_what_it_reads(model, folder, tmp_path, capsys):
-    """The embedding of code i is made that of a text id: then speech that spells the text is the text."""
+    """Code i gets the embedding of a text id, so that speech that spells the text has the hidden states of the text."""
     import shutil
 
     from moss_jax.checkpoint import save_tree
@@ -161,16 +162,16 @@ def test_batches_do_not_matter_and_recordings_are_encoded(model, tmp_path):
 
 
 def test_a_plain_qwen3_as_control(model, folder, tmp_path):
-    """It is converted once; its text path stays what it was, codes get new vectors."""
+    """It is converted once; its text path is unchanged, codes get new vectors."""
     from moss_jax.convert.system import export_text_path
     from moss_jax.evaluate.model import EvaluatedModel, control_folder
 
     export_text_path(folder, tmp_path / "qwen3", lambda line: None)
     made = []
-    said = []
+    messages = []
     for _ in range(2):
-        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", said.append))
-    assert made[0] == made[1] and len([line for line in said if "this is done once" in line]) == 1
+        made.append(control_folder(tmp_path / "qwen3", model.code_count, tmp_path / "cache", messages.append))
+    assert made[0] == made[1] and len([line for line in messages if "this is done once" in line]) == 1
     control = EvaluatedModel(made[0])
     assert control.code_count == model.code_count
     config = control.config
@@ -182,4 +183,4 @@ def test_a_plain_qwen3_as_control(model, folder, tmp_path):
     depth = [np.concatenate([x["shared"], x["text"]]) for x in (ours, theirs)]
     np.testing.assert_allclose(*depth, atol=1e-5)
     with pytest.raises(MossError, match="neither a system folder"):
-        control_folder(tmp_path, 256, tmp_path / "cache", said.append)
+        control_folder(tmp_path, 256, tmp_path / "cache", messages.append)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moss_jax.evaluate.results import ratio_interval, wilson_interval
-from moss_jax.evaluate.words import contains_answer, continuation, errors, words
+from moss_jax.evaluate.words import contains_answer, continuation
+from moss_jax.text.words import normalized_words, word_errors
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from moss_jax.evaluate.words import contains_answer, continuation, errors, words
     ],
 )
 def test_words(text, expected):
-    assert words(text) == expected
+    assert normalized_words(text) == expected
 
 
 def test_an_answer_is_found_word_for_word():
@@ -47,7 +48,7 @@ def test_errors_are_the_levenshtein_distance(reference, found):
         for j in range(len(found)):
             change = table[i, j] + (reference[i] != found[j])
             table[i + 1, j + 1] = min(change, table[i, j + 1] + 1, table[i + 1, j] + 1)
-    assert errors(reference, found) == table[-1, -1]
+    assert word_errors(reference, found) == table[-1, -1]
 
 
 def test_wilson():

@@ -1,4 +1,4 @@
-"""The compiled loop against the plain way: the whole grid through both branches at every row, rules in Python."""
+"""The compiled loop against a plain implementation: the whole grid passes both branches at every row."""
 
 import functools
 import itertools
@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from dev.parity import check_golden, read_golden
 from moss_jax.dialogue.grid import pad_left
-from moss_jax.generate import sampling
-from moss_jax.generate.loop import GenerationSettings, decode_chunk, new_state, prefill
-from moss_jax.generate.sampling import ChannelSettings
+from moss_jax.generate import ChannelSettings, GenerationSettings, decode_chunk, new_state, prefill, sampling
 from moss_jax.speech_lm import TINY, LayerSplitModel
 
 CAPACITY = 80
@@ -27,7 +25,7 @@ TEXT_END = TINY.endoftext_id
 
 
 def prompt(seed, length, reply):
-    """Random rows, text and speech, that end as a prompt for this reply does."""
+    """Random rows of text and speech that end like a prompt for this reply."""
     rng = np.random.default_rng(seed)
     rows = np.stack([rng.integers(0, 256, length), np.full(length, TINY.audio_pad_id)], 1)
     spoken = rng.random(length) < 0.4
@@ -37,19 +35,18 @@ def prompt(seed, length, reply):
 
 
 def run(params, prompts, settings, keys, ks=(1000,), state=None, capacity=CAPACITY, **keywords):
-    """One reply to each prompt by the compiled loop -> (list of generated rows, state)."""
+    """The replies of the compiled loop to each prompt: (list of generated rows, state)."""
     rows, valid = pad_left(prompts, TINY)
     state = new_state(TINY, len(prompts), capacity) if state is None else state
-    room = ((0, 0), (0, capacity - rows.shape[1]))
+    padding = ((0, 0), (0, capacity - rows.shape[1]))
     state = prefill(
         params,
         state,
-        np.pad(rows, (*room, (0, 0))),
-        np.pad(valid, room),
+        np.pad(rows, (*padding, (0, 0))),
+        np.pad(valid, padding),
         rows.shape[1],
         keys,
         config=TINY,
-        compat=settings.compat,
         chunk=CHUNK,
     )
     start = int(state.filled)
@@ -70,7 +67,7 @@ def drawn(scores, key, step, channel, settings):
 
 
 def plain(params, rows, chosen, key):
-    """One reply to one prompt under the fixed rules, with no cache and nothing skipped."""
+    """The reply to one prompt, without caches and with both branches at every row."""
     rows = [tuple(row) for row in rows.tolist()]
     made = []
     mode = int(rows[-1][0] == PAD)
@@ -116,7 +113,7 @@ def chosen_settings(greedy, **keywords):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("greedy", [True, False])
-def test_the_loop_equals_the_plain_way_alone_and_in_batches(params, greedy):
+def test_the_loop_equals_the_plain_implementation_alone_and_in_batches(params, greedy):
     events = set()
 
     @settings(max_examples=8, deadline=None, database=None, derandomize=True)
@@ -143,13 +140,13 @@ def test_the_loop_equals_the_plain_way_alone_and_in_batches(params, greedy):
             events.add(int(ends[i]))
 
     check()
-    if not greedy:  # the examples turn both ways and stop in both ways
+    if not greedy:  # the examples switch in both directions and stop for both reasons
         assert events >= {(True, False), (False, True), (True, True), (False, False), 0, 1}
 
 
 @settings(max_examples=6, deadline=None, database=None)
 @given(cuts=st.lists(st.integers(1, 9), max_size=8), seed=st.integers(0, 10**6))
-def test_coming_up_for_air_changes_nothing(params, cuts, seed):
+def test_returning_to_the_host_changes_nothing(params, cuts, seed):
     chosen = chosen_settings(False)
     keys = sampling.request_keys(seed, 3)
     prompts = [prompt(seed + i, 5 + 9 * i, "speech") for i in range(3)]
@@ -177,7 +174,7 @@ def test_a_text_reply_never_touches_the_audio_branch(params):
     made, _ = run(poisoned(params, "audio"), prompts, chosen, keys)
     for a, b in zip(made, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    broken, _ = run(poisoned(params, "text"), prompts, chosen, keys)  # the poison does kill
+    broken, _ = run(poisoned(params, "text"), prompts, chosen, keys)  # the NaN does have an effect
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(broken, expected, strict=True))
 
 

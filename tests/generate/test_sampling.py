@@ -118,9 +118,9 @@ def test_allowed_settings_never_draw_what_is_forbidden(seed, scale, temperature,
     forbidden[rng.permutation(96)[:allowed]] = False
     scores = sampling.penalise(logits, jnp.asarray(rng.random((2, 96)) < 0.5), jnp.asarray(forbidden), penalty)
     chosen = ChannelSettings(temperature=temperature, top_k=top_k, top_p=top_p)
-    for way in (chosen, ChannelSettings(greedy=True)):
-        drawn = sampling.draw(scores, sampling.request_keys(seed, 2), way)
+    for settings_used in (chosen, ChannelSettings(greedy=True)):
+        drawn = sampling.draw(scores, sampling.request_keys(seed, 2), settings_used)
         assert not forbidden[np.asarray(drawn)].any()
-        np.testing.assert_array_equal(drawn, sampling.draw(scores, sampling.request_keys(seed, 2), way))
-    narrowed = np.asarray(sampling.filter_logits(scores, chosen))
-    assert not np.isnan(narrowed).any() and (narrowed > -np.inf).any(1).all() and (narrowed < np.inf).all()
+        np.testing.assert_array_equal(drawn, sampling.draw(scores, sampling.request_keys(seed, 2), settings_used))
+    filtered = np.asarray(sampling.filter_logits(scores, chosen))
+    assert not np.isnan(filtered).any() and (filtered > -np.inf).any(1).all() and (filtered < np.inf).all()

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from dev.reference import dialogue as reference
 from moss_jax.generate.state_machine import AUDIO, TEXT, embeds_audio, initial_mode, next_mode, stop_reason
 from moss_jax.speech_lm import TINY
 
@@ -14,36 +15,36 @@ AUDIO_PAD = TINY.audio_pad_id
 
 
 @pytest.mark.parametrize(
-    ("mode", "row", "default", "compat"),
+    ("mode", "row", "expected", "released"),
     [
         (TEXT, (WORD, AUDIO_PAD), TEXT, TEXT),
         (TEXT, (WORD, EOSP), TEXT, TEXT),
         (TEXT, (SOSP, AUDIO_PAD), AUDIO, AUDIO),
-        (TEXT, (SOSP, EOSP), AUDIO, TEXT),  # the reference takes a meaningless draw for the end of speech
+        (TEXT, (SOSP, EOSP), AUDIO, TEXT),  # the released program takes an unused sample for the end of speech
         (AUDIO, (PAD, CODE), AUDIO, AUDIO),
         (AUDIO, (PAD, AUDIO_PAD), AUDIO, AUDIO),
         (AUDIO, (PAD, EOSP), TEXT, TEXT),
     ],
 )
-def test_next_mode(mode, row, default, compat):
+def test_next_mode(mode, row, expected, released):
     row = np.array(row)
-    assert next_mode(np.array(mode), row[0], row[1], TINY) == default
-    assert next_mode(np.array(mode), row[0], row[1], TINY, compat=True) == compat
+    assert next_mode(np.array(mode), row[0], row[1], TINY) == expected
+    assert reference.next_mode(np.array(mode), row[0], row[1], TINY) == released
 
 
 @pytest.mark.parametrize(
-    ("row", "default", "compat"),
+    ("row", "expected", "released"),
     [
         ((WORD, AUDIO_PAD), TEXT, TEXT),
         ((SOSP, AUDIO_PAD), TEXT, TEXT),
         ((PAD, CODE), AUDIO, AUDIO),
-        ((PAD, AUDIO_PAD), AUDIO, TEXT),  # a real code with the placeholder's number
+        ((PAD, AUDIO_PAD), AUDIO, TEXT),  # a real code with the number of audio_pad
     ],
 )
-def test_initial_mode(row, default, compat):
+def test_initial_mode(row, expected, released):
     text, audio = np.array(row)
-    assert initial_mode(text, audio, TINY) == default
-    assert initial_mode(text, audio, TINY, compat=True) == compat
+    assert initial_mode(text, audio, TINY) == expected
+    assert reference.initial_mode(text, audio, TINY) == released
 
 
 def test_stop_and_embedding_source():

@@ -1,4 +1,4 @@
-"""Every attention against the plain one, and the plain one against its definition."""
+"""Every attention compared with the plain one, and the plain one with its definition."""
 
 import math
 
@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.nn.attention import attention, cached_attention, fastest, splash
+from moss_jax.nn.attention import (
+    Past,
+    attention,
+    cached_attention,
+    causal_attention,
+    chunk_mask,
+    fastest,
+    masked_attention,
+    splash,
+)
 from moss_jax.nn.rope import apply_rope, rope_angles
 
 
@@ -77,7 +86,50 @@ def test_cached_attention_is_the_definition(seed, new, filled):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_a_query_that_sees_nothing_gives_numbers():
+@pytest.mark.parametrize("length", [9, 300])  # one block, and two
+def test_causal_attention_is_plain_attention(length):
+    q, k, v = (heads(seed, 2, length, 3, 8) for seed in range(3))
+    expected = attention(q, k, v, None, "xla")
+    np.testing.assert_allclose(jax.jit(causal_attention)(q, k, v), expected, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999), filled=st.tuples(st.integers(0, 150), st.integers(0, 150)), ring=st.integers(0, 7))
+def test_masked_attention_with_caches_is_the_definition(seed, filled, ring):
+    """A cache that is filled differently in each row of the batch, and a ring of 7 slots that both share."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (heads(seed + i, 2, 5, 3, 8) for i in range(3))
+    stacked = rng.normal(size=(2, 2, 2, 3, 150, 8)).astype(np.float32)  # keys and values, layers, B, N, S, H
+    shared = rng.normal(size=(2, 2, 3, 7, 8)).astype(np.float32)
+    mask = np.asarray(chunk_mask(5, jnp.ones((2, 5), bool), 2))
+    filled = np.array(filled, np.int32)
+    past = (
+        Past(jnp.asarray(stacked[0]), jnp.asarray(stacked[1]), jnp.asarray(filled), (jnp.int32(1),)),
+        Past(jnp.asarray(shared[0]), jnp.asarray(shared[1]), jnp.int32(ring)),
+    )
+    ours = jax.jit(masked_attention)(q, k, v, mask, past)
+    cached = [x.transpose(0, 2, 1, 3) for x in (stacked[0, 1], stacked[1, 1], *shared)]
+    visible = np.arange(150) < filled[:, None]
+    columns = [np.broadcast_to(visible[:, None], (2, 5, 150)), np.broadcast_to(np.arange(7) < ring, (2, 5, 7)), mask]
+    expected = definition(
+        q,
+        np.concatenate([cached[0], cached[2], k], 1),
+        np.concatenate([cached[1], cached[3], v], 1),
+        np.concatenate(columns, 2),
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_masked_attention_attends_to_a_memory_of_another_length():
+    q = heads(0, 2, 4, 3, 8)
+    k = heads(1, 2, 6, 3, 8)
+    v = heads(2, 2, 6, 3, 8)
+    valid = np.arange(6) < np.array([[6], [4]])
+    expected = definition(q, k, v, np.broadcast_to(valid[:, None], (2, 4, 6)))
+    np.testing.assert_allclose(masked_attention(q, k, v, valid[:, None]), expected, atol=1e-5)
+
+
+def test_a_fully_masked_query_gives_finite_numbers():
     q = heads(0, 1, 1, 2, 8)
     k = heads(1, 1, 1, 2, 8)
     v = heads(2, 1, 1, 2, 8)
@@ -115,7 +167,7 @@ def test_cudnn_equals_plain_attention(packed):
     np.testing.assert_allclose(attention(q, k, v, segments, "cudnn").astype(jnp.float32), plain, atol=3e-2)
 
 
-def test_the_backend_and_the_shapes_pick_the_implementation():
+def test_backend_and_shapes_select_the_implementation():
     def pick(backend, length, size, dtype):
         return fastest(backend, jax.ShapeDtypeStruct((1, length, 8, size), dtype))
 

@@ -1,4 +1,4 @@
-"""The judge hears what is said and nothing else; the report runs on any system and goes on where it was stopped."""
+"""The judge recognises speech and nothing else; the report runs on any system and is resumed after an interruption."""
 
 import json
 import re
@@ -10,11 +10,11 @@ from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
 from moss_jax.data.espeak import speak
 from moss_jax.evaluate.model import EvaluatedModel
-from moss_jax.evaluate.words import errors, words
 from moss_jax.recipes.nano import domain, report
 from moss_jax.recipes.nano import judge as judges
 from moss_jax.recipes.nano.items import read_items
-from moss_jax.recipes.nano.judge import Heard, expected_seconds, grammar, measure
+from moss_jax.recipes.nano.judge import Recognition, expected_seconds, grammar, measure
+from moss_jax.text.words import normalized_words, word_errors
 
 
 @pytest.fixture(scope="module")
@@ -36,44 +36,46 @@ def test_the_grammar_is_frozen_and_holds_every_answer_right_or_wrong():
     assert judges.GRAMMAR.read_text() == grammar()
     pattern = answer_pattern()
     for answer in domain.answers():
-        assert pattern.match("".join(words(answer)))
+        assert pattern.match("".join(normalized_words(answer)))
     assert pattern.match("sevenplusfiveissix") and pattern.match("yestwoisgreaterthantwo")
     assert not pattern.match("sevenplusfive") and not pattern.match("sevenplusfiveistwelvetwo")
-    assert len({" ".join(words(answer)) for answer in domain.answers()}) == len(domain.answers())
+    assert len({" ".join(normalized_words(answer)) for answer in domain.answers()}) == len(domain.answers())
 
 
 def test_what_counts_as_the_right_answer():
-    assert Heard("yes seven is greater than five").says("Yes, seven is greater than five.")
-    assert not Heard("seven plus five is", "").says("Seven plus five is twelve.")
-    assert not Heard("seven plus five is twelve", "steady (1.0 dB)").says("Seven plus five is twelve.")
+    assert Recognition("yes seven is greater than five").says("Yes, seven is greater than five.")
+    assert not Recognition("seven plus five is", "").says("Seven plus five is twelve.")
+    assert not Recognition("seven plus five is twelve", "steady (1.0 dB)").says("Seven plus five is twelve.")
     assert expected_seconds("hello how can i help you") > expected_seconds("grass is green") > 0.5
 
 
-def test_the_judge_hears_the_answering_voice(judge):
+def test_the_judge_recognises_the_answering_voice(judge):
     items = read_items("sentences")[::40] + read_items("voices")[::60]
-    heard = [judge.hear(*speak(item.answers[0], *domain.ANSWERS)[:2]) for item in items]
-    assert not any(each.refused for each in heard)
-    assert sum(each.says(item.answers[0]) for each, item in zip(heard, items, strict=True)) >= len(items) - 1
-    wave, rate, _ = speak(items[0].answers[0], *domain.ANSWERS)
-    assert judge.hear(wave, rate) == judge.hear(0.3 * wave, rate) == heard[0]  # whatever was heard before
+    results = [judge.recognize(*speak(item.answers[0], *domain.ANSWER_SPEAKER)[:2]) for item in items]
+    assert not any(each.refused for each in results)
+    assert sum(each.says(item.answers[0]) for each, item in zip(results, items, strict=True)) >= len(items) - 1
+    wave, rate, _ = speak(items[0].answers[0], *domain.ANSWER_SPEAKER)
+    assert (
+        judge.recognize(wave, rate) == judge.recognize(0.3 * wave, rate) == results[0]
+    )  # independent of earlier calls
 
 
-def test_the_judge_refuses_what_is_no_speech(judge):
+def test_the_judge_refuses_sound_without_speech(judge):
     draw = np.random.default_rng(0)
-    wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWERS)
+    wave, rate, _ = speak("Seven plus five is twelve.", *domain.ANSWER_SPEAKER)
     noise = draw.standard_normal(2 * 16000).astype(np.float32)
     tone = np.sin(np.arange(2 * 16000) / 20).astype(np.float32)
     for sound in (0.1 * noise, 1e-4 * noise, 0.3 * tone, np.zeros(16000, np.float32), noise[:100]):
-        assert judge.hear(sound, 16000).refused
+        assert judge.recognize(sound, 16000).refused
     # Right words at a pace that nobody speaks at.
-    assert "long" in judge.hear(*speak("Seven plus five is twelve.", "en-us+klatt3", 80, 50)[:2]).refused
-    assert judge.hear(np.concatenate([wave] * 3), rate).refused
-    assert judge.hear(np.pad(wave, 5 * rate), rate) == Heard("seven plus five is twelve")
+    assert "long" in judge.recognize(*speak("Seven plus five is twelve.", "en-us+klatt3", 80, 50)[:2]).refused
+    assert judge.recognize(np.concatenate([wave] * 3), rate).refused
+    assert judge.recognize(np.pad(wave, 5 * rate), rate) == Recognition("seven plus five is twelve")
     level, spread, begin, end = measure(np.pad(wave, 5 * rate), rate)
     assert (level, spread, begin - 5, end - 5) == pytest.approx(measure(wave, rate), abs=0.03)
 
 
-def test_the_judge_says_what_it_lacks(monkeypatch):
+def test_the_judge_needs_pocketsphinx(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
@@ -87,7 +89,9 @@ def test_word_errors_are_jiwers():
     for _ in range(50):
         reference, found = (" ".join(draw.choice(["a", "b", "c"], draw.integers(1, 9))) for _ in range(2))
         counts = jiwer.process_words(reference, found)
-        assert errors(reference.split(), found.split()) == counts.substitutions + counts.deletions + counts.insertions
+        assert (
+            word_errors(reference.split(), found.split()) == counts.substitutions + counts.deletions + counts.insertions
+        )
 
 
 def test_controls_never_keep_their_own_answer():
@@ -153,9 +157,9 @@ def test_the_report_on_a_random_system(tmp_path, capsys, monkeypatch, judge):
     before = (tmp_path / "out" / "results.jsonl").read_text()
     assert main(words) == 0 and (tmp_path / "out" / "results.jsonl").read_text() == before
     model = EvaluatedModel(tmp_path / "tiny", batch_size=2)
-    told = report.run(model, tmp_path / "few", sets=("voices",), ways=("ss", "tt"), limit=2, replies_only=True)
+    table_text = report.run(model, tmp_path / "few", sets=("voices",), ways=("ss", "tt"), limit=2, replies_only=True)
     lines = (tmp_path / "few" / "results.jsonl").read_text().splitlines()[1:]
-    assert {json.loads(line)["part"] for line in lines} == {"ss", "tt"} and "S->S, unseen voices" in told
+    assert {json.loads(line)["part"] for line in lines} == {"ss", "tt"} and "S->S, unseen voices" in table_text
     capsys.readouterr()
     assert main([*words[:6], "--sets", "nobody"]) == 2
     assert "sets: nobody, expected some of voices" in capsys.readouterr().err

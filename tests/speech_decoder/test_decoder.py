@@ -93,7 +93,7 @@ def test_the_reference_stream_emits_every_sample(decoder, prompt, codes):
 @example(7, 1, [])
 @example(10, 13, [1] * 13)
 @example(7, 8, [8])
-def test_the_cached_stream_does_not_depend_on_the_delivery(decoder, whole, prompt, count, sizes):
+def test_a_stream_does_not_depend_on_how_codes_are_divided(decoder, whole, prompt, count, sizes):
     stream = decoder.stream(voice(prompt), seed=2)
     waves = []
     codes = CODES[:count]
@@ -174,13 +174,13 @@ def bad(name):
         ("reference too long", "at most 300"),
     ],
 )
-def test_bad_input_is_told(decoder, name, words):
+def test_invalid_input_is_reported(decoder, name, words):
     with pytest.raises(MossError, match=words):
         bad(name)(decoder)
 
 
 @pytest.mark.parametrize("start", [SpeechDecoder.stream, reference_stream], ids=["cached", "reference"])
-def test_after_finish_there_is_no_more(decoder, start):
+def test_a_finished_stream_raises(decoder, start):
     stream = start(decoder, ZERO)
     stream.push(CODES[:1])
     stream.finish()

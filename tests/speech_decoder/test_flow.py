@@ -103,7 +103,7 @@ def test_relative_attention_is_the_formula(first):
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch):
+def test_blocks_of_queries_give_the_same_result(monkeypatch):
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.normal(size=(2, 23, 2, 4)), jnp.float32) for _ in range(3))
     turned, turn = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((2, 23, 2, 6), (23, 6)))
@@ -133,7 +133,7 @@ def test_other_lengths_of_a_bucket_compile_nothing_and_padding_changes_nothing(p
 
 
 @pytest.mark.slow
-def test_items_of_a_batch_get_what_they_get_alone(params):
+def test_items_of_a_batch_are_independent(params):
     random = np.random.default_rng(2)
     codes = random.integers(0, 90, (2, 12)).astype(np.int32)
     prompt = np.zeros((2, 48, TINY.mel_bins), np.float32)
@@ -163,7 +163,7 @@ def test_streaming_never_looks_beyond_its_chunk_and_the_lookahead(params):
     assert np.abs(full - mels[1])[:, : 6 * 4].max() > 1e-3, "without the chunk mask the past sees the future"
 
 
-def test_no_prompt_and_no_speaker_are_legal(params):
+def test_no_prompt_and_no_speaker(params):
     mel = sampler.decode(params, TINY, make_codes(TINY, 1), make_voice(TINY, 0))
     assert mel.shape == (1, 4, TINY.mel_bins) and np.isfinite(mel).all()
 
@@ -180,7 +180,7 @@ def test_no_prompt_and_no_speaker_are_legal(params):
         (np.zeros(2, np.int32), {"finalize": False}, "look-ahead of 3"),
     ],
 )
-def test_bad_codes_are_refused(params, codes, flags, message):
+def test_invalid_codes_raise(params, codes, flags, message):
     with pytest.raises(MossError, match=message) as error:
         sampler.decode(params, TINY, codes, make_voice(TINY, 6), **flags)
     assert "\n" not in str(error.value)

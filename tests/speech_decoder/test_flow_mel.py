@@ -1,4 +1,4 @@
-"""An estimator that says the mel, without guidance: as nano's flow is."""
+"""An estimator that predicts the mel, without guidance, as in the flow of nano."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def states(params, config=CONFIG, streaming=False):
     return np.asarray(jax.jit(lambda p: sampler.flow(p, config, *inputs, streaming))(params))
 
 
-def test_an_estimator_that_says_nothing_leaves_the_encoders_mel():
+def test_a_zero_prediction_gives_the_encoders_mel():
     mean = np.linspace(-8, -4, CONFIG.mel_bins)
     flat = centred(flatten(tiny_params(CONFIG)), CONFIG, mean) | {LAST_BIAS: np.zeros(CONFIG.mel_bins, np.float32)}
     np.testing.assert_allclose(flat["mu/bias"], CONFIG.normalized(mean), rtol=1e-6)
@@ -45,7 +45,7 @@ def test_an_estimator_that_says_nothing_leaves_the_encoders_mel():
     found = states(params)
     mu = np.asarray(jax.jit(encoded)(params))
     np.testing.assert_allclose(found[-1], mu, atol=1e-5)
-    # On the way there every state lies on the line from noise to it.
+    # Every state before it is on the line from noise to it.
     t = sampler.times(CONFIG)[:, None, None, None]
     np.testing.assert_allclose(found, (1 - t) * found[0] + t * mu, atol=1e-4)
 
@@ -56,8 +56,8 @@ def test_a_stream_without_guidance_is_the_masked_run():
     whole = states(params, streaming=True)[-1]
     assert np.abs(whole - states(params, replace(CONFIG, predicts="velocity"), True)[-1]).max() > 0.01
     flow = CachedFlow(params, CONFIG)
-    begun = flow.prefill(make_voice(CONFIG, 0))
-    assert begun.state.cache.k.shape[2] == CONFIG.rows == 1
-    request = flow.stream(begun)
+    prompt = flow.prefill(make_voice(CONFIG, 0))
+    assert prompt.state.cache.k.shape[2] == CONFIG.rows == 1
+    request = flow.stream(prompt)
     parts = [request.push(make_codes(CONFIG, CODES)[:7]), request.push(make_codes(CONFIG, CODES)[7:]), request.finish()]
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-4)

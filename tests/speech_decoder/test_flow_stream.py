@@ -1,4 +1,4 @@
-"""Streaming with caches gives the mel of the prefix runs, for every prompt, length and delivery of the codes."""
+"""Streaming with caches gives the mel of the prefix runs, for every prompt and length and however codes are divided."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def flow(params):
 
 @pytest.fixture(scope="module")
 def reference(params):
-    """(codes, voice, finalize) -> the mel of one run under the chunk mask, as `reference` streaming has it."""
+    """(codes, voice, finalize) -> the mel of one run with the chunk mask, as in the streams of the reference."""
     runs = {
         finalize: jax.jit(partial(sampler.flow, params, TINY, streaming=True, finalize=finalize))
         for finalize in (True, False)
@@ -69,7 +69,7 @@ def test_cached_is_the_prefix_run(flow, reference, data):
     ours = delivered(flow, voice, codes, portions)
     assert ours.shape == expected.shape
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
-    if count > TINY.lookahead:  # the run that `reference` streaming makes before the end
+    if count > TINY.lookahead:  # the run that a stream of the reference makes before the end
         early = reference(codes, voice, finalize=False)
         done = (prompt + count - TINY.lookahead) // TINY.chunk * TINY.chunk - prompt
         np.testing.assert_allclose(ours[:, : 4 * max(done, 0)], early[:, : 4 * max(done, 0)], atol=1e-5, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_a_prompt_serves_many_requests_and_nothing_is_compiled_again(flow, refer
 
 
 @pytest.mark.slow
-def test_growing_changes_nothing(params, reference, monkeypatch):
+def test_a_growing_cache_does_not_change_the_mel(params, reference, monkeypatch):
     monkeypatch.setattr(stream, "FIRST_CODES", 10)
     voice = make_voice(TINY, 7)
     codes = make_codes(TINY, 36)
@@ -139,7 +139,7 @@ def test_the_window_keeps_prompt_and_recent_chunks_in_constant_memory(params, fl
 
 
 @pytest.mark.slow
-def test_a_full_cache_is_narrowed_to_the_window(params, flow):
+def test_a_full_cache_shrinks_to_the_window(params, flow):
     # the first slot is pinned
     voice = make_voice(TINY, 13)
     codes = make_codes(TINY, 95)
@@ -185,7 +185,7 @@ def test_a_cache_in_bfloat16_is_half_as_large_and_near(params, flow):
     assert 0 < np.abs(exact - near).max() < 0.1 * np.abs(exact).max()
 
 
-def test_the_cache_has_the_bytes_that_are_claimed():
+def test_chunk_bytes_is_the_size_of_the_cache():
     cache = jax.eval_shape(lambda: stream.empty(TINY, 3)).cache
     bytes = sum(leaf.size * leaf.dtype.itemsize for name, leaf in vars(cache).items() if name != "chunks")
     assert bytes == 3 * stream.chunk_bytes(TINY)
@@ -202,7 +202,7 @@ def test_temporaries_stay_small_beside_the_cache(params):
     assert memory.temp_size_in_bytes < cache / 4
 
 
-def test_bad_streams_are_refused(params, flow):
+def test_invalid_streams_raise(params, flow):
     with pytest.raises(MossError, match="hold 3 chunks, expected at least 4"):
         windowed(params, 3)
     request = flow.stream(flow.prefill(make_voice(TINY, 13)))

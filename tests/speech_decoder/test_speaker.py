@@ -1,4 +1,4 @@
-"""CAM++ against torch, padded lengths against their own."""
+"""CAM++ compared with torch, and padded clips with unpadded ones."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ from moss_jax.speech_decoder.speaker import (
 
 @pytest.fixture(scope="module")
 def params():
-    """Random weights whose normalisations do something."""
+    """Random weights with normalisations that are not the identity."""
     rng = np.random.default_rng(0)
     flat = flatten(jax.jit(lambda: init_params(TINY, jax.random.key(0)))())
     for path, leaf in flat.items():
@@ -94,7 +94,7 @@ def test_the_embedding_is_that_of_torch(params, frames):
     np.testing.assert_allclose(masked, ours, atol=1e-5)
 
 
-def test_padding_to_a_bucket_changes_nothing(params):
+def test_padding_to_a_bucket_does_not_change_the_embedding(params):
     wave = np.random.default_rng(0).normal(0, 0.1, 7777).astype(np.float32)
     features = mean_normalized(kaldi_fbank(wave[None], replace(FBANK_16K, num_mel_bins=16)))
     expected = CAMPPlus(TINY).apply({"params": params}, features)[0]
@@ -107,7 +107,7 @@ def test_padding_to_a_bucket_changes_nothing(params):
     assert np.isfinite(speaker_embedding(TINY, params, wave[:720])).all()
 
 
-def test_the_full_size_names_come_out():
+def test_names_at_full_size():
     found = table(CAMPPLUS).shapes(param_shapes(CAMPPlus(CAMPPLUS), jnp.zeros((1, 8, 80))))
     assert CAMPPLUS.stage_channels == (128, 256, 512, 512)
     assert found["head.conv1.weight"] == (32, 1, 3, 3) and found["head.layer2.0.shortcut.0.weight"] == (32, 32, 1, 1)

@@ -26,7 +26,7 @@ def shapes(config):
 
 
 def random_params(config, seed=0):
-    """Flat parameters whose F0 lands in the voiced range and whose waves are not clipped."""
+    """Flat parameters with an F0 in the voiced range and waves that are not clipped."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -117,7 +117,7 @@ def test_sines_follow_the_f0(vocoder):
 
 
 @pytest.mark.parametrize("lengths", [(1, 7), (11, 2), (FRAMES, 7)])
-def test_a_padded_item_gives_what_it_gives_alone(vocoder, lengths):
+def test_padding_does_not_change_an_item(vocoder, lengths):
     config, run = vocoder
     mel, noise = (np.concatenate([a, b]) for a, b in zip(draws(FRAMES), draws(FRAMES, seed=2), strict=True))
     waves, _ = run(mel, noise, np.array(lengths, np.int32))
@@ -128,7 +128,7 @@ def test_a_padded_item_gives_what_it_gives_alone(vocoder, lengths):
 
 
 @pytest.mark.slow
-def test_weight_norm_in_the_model_and_folded_are_one(vocoder):
+def test_folded_weight_norm_gives_the_same_waves(vocoder):
     _, run = vocoder
     mel, noise = draws(4)
     model = HiFT(TINY)
@@ -172,7 +172,7 @@ def test_names_and_sizes_of_the_release():
     assert names["conv_post.bias"] == (18,)
 
 
-def test_every_spelling_comes_back():
+def test_every_spelling_round_trips():
     params = random_params(TINY)
     plain = dict(table(TINY).to_theirs(params))
     old = {name.replace("parametrizations.weight.original0", "weight_g") for name in plain}
@@ -195,7 +195,7 @@ def test_every_spelling_comes_back():
         ({"channels": 36}, "multiple of 8"),
     ],
 )
-def test_a_config_that_contradicts_itself(change, words):
+def test_contradictory_configs_raise(change, words):
     with pytest.raises(MossError, match=words):
         replace(TINY, **change)
 

@@ -1,4 +1,4 @@
-"""A mel vocoded in pieces against the same mel vocoded at once: no clicks, the same source, any partition."""
+"""A mel vocoded in pieces, compared with the same mel vocoded at once: no clicks, the same source, any partition."""
 
 from dataclasses import replace
 from functools import partial
@@ -91,7 +91,7 @@ def test_any_partition_has_every_sample(models, sizes):
         np.testing.assert_allclose(waves[0], vocode(params, config, mel, 4), atol=2e-5)
 
 
-def test_the_overlap_must_cover_the_reach_of_the_f0_net():
+def test_overlap_and_context_must_cover_the_reach_of_the_f0():
     with pytest.raises(MossError, match="mel_overlap is 5"):
         init_state(WIDE, 5, 12)
     with pytest.raises(MossError, match="mel_context is 9"):

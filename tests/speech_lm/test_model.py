@@ -1,7 +1,9 @@
 """The layer-split model: against transformers, against itself through the cache, unrolled, and at full size."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moss_jax
+from moss_jax.checkpoint.config_io import read_config, write_config
 from moss_jax.convert import layer_split
 from moss_jax.convert.tables import qwen3, speech_lm
 from moss_jax.errors import MossError
+from moss_jax.nn.qwen3 import Layer, LayerInputs
 from moss_jax.nn.rope import rope_angles
 from moss_jax.nn.tree import flatten, param_shapes, unflatten
-from moss_jax.speech_lm import MOSS_SPEECH_8B, QWEN3_8B, TINY, LayerSplitModel, init_cache
-from moss_jax.speech_lm.model import Layer
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
+from moss_jax.speech_lm import MOSS_SPEECH_8B, QWEN3_8B, TINY, LayerSplitModel, SpeechLMConfig, init_cache
 
 ROWS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 GRID = jax.ShapeDtypeStruct((1, 8, 2), jnp.int32)
@@ -82,7 +87,7 @@ def test_any_chunking_through_the_cache_equals_one_pass(params, seed, lengths, c
     capacity = 32
     grid, valid, positions = padded(rng, lengths, total)
     expected = forward(params, grid, positions, valid.astype(np.int32))
-    seen = np.concatenate([valid, rng.random((2, capacity - total)) < 0.5], 1)  # columns to come may hold anything
+    seen = np.concatenate([valid, rng.random((2, capacity - total)) < 0.5], 1)  # unwritten columns: any value
     caches = jax.tree.map(lambda x: x + 7.0, init_cache(TINY, 2, capacity))
     at = 0
     got = []
@@ -145,8 +150,8 @@ def test_scanned_layers_equal_a_loop_over_layers(params):
     y = x
     for layer in range(TINY.num_shared_layers):
         one = jax.tree.map(lambda p, i=layer: p[i], params["shared"]["layers"])
-        angles = rope_angles(positions, TINY.head_dim, TINY.rope_theta)
-        y, _ = Layer(TINY).apply({"params": one}, y, angles, None, None, None)
+        inputs = LayerInputs(*rope_angles(positions, TINY.head_dim, TINY.rope_theta))
+        y, _ = Layer(TINY).apply({"params": one}, y, inputs)
     scanned = MODEL.apply({"params": params}, "shared", x, positions, method="block")
     np.testing.assert_allclose(scanned, y, atol=1e-5)
 
@@ -303,6 +308,23 @@ def test_long_positions_against_transformers(tied):
 def test_a_config_that_contradicts_itself_is_an_error(change):
     with pytest.raises(MossError, match=next(iter(change)) if "head" not in str(change) else "head"):
         replace(TINY, **change)
+
+
+def test_channels_are_the_columns_that_the_model_predicts():
+    text, audio = TINY.channels
+    assert (text.name, text.vocab_size, text.pad_id) == ("text", 320, TINY.endoftext_id)
+    assert (audio.name, audio.vocab_size, audio.pad_id) == ("audio", 96, TINY.audio_pad_id)
+    assert [channel.name for channel in QWEN3_8B.channels] == ["text"]
+    assert set(init_cache(replace(TINY, audio_vocab_size=0), 1, 4)) == {"shared", "text"}
+
+
+def test_config_json_is_one_flat_object():
+    """The layout of every system folder and run folder, also those of earlier versions."""
+    file = Path(moss_jax.__file__).parent / "assets" / "nano" / "transformer" / "config.json"
+    stored = json.loads(file.read_text())
+    config = read_config(SpeechLMConfig, stored, "config.json")
+    assert config == replace(LANGUAGE_MODEL, param_dtype="bfloat16")  # exported in another dtype than it was trained in
+    assert write_config(config) == stored
 
 
 def test_parameters_carry_logical_axes():

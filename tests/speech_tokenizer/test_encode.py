@@ -34,7 +34,7 @@ def noise(samples, seed=0):
     return (np.random.default_rng(seed).normal(0, 0.1, samples) * envelope).astype(np.float32)
 
 
-def test_the_released_names_and_shapes_come_out():
+def test_names_and_shapes_of_the_release():
     found = table(MOSS_SPEECH_CODEC).shapes(encoder_shapes(MOSS_SPEECH_CODEC))
     expected = {
         "conv1.weight": (1280, 128, 3),
@@ -59,7 +59,7 @@ def test_the_released_names_and_shapes_come_out():
     assert found == {f"encoder.{name}": shape for name, shape in expected.items()}
 
 
-def test_what_the_encoder_does_not_use_is_carried():
+def test_unused_tensors_are_carried():
     names = table(TINY)
     for name in ("decoder.x", "encoder.ema_count", "encoder.ema_weight", "encoder.layer_norm.bias"):
         assert names.is_carried(name)
@@ -139,7 +139,7 @@ def test_no_code_sees_the_future(params):
 @pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.sampled_from([1, 1281, 4999, 19200, 30001]), min_size=1, max_size=4), seed=st.integers(0, 9))
-def test_a_clip_gets_the_same_codes_in_any_company(speech_tokenizer, lengths, seed):
+def test_codes_of_a_clip_do_not_depend_on_the_batch(speech_tokenizer, lengths, seed):
     waves = [noise(length, seed + i) for i, length in enumerate(lengths)]
     together = speech_tokenizer.encode(waves)
     for wave, codes in zip(waves, together, strict=True):
@@ -148,7 +148,7 @@ def test_a_clip_gets_the_same_codes_in_any_company(speech_tokenizer, lengths, se
         np.testing.assert_array_equal(codes, speech_tokenizer.encode([wave])[0])
 
 
-def test_segments_know_nothing_of_each_other(speech_tokenizer):
+def test_segments_are_independent(speech_tokenizer):
     wave = noise(TINY.samples_per_segment * 2 + 3000)
     pieces = [wave[i : i + TINY.samples_per_segment] for i in range(0, len(wave), TINY.samples_per_segment)]
     np.testing.assert_array_equal(speech_tokenizer.encode([wave])[0], np.concatenate(speech_tokenizer.encode(pieces)))
@@ -170,7 +170,7 @@ def test_a_large_batch_is_cut_into_calls(speech_tokenizer, params, monkeypatch):
     np.testing.assert_array_equal(codes[99], speech_tokenizer.encode([waves[99]])[0])
 
 
-def test_odd_but_legal_and_bad_input(speech_tokenizer):
+def test_edge_cases_and_invalid_waves(speech_tokenizer):
     assert [c.shape for c in speech_tokenizer.encode([np.zeros(0, np.float32), np.zeros(1)])] == [(0,), (1,)]
     assert speech_tokenizer.encode([]) == []
     for wave, message in (

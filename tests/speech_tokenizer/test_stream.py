@@ -1,4 +1,4 @@
-"""Streams give the codes of the whole clip, however it is cut."""
+"""Streams give the codes of the whole clip, however it is divided."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def log_mel(frames, seed=0):
 
 
 def cut(x, sizes):
-    """x in consecutive pieces of these sizes, again and again."""
+    """x in consecutive pieces of these sizes, repeated."""
     place = 0
     turn = 0
     while place < len(x):
@@ -55,7 +55,7 @@ def cut(x, sizes):
     frames=st.sampled_from([1, 7, 8, 13, 100, 121, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 49]),
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=5),
 )
-def test_every_cut_of_the_log_mel_gives_the_codes_of_one_pass(params, whole, chunk, frames, sizes):
+def test_log_mel_in_any_portions_gives_the_codes_of_one_pass(params, whole, chunk, frames, sizes):
     x = log_mel(frames, frames)
     stream = LogMelStream(TINY, params, chunk=chunk)
     codes = [stream.push(piece) for piece in cut(x, sizes)]
@@ -92,7 +92,7 @@ def voice(samples, seed=0):
     samples=st.sampled_from([1, 150, 1279, 1280, 19200, 19201, 19300, 47003]),
     sizes=st.lists(st.integers(1, 20000), min_size=1, max_size=4),
 )
-def test_every_cut_of_a_wave_gives_the_same_codes(params, samples, sizes):
+def test_a_wave_in_any_portions_gives_the_same_codes(params, samples, sizes):
     wave = voice(samples)
     expected = np.concatenate([(stream := WaveStream(TINY, params)).push(wave), stream.finish()])
     segments, rest = divmod(samples, TINY.samples_per_segment)
@@ -113,7 +113,7 @@ def test_with_the_true_maximum_a_wave_gives_the_codes_of_the_whole_clip(params):
 
 
 def test_the_running_maximum_lowers_only_what_was_quiet():
-    """The frames before the loudest one may lie lower than in the whole clip; the others are the same."""
+    """The frames before the loudest one may be lower than in the whole clip; the others are the same."""
     wave = voice(14080)
     padded = np.pad(wave, 200, mode="reflect")[None, : 87 * 160 + 400]
     ours, peak = running_log_mel(TINY, padded, jnp.array([-9.0]))
@@ -139,7 +139,7 @@ def test_no_call_compiles_a_second_time(params):
     assert (wave_step._cache_size(), log_mel_step._cache_size()) == before == (1, 1)
 
 
-def test_what_a_stream_refuses(params):
+def test_invalid_input_of_a_stream(params):
     with pytest.raises(MossError, match="chunk is 4, expected a divisor of the 15 codes"):
         LogMelStream(TINY, params, chunk=4)
     with pytest.raises(MossError, match="the pushed wave has NaN"):

@@ -91,19 +91,19 @@ def compare(folder: Path, steps: int = 50, switch_at: int = 10, compared: int = 
             shutil.rmtree(path)
     end = switch_at + compared
     (output,) = finish(place.start("moved", f"steps={end}", "mesh.fsdp=1", "mesh.tensor=4", devices=4))
-    assert "mesh: tensor 4" in output and f"going on after step {switch_at} of {end}" in output
+    assert "mesh: tensor 4" in output and f"resuming after step {switch_at} of {end}" in output
     worst = difference(place.losses("moved")[switch_at:], expected[switch_at:end])
     result["8 devices, fsdp -> 4 devices, tensor"] = f"{compared} steps, largest relative difference {worst:.1e}"
 
     two = place.start_two("two")
     next(line for line in two[0].stdout if line.startswith("step 5/"))
-    two[1].send_signal(signal.SIGTERM)  # only one of them is notified
+    two[1].send_signal(signal.SIGTERM)  # the notice comes to one of them
     output, _ = finish(*two, code=75)
     saved = len(place.losses("two"))
     assert saved < steps and f"saved after step {saved};" in output
     result["SIGTERM to one of two processes"] = f"both ended with 75 after step {saved}"
     output, _ = finish(*place.start_two("two"))
-    assert f"going on after step {saved} of {steps}" in output
+    assert f"resuming after step {saved} of {steps}" in output
     worst = difference(place.losses("two"), expected)
     result["1 process of 8 devices -> 2 of 4"] = f"{steps} steps, largest relative difference {worst:.1e}"
 

@@ -44,9 +44,9 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
+def test_saved_arrays_are_restored_and_the_oldest_checkpoints_removed(tmp_path):
     checkpoints = save(tmp_path / "c", 1, 2, 3, keep=2)
-    assert checkpoints.steps() == [2, 3] and checkpoints.newest_whole() == 3
+    assert checkpoints.steps() == [2, 3] and checkpoints.newest_complete() == 3
     assert checkpoints.record(3) == {"step": 3}
     restored = checkpoints.restore(3, params=like())["params"]
     jax.tree.map(np.testing.assert_array_equal, restored, tree(3))
@@ -71,7 +71,7 @@ def test_a_state_saved_under_old_parameter_names_is_restored(tmp_path):
     np.testing.assert_array_equal(without.params["encoder/layers/q/kernel"], 1.0)
 
 
-def test_a_save_under_way_does_not_see_what_comes_after(tmp_path):
+def test_a_save_in_progress_is_not_affected_by_later_updates(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     state = tree(1)
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
@@ -83,7 +83,7 @@ def test_a_save_under_way_does_not_see_what_comes_after(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(step, params=like())["params"], tree(step))
 
 
-def test_every_file_that_changes_or_goes_is_found(saved, tmp_path):
+def test_every_changed_or_missing_file_is_detected(saved, tmp_path):
     """All but Orbax's own marker of the commit, which holds nothing of ours."""
     names = [str(path.relative_to(saved / "2")) for path in files(saved / "2")]
     assert len(names) > 8
@@ -108,7 +108,7 @@ def test_every_file_that_changes_or_goes_is_found(saved, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no checksums"])
-def test_the_one_before_is_used_and_the_damaged_one_kept_aside(saved, tmp_path, damage):
+def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_it_used(saved, tmp_path, damage):
     folder = tmp_path / "c"
     lines = []
     shutil.copytree(saved, folder)
@@ -122,25 +122,25 @@ def test_the_one_before_is_used_and_the_damaged_one_kept_aside(saved, tmp_path, 
     else:
         (folder / "2/checksums.json").unlink()
     checkpoints = Checkpoints(folder, say=lines.append)
-    assert checkpoints.newest_whole() == 1
+    assert checkpoints.newest_complete() == 1
     named = "checksums.json" if damage == "no checksums" else largest.name
     assert len(lines) == 1 and named in lines[0] and str(folder / "damaged/2") in lines[0]
     assert files(folder / "damaged/2") and checkpoints.steps() == [1]
     checkpoints.save(2, {}, params=tree(2))
     checkpoints.wait()
-    assert checkpoints.newest_whole() == 2
+    assert checkpoints.newest_complete() == 2
 
 
-def test_what_a_killed_save_left_is_cleared(saved, tmp_path):
+def test_remains_of_a_killed_save_are_removed(saved, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(saved, folder)
     (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")
-    assert Checkpoints(folder).newest_whole() == 1
+    assert Checkpoints(folder).newest_complete() == 1
     assert not list(folder.glob("*tmp*"))
 
 
-def test_nothing_whole(tmp_path):
-    assert Checkpoints(tmp_path / "c").newest_whole() is None
+def test_no_complete_checkpoint(tmp_path):
+    assert Checkpoints(tmp_path / "c").newest_complete() is None
 
 
 def test_a_file_too_large_for_the_disk(tmp_path):
@@ -155,12 +155,12 @@ def test_a_file_too_large_for_the_disk(tmp_path):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "c/2: cannot be saved (File too large); the newest whole checkpoint is 1" in str(caught.value)
+    assert "c/2: cannot be saved (File too large); the newest complete checkpoint is 1" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert Checkpoints(tmp_path / "c").newest_whole() == 1
+    assert Checkpoints(tmp_path / "c").newest_complete() == 1
 
 
-def test_another_tree_is_one_line(saved):
+def test_another_tree_is_an_error_of_one_line(saved):
     with pytest.raises(MossError, match="cannot be restored") as caught:
         Checkpoints(saved).restore(2, params={"a": like()["a"]})
     assert "\n" not in str(caught.value)

@@ -79,11 +79,11 @@ def test_speech_decoder(kind, spoken, tmp_path, monkeypatch):  # noqa: F811
     check(config, tmp_path, monkeypatch)
 
 
-def test_a_folder_that_the_user_names_stays(tmp_path):
+def test_a_cache_folder_named_by_the_user_is_kept(tmp_path):
     code = """
 import jax
-from moss_jax.cli.system_arguments import keep_compiled
-keep_compiled()
+from moss_jax.compile_cache import enable_compile_cache
+enable_compile_cache()
 print(jax.config.jax_compilation_cache_dir)
 """
     found = {}

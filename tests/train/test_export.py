@@ -13,8 +13,8 @@ from moss_jax.data import Example, Mixture, write_examples
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.train import loop
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
 from moss_jax.train.speech_lm.lora import Lora
+from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.stages import SFT, STAGE_1, with_lora
 
 

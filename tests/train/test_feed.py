@@ -7,7 +7,8 @@ import pytest
 from moss_jax.data import open_batches
 from moss_jax.sharding import make_mesh
 from moss_jax.train import feed
-from moss_jax.train.run import load_run
+from moss_jax.train.run_file import load_run
+from moss_jax.train.speech_lm.feed import packed_feed
 from tests.train import tiny
 
 
@@ -23,7 +24,7 @@ from tests.train import tiny
         ([(0, 3), (6, 12)], 12, ([0, 2, 3], 4)),
     ],
 )
-def test_rows_are_blocks_as_large_as_can_be(spans, rows, expected):
+def test_rows_are_divided_into_the_largest_blocks(spans, rows, expected):
     indices, count = feed.blocks(spans, rows)
     assert (indices, count) == expected
     size = rows // count
@@ -32,13 +33,13 @@ def test_rows_are_blocks_as_large_as_can_be(spans, rows, expected):
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_the_devices_get_the_global_batch(tmp_path, monkeypatch, count):
+def test_the_devices_receive_the_global_batch(tmp_path, monkeypatch, count):
     """However it is opened: as a whole or block by block."""
     data = tiny.write_data(tmp_path / "data")
     run = load_run(tiny.write_config(tmp_path / "run.py", data, tmp_path / "run"))
     expected = open_batches(run.data, tiny.MODEL, context=run.context, batch_size=run.batch_size)
     monkeypatch.setattr(feed, "blocks", lambda spans, rows: (list(range(count)), count))
-    batches = feed.Feed(run.data, tiny.MODEL, run, make_mesh(devices=jax.devices()[:1]))
+    batches = packed_feed(run.data, tiny.MODEL, run, make_mesh(devices=jax.devices()[:1]))
     batches.skip_to(3)
     expected.skip_to(3)
     state = batches.get_state()
@@ -49,6 +50,5 @@ def test_the_devices_get_the_global_batch(tmp_path, monkeypatch, count):
                 np.testing.assert_array_equal(found[name], wanted[name])
         batches.set_state(state)
         expected.skip_to(3)
-    assert batches.source_names == ("spoken", "written")
     batches.close()
     expected.close()

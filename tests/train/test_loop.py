@@ -14,7 +14,8 @@ from moss_jax.checkpoint import open_tensors
 from moss_jax.errors import MossError
 from moss_jax.train import export, loop
 from moss_jax.train.checkpoints import Checkpoints
-from moss_jax.train.run import Guard, load_run, override
+from moss_jax.train.run import Guard
+from moss_jax.train.run_file import load_run, override
 from moss_jax.train.speech_lm import task as language_model
 from moss_jax.train.speech_lm.stages import STAGE_1
 from tests.train import tiny
@@ -68,7 +69,7 @@ def same(found, expected, keys=("step", "loss", "text_loss", "audio_loss", "grad
     ]
 
 
-def test_what_a_run_leaves(whole):
+def test_the_files_of_a_run(whole):
     run, lines = whole
     steps = entries(run)
     evaluations = entries(run, "evaluations.jsonl")
@@ -80,9 +81,9 @@ def test_what_a_run_leaves(whole):
     for key in ("tokens_per_second", "step_seconds", "data_seconds", "data_share", "checkpoint_seconds", "memory_gib"):
         assert all(entry[key] >= 0 for entry in steps)
     assert any(entry["checkpoint_seconds"] > 0 for entry in steps)
-    told = "\n".join(lines)
-    assert "step 4/12  loss" in told and "held-out loss" in told and "tokens/s" in told
-    assert not any("going on" in line for line in lines)
+    output = "\n".join(lines)
+    assert "step 4/12  loss" in output and "held-out loss" in output and "tokens/s" in output
+    assert not any("resuming" in line for line in lines)
 
 
 def test_a_run_compiles_its_step_once(run, monkeypatch):
@@ -96,7 +97,7 @@ def test_a_run_compiles_its_step_once(run, monkeypatch):
     assert [step._cache_size() for step in steps] == [1, 1]
 
 
-def test_the_next_step_is_under_way_before_metrics_are_fetched(run, monkeypatch):
+def test_the_next_step_is_started_before_metrics_are_fetched(run, monkeypatch):
     """But where the run pauses: at steps 4, 8 and 12."""
     events = []
     make = language_model.make_step
@@ -125,15 +126,15 @@ def test_a_profile_of_some_steps(run):
     assert list(tiny.Path(run.folder, "profile").rglob("*.xplane.pb"))
 
 
-def test_what_is_not_as_it_was_is_told(run):
+def test_changes_since_the_last_start_are_reported(run):
     train(replace(run, steps=4))
     lines = train(override(run, ["steps=8", "optimizer.learning_rate=1e-3", "data.seed=5"]))[1]
-    (note,) = [line for line in lines if "not as when" in line]
+    (note,) = [line for line in lines if "changed since" in line]
     assert "optimizer.learning_rate 0.003 -> 0.001" in note and "data.seed 3 -> 5" in note and "steps 4 -> 8" in note
     assert any("belongs to other data" in line and "from step 5 on" in line for line in lines)
 
 
-def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
+def test_a_preempted_run_resumes_exactly(run, whole):
     def notice(line):
         if line.startswith("step 4/"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -144,12 +145,12 @@ def test_a_notice_ends_a_run_after_the_step_and_it_goes_on_exactly(run, whole):
     saved = entries(run)[-1]["step"]
     assert saved < 12
     code, lines = train(run)
-    assert code == loop.DONE and any(f"going on after step {saved} of 12" in line for line in lines)
+    assert code == loop.DONE and any(f"resuming after step {saved} of 12" in line for line in lines)
     same(entries(run), entries(whole[0]))
     same(entries(run, "evaluations.jsonl"), entries(whole[0], "evaluations.jsonl"))
 
 
-def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, monkeypatch):
+def test_a_lost_evaluation_and_export_are_repeated(run, whole, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("the machine went away")
 
@@ -170,7 +171,7 @@ def test_evaluation_and_export_lost_with_the_process_are_repeated(run, whole, mo
     assert train(run)[1][-1].startswith("tiny: done after 12 steps")  # nothing is left to do
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(run, whole):
     train(run)
     files = sorted(
         (p for p in (tiny.Path(run.folder) / "checkpoints/12").rglob("*") if p.is_file()), key=os.path.getsize
@@ -181,11 +182,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole):
     code, lines = train(run)
     (named,) = [line for line in lines if " is damaged: " in line]
     assert code == loop.DONE and files[-1].name in named and "has other contents" in named
-    assert any("going on after step 8" in line for line in lines)
+    assert any("resuming after step 8" in line for line in lines)
     same(entries(run), entries(whole[0]))
 
 
-def test_a_gradient_that_is_no_number_is_skipped_and_told(run, monkeypatch):
+def test_a_gradient_that_is_too_large_is_skipped_and_reported(run, monkeypatch):
     monkeypatch.setattr(loop.Watch, "limit", lambda self, step: 0.0 if step in (3, 7) else np.inf)
     code, lines = train(run)
     assert code == loop.DONE
@@ -193,7 +194,7 @@ def test_a_gradient_that_is_no_number_is_skipped_and_told(run, monkeypatch):
     assert [line.split(",")[0] for line in lines if "skipped" in line] == ["step 3: skipped", "step 7: skipped"]
 
 
-@pytest.mark.parametrize("guard, last", [(Guard(action="stop"), 6), (Guard(most=3), 8)])
+@pytest.mark.parametrize("guard, last", [(Guard(action="stop"), 6), (Guard(max_consecutive_skips=3), 8)])
 def test_the_guard_stops_a_run(run, monkeypatch, guard, last):
     monkeypatch.setattr(loop.Watch, "limit", lambda self, step: 0.0 if step >= 6 else np.inf)
     code, lines = train(replace(run, guard=guard))
@@ -203,7 +204,7 @@ def test_the_guard_stops_a_run(run, monkeypatch, guard, last):
     assert entries(run)[-1]["step"] == last
 
 
-def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
+def test_frozen_parameters_are_exported_bit_identically(run, data, tmp_path):
     run = replace(run, stage=STAGE_1, frozen_dtype="bfloat16", export_dtype="float32")
     kept = {}
     split = language_model.starting_parameters
@@ -224,7 +225,7 @@ def test_frozen_parameters_come_out_as_they_went_in(run, data, tmp_path):
         assert {p: reader.read(p).tobytes() for p in kept} == kept
         assert {p for p in reader.tensors if p.startswith("audio/")} == set(reader.tensors) - set(kept)
         assert all(reader.tensors[p].dtype == np.float32 for p in set(reader.tensors) - set(kept))
-    with pytest.raises(MossError, match=r"no checkpoint of step 5, there are: 4, 8, 12"):
+    with pytest.raises(MossError, match=r"no checkpoint of step 5, existing ones: 4, 8, 12"):
         export.export_checkpoint(run.folder, tmp_path / "other", step=5)
 
 
@@ -248,10 +249,10 @@ def test_bad_input_is_one_line_and_nothing_is_lost(whole, settings, says):
     with pytest.raises(MossError) as caught:
         train(override(run, settings))
     assert says in str(caught.value).partition("\n")[0]
-    assert entries(run) == before and Checkpoints(f"{run.folder}/checkpoints").newest_whole() == 12
+    assert entries(run) == before and Checkpoints(f"{run.folder}/checkpoints").newest_complete() == 12
 
 
-def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
+def test_a_full_disk_keeps_what_was_saved(run, monkeypatch):
     import orbax.checkpoint as ocp
 
     save = ocp.CheckpointManager.save
@@ -264,11 +265,11 @@ def test_a_full_disk_leaves_what_was_saved(run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MossError) as caught:
         patch.setattr(ocp.CheckpointManager, "save", full)
         train(run)
-    assert "checkpoints/8: cannot be saved (No space left on device); the newest whole checkpoint is 4" in str(
+    assert "checkpoints/8: cannot be saved (No space left on device); the newest complete checkpoint is 4" in str(
         caught.value
     )
     code, lines = train(run)
-    assert code == loop.DONE and any("going on after step 4" in line for line in lines)
+    assert code == loop.DONE and any("resuming after step 4" in line for line in lines)
 
 
 def test_an_unwritable_folder(run, tmp_path):

@@ -16,7 +16,7 @@ MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"fsdp": 2, "seq
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one():
+def test_eight_devices_train_like_one():
     environment = {**os.environ, "XLA_FLAGS": flags.devices(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.train.test_mesh"],

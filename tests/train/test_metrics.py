@@ -13,7 +13,8 @@ from moss_jax.cli import main
 from moss_jax.errors import MossError
 from moss_jax.train.guard import Watch
 from moss_jax.train.metrics import Board, IntervalMetrics, MetricsFile, by_source, measured, read_entries
-from moss_jax.train.run import Guard, run_text
+from moss_jax.train.run import Guard
+from moss_jax.train.run_file import run_text
 from tests.train.test_run import stage1
 
 
@@ -36,7 +37,7 @@ def entry(step, loss=2.0):
     }
 
 
-def test_a_metrics_file_is_cut_back_and_never_holds_a_step_twice(tmp_path):
+def test_a_metrics_file_is_truncated_and_never_has_a_step_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     for step in range(1, 6):
@@ -54,7 +55,7 @@ def test_a_metrics_file_is_cut_back_and_never_holds_a_step_twice(tmp_path):
     assert math.isnan(float(entries[-1]["loss"])) and json.loads(path.read_text().splitlines()[-1])["loss"] == "nan"
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(MossError, match="cannot be written"):
         MetricsFile(tmp_path / "nowhere/metrics.jsonl", 0)
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
@@ -108,7 +109,7 @@ def test_sources_by_name():
     assert by_source(metrics, ("a", "b")) == expected
 
 
-def test_the_limit_is_a_function_of_the_updates_up_to_the_second_before():
+def test_the_limit_depends_on_updates_up_to_the_second_before():
     watch = Watch(Guard(spike=3.0, window=4))
     assert watch.limit(1) == math.inf
     for step, norm in enumerate((1.0, 2.0, 4.0, 8.0), 1):
@@ -122,14 +123,14 @@ def test_the_limit_is_a_function_of_the_updates_up_to_the_second_before():
     assert Watch(Guard(spike=None)).limit(1000) == math.inf
 
 
-def test_the_guard_gives_up():
+def test_the_guard_stops_after_consecutive_skips():
     assert Watch(Guard(action="stop")).add(1, math.inf, True)
-    watch = Watch(Guard(most=2))
+    watch = Watch(Guard(max_consecutive_skips=2))
     assert watch.add(1, 1.0, True) is None and watch.add(2, 1.0, False) is None
     assert watch.add(3, 1.0, True) is None and "2 updates in a row" in watch.add(4, 1.0, True)
 
 
-def test_tensorboard_gets_every_number(tmp_path):
+def test_tensorboard_receives_every_number(tmp_path):
     board_module = pytest.importorskip("tensorboardX")
     assert board_module
     board = Board(tmp_path, True, None, "run", {})
@@ -140,7 +141,7 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert b"train/loss" in content and b"train/sources/a/text_loss" in content
 
 
-def test_wandb_gets_every_number(tmp_path, monkeypatch):
+def test_wandb_receives_every_number(tmp_path, monkeypatch):
     calls = []
     run = SimpleNamespace(
         log=lambda numbers, step: calls.append((step, numbers)),
@@ -186,12 +187,12 @@ def test_curves(tmp_path, capsys):
         (b'{"step": 1, "name": "a\xc2\x85b\xe2\x80\xa8c"}\r\n[1]\nnull\n\n{"step": 2}\n', [1, 2]),
     ],
 )
-def test_damaged_lines_are_passed_over(tmp_path, content, steps):
+def test_damaged_lines_are_ignored(tmp_path, content, steps):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     assert [entry["step"] for entry in read_entries(tmp_path / "metrics.jsonl")] == steps
 
 
-def test_a_plot_of_losses_that_are_no_numbers(tmp_path):
+def test_a_plot_of_losses_that_are_not_finite(tmp_path):
     pytest.importorskip("matplotlib")
     from moss_jax.train.plot import plot_runs
 

@@ -23,7 +23,7 @@ def test_schedules():
     assert rates(schedule="constant", warmup_steps=1)[0] == 1.0
 
 
-def test_clipping_bounds_the_gradient_that_adam_sees():
+def test_clipping_bounds_the_gradient_of_adam():
     params = {"a": jnp.zeros(4)}
     grads = {"a": jnp.full(4, 100.0)}
     seen = {}
@@ -79,7 +79,7 @@ def test_muon_makes_the_layers_matrices_orthogonal_and_leaves_the_rest_to_adamw(
         np.testing.assert_allclose(sizes, sizes.max(), rtol=1e-3)
 
 
-def test_muon_does_not_depend_on_how_heads_are_cut():
+def test_muon_does_not_depend_on_the_number_of_heads():
     draw = np.random.default_rng(0)
     params = {"layers/q/kernel": jnp.asarray(draw.normal(size=(1, 24, 3, 8)))}
     cut = {"layers/q/kernel": params["layers/q/kernel"].reshape(1, 24, 6, 4)}
@@ -98,6 +98,6 @@ def test_muon_does_not_depend_on_how_heads_are_cut():
         ({"clip_norm": -1.0}, "clip_norm is -1.0"),
     ],
 )
-def test_what_a_config_refuses(settings, problem):
+def test_bad_configs_are_refused(settings, problem):
     with pytest.raises(MossError, match=problem):
         OptimizerConfig(**settings)

@@ -6,7 +6,7 @@ from tests.train import kill, places
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_the_uninterrupted_one(tmp_path):
+def test_killed_runs_end_like_the_uninterrupted_one(tmp_path):
     result = kill.compare(tmp_path, times=2, seed=1)
     assert result["kills"] == 2 and result["in the middle of a save"] >= 1
 

@@ -9,7 +9,9 @@ from moss_jax.cli import main
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
 from moss_jax.speech_lm import model_shapes
-from moss_jax.train.run import MeshSizes, Run, load_run, override, read_run, run_text
+from moss_jax.train import Run
+from moss_jax.train.run import MeshSizes
+from moss_jax.train.run_file import load_run, override, read_run, run_text
 from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +19,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_config_is_a_run_that_json_holds(path, tmp_path):
+def test_every_config_survives_json(path, tmp_path):
     run = load_run(path)
     (tmp_path / "run.json").write_text(run_text(run))
     assert read_run(tmp_path) == run
@@ -67,6 +69,17 @@ def test_a_group_of_fields_is_set_with_its_defaults():
         vocoder("objective.discriminators={'size': 3}")
 
 
+def test_fields_are_accepted_by_their_former_names(tmp_path):
+    run = vocoder("guard.most=3", "average=0.5")
+    assert run.guard.max_consecutive_skips == 3 and run.ema_decay == 0.5
+    assert vocoder("guard={'most': 4}").guard.max_consecutive_skips == 4
+    values = json.loads(run_text(run))
+    values["average"] = values.pop("ema_decay")
+    values["guard"]["most"] = values["guard"].pop("max_consecutive_skips")
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert read_run(tmp_path) == run
+
+
 def test_data_is_set_on_the_command_line():
     run = stage1("data.sources=[('talks', 'DATA/talks', 9), ('books', 'DATA/books', 1)]")
     assert run.data.sources == (("talks", "DATA/talks", 9.0), ("books", "DATA/books", 1.0))
@@ -94,11 +107,11 @@ def test_data_is_set_on_the_command_line():
         ("remat=some", "remat is 'some', expected one of none, dots, full"),
         ("batch_size=0", "batch_size is 0, expected a whole number above 0"),
         ("accumulate=3", "batch_size 16 does not divide into 3 parts"),
-        ("data.sources=[]", "it has no source"),
+        ("data.sources=[]", "has no source"),
         ("profile=(5, 3)", "profile is (5, 3)"),
     ],
 )
-def test_wrong_values_are_told_in_one_line(assignment, says):
+def test_wrong_values_are_reported_in_one_line(assignment, says):
     with pytest.raises(MossError) as caught:
         stage1(assignment)
     assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -107,13 +120,13 @@ def test_wrong_values_are_told_in_one_line(assignment, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("RUN = 3", "sets RUN to int, expected a moss_jax.train.run.Run"),
+        ("RUN = 3", "sets RUN to int, expected a moss_jax.train.Run"),
         ("", "sets RUN to nothing"),
         ("x = 1\nRUN = Run()", "line 2: NameError: name 'Run' is not defined"),
         ("RUN = (", "line 1: SyntaxError"),
     ],
 )
-def test_a_config_that_is_none(tmp_path, text, says):
+def test_a_file_that_is_not_a_config(tmp_path, text, says):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(MossError) as caught:
         load_run(tmp_path / "c.py")
@@ -136,8 +149,8 @@ def test_print(capsys):
         main(["train", "--config", str(ROOT / "configs/stage1.py"), "--print", "--init", "X", "--set", "steps=2000"])
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert told["init"] == "X" and told["steps"] == 2000
+    output = json.loads(capsys.readouterr().out)
+    assert output["init"] == "X" and output["steps"] == 2000
 
 
 def test_errors_of_the_verbs(tmp_path, capsys):
@@ -149,11 +162,11 @@ def test_errors_of_the_verbs(tmp_path, capsys):
         (["export", str(tmp_path), "-o", str(tmp_path / "system")], "no run.json in it"),
     ):
         assert main(words) == 2
-        told = capsys.readouterr().err
-        assert says in told and told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert says in output and output.count("\n") == 1
 
 
-def test_the_stages_select_something(tmp_path):
+def test_the_stages_of_all_configs_select_parameters(tmp_path):
     from moss_jax.speech_lm.config import TINY
 
     for path in CONFIGS:

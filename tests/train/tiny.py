@@ -19,8 +19,7 @@ MODEL = dataclasses.replace(
 
 CONFIG = """
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import *
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import STAGE_1, STAGE_2
 from tests.train.tiny import MODEL
 

@@ -29,9 +29,7 @@ MODEL = SpeechTokenizerConfig(
 )
 
 CONFIG = """
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import *
-from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
+from moss_jax.train import Objective, OptimizerConfig, SpeechTokenizerRun
 from tests.train.tones import MODEL
 
 RUN = SpeechTokenizerRun(

@@ -1,1 +1,1 @@
-"""The name tables of the released checkpoints: data."""
+"""The name tables of the released checkpoints, one module for each model."""

@@ -1,4 +1,4 @@
-"""The name table of flow.pt, flow-chunk-5.pt and flow-chunk-25.pt: 1121 tensors and two counters."""
+"""Name table of flow.pt, flow-chunk-5.pt and flow-chunk-25.pt: 1121 tensors and two counters."""
 
 from moss_jax.convert.table import (
     CONV1D,
@@ -32,7 +32,7 @@ def _norm(name: str, path: str) -> tuple[Row, Row]:
 
 
 def encoder_rows(config: FlowConfig) -> tuple[Row, ...]:
-    """The rows of the encoder, without the `encoder.` in front."""
+    """The rows of the encoder, without the prefix `encoder.`."""
     heads = config.encoder.num_heads
     layer = (
         *(
@@ -68,7 +68,11 @@ def encoder_rows(config: FlowConfig) -> tuple[Row, ...]:
 
 
 def estimator_rows(config: FlowConfig, estimator: str = "estimator/", time: str = "time/") -> tuple[Row, ...]:
-    """The rows of the estimator, without the `decoder.estimator.` in front."""
+    """The rows of the estimator, without the prefix `decoder.estimator.`.
+
+    Args:
+        estimator, time: prefixes of the paths of the estimator and of the time embedding.
+    """
     heads = config.estimator.num_heads
     block = (
         *(Row(f"attn1.to_{name}.weight", f"{name}/kernel", heads_out(heads)) for name in ("q", "k", "v")),
@@ -100,7 +104,7 @@ def estimator_rows(config: FlowConfig, estimator: str = "estimator/", time: str 
 
 
 def table(config: FlowConfig) -> NameTable:
-    """The released file; paths are those of `FlowModel`. The training counters are carried along."""
+    """The name table; paths are those of `FlowModel`. The training counters are unused and carried."""
     return NameTable(
         (
             Row("input_embedding.weight", "codes/embedding"),

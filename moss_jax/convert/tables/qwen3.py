@@ -1,6 +1,6 @@
-"""Qwen/Qwen3-*: 11 tensors a layer and three more; files that tie the embeddings have no `lm_head.weight`.
+"""Name table of Qwen/Qwen3-*: 11 tensors a layer and three more. With tied embeddings there is no `lm_head.weight`.
 
-In our tree a plain Qwen3 is the text side of the layer-split model: `num_shared_layers=0`, `audio_vocab_size=0`.
+In our parameter tree a plain Qwen3 is a layer-split model with `num_shared_layers=0` and `audio_vocab_size=0`.
 """
 
 from moss_jax.convert.table import LINEAR, NameTable, Row, prefixed
@@ -9,7 +9,7 @@ from moss_jax.speech_lm.config import SpeechLMConfig
 
 
 def table(config: SpeechLMConfig) -> NameTable:
-    """The name table of a plain Qwen3; where embeddings are tied, leave 'text/head/kernel' out of the tree."""
+    """The name table of a plain Qwen3. For tied embeddings the parameter tree has no 'text/head/kernel'."""
     rows = (
         Row("model.embed_tokens.weight", "text/embed/embedding"),
         Row("model.norm.weight", "text/norm/scale"),

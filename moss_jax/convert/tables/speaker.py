@@ -1,19 +1,19 @@
-"""Tensor names of CAM++ as 3D-Speaker's PyTorch module has them."""
+"""Name table of CAM++, with the names of 3D-Speaker's PyTorch module."""
 
-from moss_jax.convert.table import CONV1D, CONV1X1, CONV2D, NameTable, Row
+from moss_jax.convert.table import CONV1D, CONV1X1, CONV2D, NameTable, Row, Transform
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 
 def table(config: SpeakerConfig) -> NameTable:
-    """The counters of batch normalisation are carried along unused."""
-    rows = []
+    """The name table. The counters of batch normalization are unused and carried."""
+    rows: list[Row] = []
 
-    def norm(name: str, path: str, affine: bool = True):
+    def norm(name: str, path: str, affine: bool = True) -> None:
         rows.extend((Row(f"{name}.running_mean", f"{path}/mean"), Row(f"{name}.running_var", f"{path}/var")))
         if affine:
             rows.extend((Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")))
 
-    def conv(name: str, path: str, transform):
+    def conv(name: str, path: str, transform: Transform) -> None:
         rows.append(Row(f"{name}.weight", f"{path}/kernel", transform))
 
     for i in (1, 2):

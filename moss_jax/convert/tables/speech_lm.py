@@ -1,4 +1,7 @@
-"""fnlp/MOSS-Speech: 446 tensors, 40 layers of 11 and six more. Source: the released checkpoint's documented layout."""
+"""Name table and config keys of fnlp/MOSS-Speech: 446 tensors, which are 40 layers of 11 and six more.
+
+Source: the documented layout of the released checkpoint.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,11 +65,13 @@ class ReleasedSpeechLMConfig:
 
 
 def config_from_released(released: Mapping[str, Any], where: str) -> SpeechLMConfig:
-    """Our config from the keys of a released `config.json`; keys that we do not know are left alone.
+    """Our config from the keys of a released `config.json`; unknown keys are ignored.
+
+    Args:
+        where: start of error messages.
 
     Raises:
-        MossError: a key is missing, or asks for something that the model does not have (biases, tied embeddings,
-            another activation, scaled RoPE).
+        MossError: a key is missing, or describes another model (biases, another activation, scaled RoPE).
     """
     config = read_config(ReleasedSpeechLMConfig, released, where, foreign=True)
     for key, expected in {"attention_bias": False, "hidden_act": "silu", "rope_scaling": None}.items():
@@ -84,7 +89,7 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechLMCon
 
 
 def layer_rows(config: SpeechLMConfig) -> tuple[Row, ...]:
-    """One Qwen3 layer, names and paths relative to the layer."""
+    """The rows of a Qwen3 layer; names and paths are relative to the layer."""
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads
     return (

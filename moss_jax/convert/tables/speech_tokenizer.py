@@ -1,4 +1,4 @@
-"""Tensor names of the released codec's `model.safetensors`: the Whisper-VQ encoder."""
+"""Name table and config keys of the released codec's `model.safetensors`: the Whisper-VQ encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,10 +28,13 @@ class ReleasedTokenizerConfig:
 
 
 def config_from_released(released: Mapping[str, Any], where: str) -> SpeechTokenizerConfig:
-    """The sizes in the config.json of the released codec, or in one with the same keys.
+    """Our config from the keys of the released codec's `config.json`; unknown keys are ignored.
+
+    Args:
+        where: start of error messages.
 
     Raises:
-        MossError: a key is missing, or describes an encoder that this one is not. `where` opens the message.
+        MossError: a key is missing, or describes another encoder.
     """
     fixed = {
         "encoder_causal_attention": True,
@@ -70,8 +73,8 @@ def config_from_released(released: Mapping[str, Any], where: str) -> SpeechToken
 
 
 def table(config: SpeechTokenizerConfig) -> NameTable:
-    """Layers after the quantiser, the moving averages of codebook training and all that is not of the encoder are
-    carried along unused."""
+    """The name table. Unused and carried: layers after the quantizer, the moving averages of the codebook's training,
+    and everything outside the encoder."""
     heads = config.encoder_attention_heads
     q = heads_out(heads)
     bias = heads_bias(heads)
@@ -106,7 +109,7 @@ def table(config: SpeechTokenizerConfig) -> NameTable:
         *layer,
         Row("codebook.weight", "codebook"),
         Row("embed_positions2.weight", "code_positions"),
-        # Small models only: the projection to a low-dimensional codebook.
+        # Only in models of our own: the projection to a low-dimensional codebook.
         Row("project.weight", "project/kernel", LINEAR),
         Row("project.bias", "project/bias"),
     )

@@ -1,8 +1,8 @@
-"""Names of `hift.pt`, the HiFT vocoder of the released codec.
+"""Name table of `hift.pt`, the HiFT vocoder of the released codec.
 
-Two things differ between files of the same model: how weight norm is spelled (`X.parametrizations.weight.original0/1`
-or the older `X.weight_g`, `X.weight_v`) and whether `generator.` stands before every name. `spelling` finds both from
-the names of a file; an export hands the same back to `table`.
+Files of the same model differ in two ways: the names of weight norm (`X.parametrizations.weight.original0/1`, or
+`X.weight_g` and `X.weight_v` of older PyTorch versions), and whether every name starts with `generator.`. `spelling`
+detects both; an export writes the names in the same way.
 """
 
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from moss_jax.convert.table import CONV1D, CONV_TRANSPOSE1D, LINEAR, SAME, NameTable, Row, Transform
 from moss_jax.speech_decoder.vocoder import VocoderConfig
 
-GAIN = Transform(lambda x: x.reshape(x.shape[0]), lambda x: x.reshape(x.shape[0], 1, 1))  # torch [channels, 1, 1]
+GAIN = Transform("channels 1 1", "channels")
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a file spells the names: what stands before each, and the weight norm suffixes of g and v."""
+    """How a file spells its names: the prefix of all names, and the suffixes of g and v of weight norm."""
 
     prefix: str = ""
     g: str = "parametrizations.weight.original0"
@@ -24,7 +24,7 @@ class Spelling:
 
 
 def spelling(names: Iterable[str]) -> Spelling:
-    """The spelling of a file with these tensor names."""
+    """Detects the spelling from the tensor names of a file."""
     names = list(names)
     prefix = "generator." if any(name.startswith("generator.") for name in names) else ""
     if any(name.endswith(".weight_v") for name in names):
@@ -33,7 +33,7 @@ def spelling(names: Iterable[str]) -> Spelling:
 
 
 def table(config: VocoderConfig, spelling: Spelling = Spelling()) -> NameTable:
-    """The name table for parameters with weight norm in its two parts (`config.weight_norm`)."""
+    """The name table for parameters with weight norm as g and v (`config.weight_norm`)."""
 
     def conv(name: str, path: str, transform: Transform = CONV1D) -> list[Row]:
         return [

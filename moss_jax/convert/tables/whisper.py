@@ -1,14 +1,14 @@
-"""Tensor names of a Whisper of Hugging Face, for the training of a speech tokenizer that begins with one.
+"""Name table of a Whisper of Hugging Face, as the initial weights of a speech tokenizer in training.
 
-The layers of its encoder are divided: the first ones stand before the quantiser ("model.encoder.layers.0."), the rest
-after it; `convert.whisper` calls those "model.encoder.after.0." before this table reads them.
+The first layers of its encoder come before the quantizer ("model.encoder.layers.0."), the others after it;
+`convert.whisper` renames those to "model.encoder.after.0." before it uses this table.
 """
 
 from moss_jax.convert.table import CONV1D, LINEAR, NameTable, Row, heads_bias, heads_in, heads_out, prefixed
 
 
 def table(heads: int) -> NameTable:
-    """Its final projection is its table of units a second time, so it is carried along unused."""
+    """The output projection is tied to the token embedding and therefore unused."""
     attention = (
         Row("q_proj.weight", "q/kernel", heads_out(heads)),
         Row("q_proj.bias", "q/bias", heads_bias(heads)),

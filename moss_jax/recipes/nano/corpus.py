@@ -1,17 +1,17 @@
-"""Nano's corpus, made from nothing with espeak-ng: manifests and sound for every step of the recipe.
+"""The corpus of nano, synthesised with espeak-ng: manifests and recordings for every step of the recipe.
 
-    CORPUS/tokenizer.jsonl, tokenizer-valid.jsonl   speech tokenizer: all voices, sound with text and word times
-           decoder.jsonl, decoder-valid.jsonl       decoder: the answering voice, 24 kHz
+    CORPUS/tokenizer.jsonl, tokenizer-valid.jsonl   for the speech tokenizer: all voices, with text and word times
+           decoder.jsonl, decoder-valid.jsonl       for the speech decoder: the answering voice, 24 kHz
            text.jsonl, text-valid.jsonl             facts as statements, and questions with their answers
-           interleaved.jsonl                        several facts in a row with word times; answering and asking voices
-           asr.jsonl, tts.jsonl                     questions, answers, rows of words to write down; answers to say
-           chat.jsonl, chat-valid.jsonl             questions and answers, spoken and written, all four ways; more turns
-           text_tokenizer.json                      a text tokenizer of the domain's words
-           about.json                               what was asked for, hours and counts
+           interleaved.jsonl                        several facts in a row with word times, in all voices
+           asr.jsonl, tts.jsonl                     questions, answers and word lists to transcribe; answers to speak
+           chat.jsonl, chat-valid.jsonl             conversations in all four combinations of speech and text
+           text_tokenizer.json                      a text tokenizer with the domain's words
+           about.json                               seed, scale, counts and hours
 
-Every manifest is in the order of a draw, so that its first lines are a fair sample. What `domain` keeps for tests is in
-none of them: no reserved voice, no reserved phrasing, no question that is kept. Of the answers that are kept the LM's
-manifests hold the sound, tokenizer.jsonl and decoder.jsonl do not.
+The lines of every manifest are in random order, so that its first lines are a fair sample. What `domain` holds out for
+tests is in none of them: no reserved voice, no reserved phrasing, no held-out question. Recordings of held-out answers
+are in the manifests of the language model, but not in tokenizer.jsonl and decoder.jsonl.
 """
 
 import json
@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,25 @@ from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
 from moss_jax.files import output_lock
 from moss_jax.recipes.nano import domain
-from moss_jax.recipes.nano.domain import ANSWERS, FOLLOW_UPS, PHRASINGS, RESERVED, SOCIAL, Fact, FollowUp, Question
+from moss_jax.recipes.nano.domain import (
+    ANSWER_SPEAKER,
+    FOLLOW_UPS,
+    PHRASINGS,
+    RESERVED_PHRASING,
+    SOCIAL,
+    DomainQuestion,
+    Fact,
+    FollowUp,
+)
 from moss_jax.text.byte_level import byte_level, learn_merges
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
-RATES = {"question": 16000, "answer": 24000}  # Hz: only the speech tokenizer hears questions, the decoder says answers
-CHUNK = 100  # utterances that are made, and made again when interrupted, together
+# Hz. Questions are input of the speech tokenizer only, answers are output of the decoder too.
+SAMPLE_RATES = {"question": 16000, "answer": 24000}
+CHUNK_LINES_FILE = "said.jsonl"  # manifest lines of a finished chunk, until the corpus is complete
+UTTERANCES_PER_CHUNK = 100  # synthesised together; an interrupted chunk is made again
 # Spoken questions of each kind, at scale 1.
-AMOUNTS = {
+QUESTION_COUNTS = {
     "sum": 2200,
     "difference": 2200,
     "greater": 1200,
@@ -58,37 +70,40 @@ AMOUNTS = {
     "goodbye": 80,
     "name": 80,
 }
-# of two turns; of several facts; sentences of no answer. At scale 1
-DIALOGUES = 2400
-DOCUMENTS = 800
-EXTRAS = 500
-# Conversations that change their subject, joined of what is said for the others. At scale 1; the fewest and most that
-# are joined; rows that one may have in the language model, and of these a turn's own and a second's of speech.
-TALKS = 3000
-TALK_PARTS = (2, 4)
-TALK_ROWS = 220
-TURN_ROWS = 6
-SECOND_ROWS = 12.5
-# Rows of words in no order: who only ever hears twelve phrasings of a question learns them whole, not their words.
-# at scale 1; fewest and most words in one
-ROWS = 3200
-ROW_WORDS = (3, 8)
-ALL_ANSWERS = 0.1  # from this scale on every answer is said; below it a share of them and those to what is asked
-OFTEN = 15  # times that an answer without numbers, of which there are few, is in the manifests of single sentences
-# Questions in text.jsonl; of the other kinds all.
-WRITTEN = {"sum": 2500, "difference": 2500, "digits": 2500, "greater": 3000, "less": 3000}
-VALID = 0.03  # of what is drawn is for the valid manifests
-# Those who ask are played so much slower and faster, which moves pitch and formants: twelve voices become more
+# At scale 1: dialogues of two turns, documents of several facts, sentences of the answering voice that are no answers.
+TWO_TURN_COUNT = 2400
+DOCUMENT_COUNT = 800
+EXTRA_SENTENCE_COUNT = 500
+# Conversations that change their subject, made of the utterances of other dialogues: their number at scale 1, the
+# fewest and most dialogues in one, and the most grid rows of one.
+LONG_CONVERSATION_COUNT = 3000
+LONG_CONVERSATION_PARTS = (2, 4)
+MAX_CONVERSATION_ROWS = 220
+# Grid rows of a turn without its content, and of a second of speech.
+ROWS_PER_TURN = 6
+ROWS_PER_SECOND = 12.5
+# Lists of words in random order, for ASR: with questions alone the model learns each phrasing as a whole, not its
+# words. Their number at scale 1; the fewest and most words in one.
+WORD_LIST_COUNT = 3200
+WORD_LIST_LENGTH = (3, 8)
+# From this scale on every answer is synthesised; below it a share of them, and those of the questions that are asked.
+ALL_ANSWERS_SCALE = 0.1
+# How often the few answers without numbers are repeated in the manifests of single sentences.
+RARE_ANSWER_REPEATS = 15
+# Questions of a kind in text.jsonl; of the other kinds all.
+WRITTEN_COUNTS = {"sum": 2500, "difference": 2500, "digits": 2500, "greater": 3000, "less": 3000}
+VALID_SHARE = 0.03  # of the questions is for the validation manifests
+# Questions are played back slower or faster, which shifts pitch and formants, so that twelve voices become more
 # (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
 SPEEDS = tuple(round(0.9 + 0.02 * number, 2) for number in range(11))
-# Where they ask: half of them are quieter or louder (dB), in noise (dB that speech is above it), with pauses (seconds
-# at each end) as a recording has them; the others are what espeak-ng says and nothing else.
-ROOMS = 1 / 2
-LEVELS = (-18.0, 6.0)
-ABOVE_NOISE = (25.0, 60.0)
-PAUSES = (0.0, 0.2)
-WAYS = ("ss", "st", "ts", "tt")  # question and answer, spoken or written
-# Fields of the transformer's config that this text tokenizer wants.
+# A share of the questions is recorded at another level (dB), in noise (signal-to-noise ratio in dB) and with pauses
+# (seconds at each end), as a microphone would; the others are the unchanged output of espeak-ng.
+VARIED_CONDITIONS_SHARE = 1 / 2
+LEVEL_RANGE = (-18.0, 6.0)
+SIGNAL_TO_NOISE_RANGE = (25.0, 60.0)
+PAUSE_RANGE = (0.0, 0.2)
+MODALITIES = ("ss", "st", "ts", "tt")  # of question and answer: s spoken, t written
+# Fields of the language model's config that belong to this text tokenizer.
 TEXT_IDS = {
     "text_vocab_size": 800,
     "endoftext_id": 768,
@@ -97,70 +112,92 @@ TEXT_IDS = {
     "sosp_id": 771,
     "modality_pad_id": 792,
 }
-Said = dict[str, object]  # a line of a manifest: audio, text, words
+ManifestLine = dict[str, Any]  # audio, text, words
 
 
 @dataclass(frozen=True)
-class Room:
-    """How something is recorded: dB louder, dB that speech is above the noise, seconds before and after it."""
+class RecordingConditions:
+    """Level, noise and pauses of a recording.
+
+    Attributes:
+        level: gain in dB.
+        signal_to_noise: ratio in dB.
+        before, after: seconds of pause.
+    """
 
     level: float
-    above_noise: float
+    signal_to_noise: float
     before: float = 0.0
     after: float = 0.0
 
     def record(self, wave: np.ndarray, rate: int, seed: int) -> np.ndarray:
-        """Sound float32 [samples] as it is recorded there; the noise is between white and low, as the seed says."""
+        """A wave float32 [samples] under these conditions; the seed determines the noise and its colour."""
         draw = np.random.default_rng(seed)
         pauses = round(self.before * rate), round(self.after * rate)
         samples = len(wave) + sum(pauses)
-        low = draw.uniform(0, 0.95) ** np.arange(64)  # a low-pass of one pole, as far as it is heard
-        noise = np.convolve(draw.standard_normal(samples), low)[:samples]
-        loud = np.sqrt(np.mean(np.square(wave)))
-        noise *= loud * 10 ** (-self.above_noise / 20) / np.std(noise)
+        low_pass = draw.uniform(0, 0.95) ** np.arange(64)  # impulse response of a one-pole low-pass filter
+        noise = np.convolve(draw.standard_normal(samples), low_pass)[:samples]
+        speech_level = np.sqrt(np.mean(np.square(wave)))
+        noise *= speech_level * 10 ** (-self.signal_to_noise / 20) / np.std(noise)
         return np.clip((np.pad(wave, pauses) + noise) * 10 ** (self.level / 20), -1, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What is to be said, by whom, and as what: a key of RATES."""
+    """A text with everything that determines its recording.
+
+    Attributes:
+        use: a key of SAMPLE_RATES.
+        speed: of playback; above 1 the recording is shorter and higher.
+    """
 
     text: str
     voice: str
     words_per_minute: int
     pitch: int
     use: str
-    speed: float = 1.0  # of playing what was said: above 1 shorter, higher, and of a smaller speaker
-    room: Room | None = None
+    speed: float = 1.0
+    conditions: RecordingConditions | None = None
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question with its answer, and perhaps a second turn; places are in the plan's utterances."""
+    """A question with its answer, or two of them; utterances are indices into `CorpusPlan.utterances`."""
 
-    question: Question
-    asked: int
+    question: DomainQuestion
+    utterance: int
     second: FollowUp | None = None
-    asked_second: int | None = None
+    second_utterance: int | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that a corpus holds, before anything is said; a function of seed and scale alone."""
+class CorpusPlan:
+    """The content of a corpus before synthesis; a function of seed and scale alone.
+
+    Attributes:
+        utterances: everything that is synthesised; the other fields have indices into it.
+        answers: of each answer's text.
+        extras: sentences of the answering voice that are no answers.
+        word_lists: words in random order, in the voices of questions.
+        one_turn, two_turns: dialogues.
+        documents: several facts each.
+        long_conversations: the number of conversations that are made of the dialogues.
+        valid: how many of the first one_turn, two_turns and extras (each) are for the validation manifests.
+    """
 
     utterances: list[Utterance]
-    answers: dict[str, int]  # text -> place
-    extras: list[int]  # the answering voice saying what is no answer
-    rows: list[int]  # those who ask, saying words in no order
-    singles: list[Dialogue]
-    doubles: list[Dialogue]
+    answers: dict[str, int]
+    extras: list[int]
+    word_lists: list[int]
+    one_turn: list[Dialogue]
+    two_turns: list[Dialogue]
     documents: list[int]
-    talks: int  # so many are joined
-    valid: int  # so many of the first singles and doubles (each), extras and documents are for the valid manifests
+    long_conversations: int
+    valid: int
 
 
-def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
-    """What to say. At scale 1 about nine hours, of which one and a half are the answering voice."""
+def plan_corpus(seed: int = 0, scale: float = 1.0) -> CorpusPlan:
+    """The content of the corpus. At scale 1 about nine hours, of which one and a half are the answering voice."""
     draw = random.Random(f"nano corpus {seed}")
     utterances: list[Utterance] = []
 
@@ -169,140 +206,162 @@ def make_plan(seed: int = 0, scale: float = 1.0) -> Plan:
         return len(utterances) - 1
 
     def question(text: str) -> Utterance:
-        return Utterance(text, *domain.speaker(draw), "question", draw.choice(SPEEDS), _room(draw))
+        return Utterance(text, *domain.draw_speaker(draw), "question", draw.choice(SPEEDS), _draw_conditions(draw))
 
     def ask(text: str) -> int:
         return add(question(text))
 
     def answer(text: str) -> int:
-        return add(Utterance(text, *ANSWERS, "answer"))
+        return add(Utterance(text, *ANSWER_SPEAKER, "answer"))
 
-    def count(amount: int) -> int:
+    def count(amount: float) -> int:
         return max(2, round(amount * scale))
 
     answers = {text: answer(text) for text in domain.answers()}
-    singles = [
-        Dialogue(asked, ask(asked.text))
-        for kind, amount in AMOUNTS.items()
-        for asked in _asked(kind, count(amount), draw)
+    one_turn = [
+        Dialogue(drawn, ask(drawn.text))
+        for kind, amount in QUESTION_COUNTS.items()
+        for drawn in _draw_questions(kind, count(amount), draw)
     ]
-    draw.shuffle(singles)
-    doubles = []
-    going_on = [dialogue for dialogue in singles if dialogue.question.fact.kind not in (*SOCIAL, "greater", "less")]
-    for first in draw.choices(going_on, k=count(DIALOGUES)):
+    draw.shuffle(one_turn)
+    two_turns = []
+    continuable = [dialogue for dialogue in one_turn if dialogue.question.fact.kind not in (*SOCIAL, "greater", "less")]
+    for first in draw.choices(continuable, k=count(TWO_TURN_COUNT)):
         second = draw.choice(list(domain.follow_ups(first.question.fact, reserved=False)))
-        asked_second = add(replace(utterances[first.asked], text=second.text))
-        doubles.append(Dialogue(first.question, first.asked, second, asked_second))
+        second_utterance = add(replace(utterances[first.utterance], text=second.text))
+        two_turns.append(Dialogue(first.question, first.utterance, second, second_utterance))
     documents = []
-    for number in range(count(DOCUMENTS)):
+    for number in range(count(DOCUMENT_COUNT)):
         facts = draw.sample(domain.facts(), draw.randint(2, 5))
-        if number % 2:  # somebody asks and answers
-            parts = [f"{_trained(fact, draw).text} {fact.answer}" for fact in facts[:3]]
+        if number % 2:  # questions with their answers
+            parts = [f"{_draw_trained_question(fact, draw).text} {fact.answer}" for fact in facts[:3]]
             documents.append(ask(" ".join(parts)))
         else:
             documents.append(answer(" ".join(fact.answer for fact in facts)))
-    extras = [answer(text) for text in _other_sentences(count(EXTRAS), draw)]
-    # A row that is a question is left out after its draw: nothing else of the plan depends on it.
-    questions = {asked.text for asked in domain.questions()}
-    rows = [add(row) for row in map(question, _rows(count(ROWS), draw)) if row.text not in questions]
-    valid = max(1, round(VALID * len(singles)))
-    plan = Plan(utterances, answers, extras, rows, singles, doubles, documents, count(TALKS), valid)
-    if scale >= ALL_ANSWERS:
+    extras = [answer(text) for text in _extra_sentences(count(EXTRA_SENTENCE_COUNT), draw)]
+    # A word list that happens to be a question is left out after its draw, so that the other draws do not change.
+    questions = {known.text for known in domain.questions()}
+    word_lists = []
+    for utterance in map(question, _draw_word_lists(count(WORD_LIST_COUNT), draw)):
+        if utterance.text not in questions:
+            word_lists.append(add(utterance))
+    plan = CorpusPlan(
+        utterances=utterances,
+        answers=answers,
+        extras=extras,
+        word_lists=word_lists,
+        one_turn=one_turn,
+        two_turns=two_turns,
+        documents=documents,
+        long_conversations=count(LONG_CONVERSATION_COUNT),
+        valid=max(1, round(VALID_SHARE * len(one_turn))),
+    )
+    if scale >= ALL_ANSWERS_SCALE:
         return plan
-    wanted = {dialogue.question.fact.answer for dialogue in (*singles, *doubles)}
-    wanted |= {dialogue.second.answer for dialogue in doubles}
-    return _with_answers(plan, wanted | set(draw.sample(list(answers), count(len(answers) / ALL_ANSWERS))))
+    wanted = {dialogue.question.fact.answer for dialogue in (*one_turn, *two_turns)}
+    wanted |= {dialogue.second.answer for dialogue in two_turns if dialogue.second is not None}
+    return _with_answers(plan, wanted | set(draw.sample(list(answers), count(len(answers) / ALL_ANSWERS_SCALE))))
 
 
-def _with_answers(plan: Plan, wanted: Collection[str]) -> Plan:
-    """The plan with these answers only."""
-    answers = {text: place for text, place in plan.answers.items() if text in wanted}
+def _with_answers(plan: CorpusPlan, wanted: Collection[str]) -> CorpusPlan:
+    """The plan with these answers only; the utterances are renumbered."""
+    answers = {text: index for text, index in plan.answers.items() if text in wanted}
     others = sorted(set(range(len(plan.utterances))) - set(plan.answers.values()))
-    old = [*answers.values(), *others]
-    places = {place: number for number, place in enumerate(old)}
+    kept = [*answers.values(), *others]
+    new_index = {old: new for new, old in enumerate(kept)}
 
-    def dialogue(of: Dialogue) -> Dialogue:
-        second = None if of.asked_second is None else places[of.asked_second]
-        return replace(of, asked=places[of.asked], asked_second=second)
+    def renumbered(dialogue: Dialogue) -> Dialogue:
+        second = None if dialogue.second_utterance is None else new_index[dialogue.second_utterance]
+        return replace(dialogue, utterance=new_index[dialogue.utterance], second_utterance=second)
 
     return replace(
         plan,
-        utterances=[plan.utterances[place] for place in old],
-        answers={text: places[place] for text, place in answers.items()},
-        extras=[places[place] for place in plan.extras],
-        rows=[places[place] for place in plan.rows],
-        singles=[dialogue(of) for of in plan.singles],
-        doubles=[dialogue(of) for of in plan.doubles],
-        documents=[places[place] for place in plan.documents],
+        utterances=[plan.utterances[index] for index in kept],
+        answers={text: new_index[index] for text, index in answers.items()},
+        extras=[new_index[index] for index in plan.extras],
+        word_lists=[new_index[index] for index in plan.word_lists],
+        one_turn=[renumbered(dialogue) for dialogue in plan.one_turn],
+        two_turns=[renumbered(dialogue) for dialogue in plan.two_turns],
+        documents=[new_index[index] for index in plan.documents],
     )
 
 
-def _asked(kind: str, amount: int, draw: random.Random) -> Iterator[Question]:
-    """So many questions of a kind; every fact as often as the others."""
+def _draw_questions(kind: str, amount: int, draw: random.Random) -> Iterator[DomainQuestion]:
+    """Questions of a kind, all facts equally often."""
     facts = [fact for fact in domain.facts() if fact.kind == kind]
     order: list[Fact] = []
     while len(order) < amount:
         order += draw.sample(facts, len(facts))
     for fact in order[:amount]:
-        yield _trained(fact, draw)
+        yield _draw_trained_question(fact, draw)
 
 
-def _trained(fact: Fact, draw: random.Random) -> Question:
-    """A question about a fact that is not kept for tests."""
-    return draw.choice(_trained_questions()[fact])
+def _draw_trained_question(fact: Fact, draw: random.Random) -> DomainQuestion:
+    """A question about a fact that is not held out."""
+    return draw.choice(_trained_questions_by_fact()[fact])
 
 
 @lru_cache(maxsize=1)
-def _trained_questions() -> dict[Fact, list[Question]]:
-    found: dict[Fact, list[Question]] = {}
+def _trained_questions_by_fact() -> dict[Fact, list[DomainQuestion]]:
+    by_fact: dict[Fact, list[DomainQuestion]] = {}
     for question in domain.trained_questions():
-        found.setdefault(question.fact, []).append(question)
-    return found
+        by_fact.setdefault(question.fact, []).append(question)
+    return by_fact
 
 
-def _other_sentences(amount: int, draw: random.Random) -> list[str]:
-    """Sentences that are no answers, for the decoder: longer rows of digits, what is not so, questions."""
+def _extra_sentences(amount: int, draw: random.Random) -> list[str]:
+    """Sentences that are no answers, for the decoder: longer rows of digits, negations, questions."""
     capitals = domain.CAPITALS
     colours = domain.COLOURS
-    untrue = [
-        f"The capital of {x} is not {city}." for x in capitals for city in capitals.values() if city != capitals[x]
+    negations = [
+        f"The capital of {country} is not {city}."
+        for country in capitals
+        for city in capitals.values()
+        if city != capitals[country]
     ]
-    untrue += [f"{x} is not {c}." for x in colours for c in dict.fromkeys(colours.values()) if c != colours[x]]
-    found: dict[str, None] = dict.fromkeys(draw.sample(untrue, min(len(untrue), amount // 4)))
-    while len(found) < amount:
+    negations += [
+        f"{thing} is not {colour}."
+        for thing in colours
+        for colour in dict.fromkeys(colours.values())
+        if colour != colours[thing]
+    ]
+    sentences: dict[str, None] = dict.fromkeys(draw.sample(negations, min(len(negations), amount // 4)))
+    while len(sentences) < amount:
         digits = f"{' '.join(draw.choices(domain.NUMBERS, k=draw.randint(3, 7)))}."
-        found[draw.choice((digits, _trained(draw.choice(domain.facts()), draw).text))] = None
-    return [domain.sentence(text) for text in draw.sample(list(found), len(found))]
+        question = _draw_trained_question(draw.choice(domain.facts()), draw).text
+        sentences[draw.choice((digits, question))] = None
+    return [domain.sentence(text) for text in draw.sample(list(sentences), len(sentences))]
 
 
-def _room(draw: random.Random) -> Room | None:
-    if draw.random() >= ROOMS:
+def _draw_conditions(draw: random.Random) -> RecordingConditions | None:
+    if draw.random() >= VARIED_CONDITIONS_SHARE:
         return None
-    ranges = LEVELS, ABOVE_NOISE, PAUSES, PAUSES
-    return Room(*(round(draw.uniform(*values), 2) for values in ranges))
+    ranges = (LEVEL_RANGE, SIGNAL_TO_NOISE_RANGE, PAUSE_RANGE, PAUSE_RANGE)
+    return RecordingConditions(*(round(draw.uniform(*limits), 2) for limits in ranges))
 
 
-def _rows(amount: int, draw: random.Random) -> Iterator[str]:
-    """Words of the domain in no order, half of them numbers and names; a word begins a row as it begins a phrasing."""
-    phrased = [
+def _draw_word_lists(amount: int, draw: random.Random) -> Iterator[str]:
+    """Words of the domain in random order, about half of them numbers and names. The first word is one that begins a
+    phrasing, or a number."""
+    sentences = [
         re.sub(r"{\d}", "", phrasing).split()
         for phrasings in (*PHRASINGS.values(), *FOLLOW_UPS.values())
-        for phrasing in phrasings[:RESERVED]
+        for phrasing in phrasings[:RESERVED_PHRASING]
     ] + [answer.split() for answer in SOCIAL.values()]
-    first = sorted({words[0].strip(",.?") for words in phrased if words[0][0].isupper()})
-    later = sorted({word.strip(",.?") for words in phrased for word in words[1:]} - {""})
-    numbers = domain.NUMBERS[: domain.MOST + 1]
+    first = sorted({words[0].strip(",.?") for words in sentences if words[0][0].isupper()})
+    later = sorted({word.strip(",.?") for words in sentences for word in words[1:]} - {""})
+    numbers = domain.NUMBERS[: domain.MAX_NUMBER + 1]
     names = [*domain.CAPITALS, *domain.CAPITALS.values()]
     things = [*domain.COLOURS, *domain.COLOURS.values()]
-    kept = {question.text for question in domain.questions() if question.kept}
+    held_out = {question.text for question in domain.questions() if question.held_out}
     while amount:
-        row = [
+        words = [
             draw.choice(draw.choices((later, numbers, names, things), (8, 6, 1, 1))[0])
-            for _ in range(draw.randint(*ROW_WORDS))
+            for _ in range(draw.randint(*WORD_LIST_LENGTH))
         ]
-        row[0] = draw.choice((draw.choice(first), draw.choice(numbers)))
-        text = domain.sentence(f"{' '.join(row)}.")
-        if text not in kept:
+        words[0] = draw.choice((draw.choice(first), draw.choice(numbers)))
+        text = domain.sentence(f"{' '.join(words)}.")
+        if text not in held_out:
             amount -= 1
             yield text
 
@@ -314,256 +373,286 @@ def make_nano_corpus(
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the corpus. Until it is whole it lies in FOLDER.part, where the same command goes on after it was stopped.
+    """Writes the corpus. Until it is complete it is in FOLDER.part, where the same call resumes.
 
     Args:
         folder: must not exist.
-        scale: how much is said, of the released recipe's amounts; from ALL_ANSWERS on all answers are.
+        scale: factor of the amounts of the released recipe. From ALL_ANSWERS_SCALE on it has all answers.
         processes: that speak side by side; None for one a core.
         progress: called with how many utterances are there, and of how many.
 
     Raises:
         MossError: espeak-ng is missing, the folder exists, FOLDER.part is of another seed or scale, another process
-            makes this corpus, or the place cannot be written.
+            makes this corpus, or the folder cannot be written.
     """
     folder = Path(folder)
     if not 0 < scale <= 100:
-        raise MossError(f"scale is {scale:g}, expected a number above 0, at most 100")
+        raise MossError(f"scale is {scale:g}, expected a number > 0 and <= 100")
     with output_lock(folder):
         if folder.exists():
-            raise MossError(f"{folder}: is there already, expected a new folder")
+            raise MossError(f"{folder}: already exists, expected a new folder")
         _write_corpus(folder, scale, seed, processes, progress)
 
 
 def _write_corpus(
     folder: Path, scale: float, seed: int, processes: int | None, progress: Callable[[int, int], None] | None
 ) -> None:
-    plan = make_plan(seed, scale)
+    plan = plan_corpus(seed, scale)
     part = folder.with_name(folder.name + ".part")
-    _begin(part, {"seed": seed, "scale": scale, "utterances": len(plan.utterances)})
-    said = _say_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
-    _write_manifests(part, plan, said, random.Random(f"nano manifests {seed}"))
+    _open_part(part, {"seed": seed, "scale": scale, "utterances": len(plan.utterances)})
+    lines = _synthesize_all(part, plan.utterances, processes or os.cpu_count() or 1, progress)
+    _write_manifests(part, plan, lines, random.Random(f"nano manifests {seed}"))
     write_text(part / "text_tokenizer.json", text_tokenizer(plan))
-    for journal in part.glob("wav/*/said.jsonl"):
-        journal.unlink()
+    for path in part.glob(f"wav/*/{CHUNK_LINES_FILE}"):
+        path.unlink()
     os.rename(part, folder)
 
 
-def _begin(part: Path, about: dict) -> None:
+def _open_part(part: Path, about: dict[str, Any]) -> None:
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MossError(f"{part}: cannot be written ({error.strerror})") from error
     path = part / "about.json"
     if path.exists():
-        found = read_json(path)
-        if any(found.get(key) != value for key, value in about.items()):
-            raise MossError(f"{part}: is there already, of another seed or scale; remove it or choose another folder")
+        previous = read_json(path)
+        if any(previous.get(key) != value for key, value in about.items()):
+            raise MossError(
+                f"{part}: already exists, made with another seed or scale; remove it or choose another folder"
+            )
     write_text(path, json.dumps(about, indent=1) + "\n")
 
 
-def _say_all(
+def _synthesize_all(
     part: Path, utterances: Sequence[Utterance], processes: int, progress: Callable[[int, int], None] | None
-) -> list[Said]:
-    """The lines of all utterances; chunks that were made before are read."""
-    chunks = [range(first, min(first + CHUNK, len(utterances))) for first in range(0, len(utterances), CHUNK)]
-    places = [f"wav/{number:04d}" for number in range(len(chunks))]
-    left = [i for i, place in enumerate(places) if not (part / place / "said.jsonl").exists()]
-    done = sum(len(chunk) for chunk in chunks) - sum(len(chunks[i]) for i in left)
-    if left:
-        # Each process has espeak-ng, which speaks with one voice at a time, to itself.
+) -> list[ManifestLine]:
+    """The manifest lines of all utterances; chunks that are finished already are read."""
+    chunks = [
+        range(first, min(first + UTTERANCES_PER_CHUNK, len(utterances)))
+        for first in range(0, len(utterances), UTTERANCES_PER_CHUNK)
+    ]
+    folders = [part / "wav" / f"{number:04d}" for number in range(len(chunks))]
+    missing = [i for i, folder in enumerate(folders) if not (folder / CHUNK_LINES_FILE).exists()]
+    done = len(utterances) - sum(len(chunks[i]) for i in missing)
+    if missing:
+        # espeak-ng has one voice at a time per process.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(left)), context, initializer=_leave_with_parent) as pool:
-            jobs = {pool.submit(_say_chunk, part, places[i], [utterances[u] for u in chunks[i]]): i for i in left}
+        with ProcessPoolExecutor(min(processes, len(missing)), context, initializer=_exit_with_parent) as pool:
+            jobs = {}
+            for i in missing:
+                chunk = [utterances[index] for index in chunks[i]]
+                jobs[pool.submit(_synthesize_chunk, part, folders[i], chunk)] = len(chunk)
             try:
                 for job in as_completed(jobs):
                     job.result()
-                    done += len(chunks[jobs[job]])
+                    done += jobs[job]
                     if progress is not None:
                         progress(done, len(utterances))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [parse_object(line.content) for place in places for line in read_lines(part / place / "said.jsonl")]
+    return [parse_object(line.content) for folder in folders for line in read_lines(folder / CHUNK_LINES_FILE)]
 
 
-def _leave_with_parent() -> None:
-    """Ends this process when the one that began it is killed: it would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Ends this process when its parent is killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def watch():
-        multiprocessing.parent_process().join()
+    def exit_after_parent() -> None:
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def _say_chunk(part: Path, place: str, utterances: Sequence[Utterance]) -> None:
-    """Says some utterances into PART/PLACE; said.jsonl is there when all are."""
-    (part / place).mkdir(parents=True, exist_ok=True)
-    lines = [say(part, f"{place}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
-    write_text(part / place / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def _synthesize_chunk(part: Path, folder: Path, utterances: Sequence[Utterance]) -> None:
+    """Synthesises some utterances into a folder of PART; the file with their manifest lines is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder.relative_to(part).as_posix()
+    lines = [synthesize(part, f"{name}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
+    write_text(folder / CHUNK_LINES_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def say(folder: Path, place: str, utterance: Utterance) -> Said:
-    """Writes FOLDER/PLACE and returns its line of a manifest."""
+def synthesize(folder: Path, path: str, utterance: Utterance) -> ManifestLine:
+    """Writes the recording FOLDER/PATH and returns its manifest line."""
     wave, rate, words = speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
-    own = RATES[utterance.use]
-    played = round(rate * utterance.speed / 50) * 50  # Hz; the filter is as long as what rates have not in common
-    speed = played / rate
-    room = utterance.room
-    wave = resample(wave, played, own)
-    if room is not None:
-        wave = room.record(wave, own, zlib.crc32(utterance.text.encode()))
-    save_audio(folder / place, wave, own)
-    before = 0.0 if room is None else room.before
-    # Resampling may cost the last part of a sample's time.
-    times = [[word, round(before + a / speed, 3), round(before + b / speed, 3)] for word, a, b in words]
-    return {"audio": place, "text": utterance.text, "words": times}
+    target_rate = SAMPLE_RATES[utterance.use]
+    # Rounded to 50 Hz: the resampling filter is shorter for rates with a large common divisor.
+    played_rate = round(rate * utterance.speed / 50) * 50
+    speed = played_rate / rate
+    conditions = utterance.conditions
+    wave = resample(wave, played_rate, target_rate)
+    if conditions is not None:
+        wave = conditions.record(wave, target_rate, zlib.crc32(utterance.text.encode()))
+    save_audio(folder / path, wave, target_rate)
+    before = 0.0 if conditions is None else conditions.before
+    times = [[word, round(before + start / speed, 3), round(before + end / speed, 3)] for word, start, end in words]
+    return {"audio": path, "text": utterance.text, "words": times}
 
 
-def _write_manifests(part: Path, plan: Plan, said: Sequence[Said], draw: random.Random) -> None:
+def _write_manifests(part: Path, plan: CorpusPlan, lines: Sequence[ManifestLine], draw: random.Random) -> None:
     valid = plan.valid
-    heard = [
-        text for text in plan.answers if not domain.kept_answer(text)
-    ]  # by the speech tokenizer and the decoder, in training
-    questions = [dialogue.asked for dialogue in plan.singles]
-    seconds = [dialogue.asked_second for dialogue in plan.doubles]
-    spoken = [plan.answers[text] for text in _often(heard)]
+    codec_answers = [text for text in plan.answers if not domain.answer_is_held_out(text)]
+    spoken_answers = [plan.answers[text] for text in _with_repeats(codec_answers)]
+    questions = [dialogue.utterance for dialogue in plan.one_turn]
+    second_questions = [
+        dialogue.second_utterance for dialogue in plan.two_turns if dialogue.second_utterance is not None
+    ]
 
-    def write(name: str, places: Sequence[int]) -> None:
-        write_manifest(part / f"{name}.jsonl", [said[place] for place in draw.sample(places, len(places))])
+    def write(name: str, utterances: Sequence[int]) -> None:
+        write_manifest(part / f"{name}.jsonl", [lines[index] for index in draw.sample(utterances, len(utterances))])
 
-    write("tokenizer", [*questions[valid:], *seconds[valid:], *plan.rows, *spoken, *plan.extras[valid:]])
-    write("tokenizer-valid", [*questions[:valid], *seconds[:valid]])
-    write("decoder", [*spoken, *plan.extras[valid:]])
+    train_questions = [*questions[valid:], *second_questions[valid:]]
+    write("tokenizer", [*train_questions, *plan.word_lists, *spoken_answers, *plan.extras[valid:]])
+    write("tokenizer-valid", [*questions[:valid], *second_questions[:valid]])
+    write("decoder", [*spoken_answers, *plan.extras[valid:]])
     write("decoder-valid", plan.extras[:valid])
     write("interleaved", plan.documents)
-    write("asr", [*questions[valid:], *seconds[valid:], *plan.rows, *plan.answers.values()])
-    write("tts", [*(plan.answers[text] for text in _often(plan.answers)), *plan.extras])
-    for name, singles, doubles in (
-        ("chat", plan.singles[valid:], plan.doubles[valid:]),
-        ("chat-valid", plan.singles[:valid], plan.doubles[:valid]),
+    write("asr", [*train_questions, *plan.word_lists, *plan.answers.values()])
+    write("tts", [*(plan.answers[text] for text in _with_repeats(plan.answers)), *plan.extras])
+    for name, one_turn, two_turns in (
+        ("chat", plan.one_turn[valid:], plan.two_turns[valid:]),
+        ("chat-valid", plan.one_turn[:valid], plan.two_turns[:valid]),
     ):
-        lines = list(_chats(plan, said, singles, doubles, draw))
-        write_manifest(part / f"{name}.jsonl", draw.sample(lines, len(lines)))
-    texts = {name: list(lines) for name, lines in _texts(draw).items()}
-    for name, lines in texts.items():
-        write_manifest(part / f"{name}.jsonl", [{"text": text} for text in lines])
+        chats = list(_chats(plan, lines, one_turn, two_turns, draw))
+        write_manifest(part / f"{name}.jsonl", draw.sample(chats, len(chats)))
+    for name, texts in _written_texts(draw).items():
+        write_manifest(part / f"{name}.jsonl", [{"text": text} for text in texts])
+    groups = {
+        "questions": [*questions, *second_questions],
+        "answers": [*plan.answers.values(), *plan.extras],
+        "documents": plan.documents,
+        "rows": plan.word_lists,
+    }
     hours = {
-        name: round(sum(said[place]["words"][-1][2] for place in places) / 3600, 2)
-        for name, places in {
-            "questions": [*questions, *seconds],
-            "answers": [*plan.answers.values(), *plan.extras],
-            "documents": plan.documents,
-            "rows": plan.rows,
-        }.items()
+        name: round(sum(_seconds(lines[index]) for index in utterances) / 3600, 2)
+        for name, utterances in groups.items()
     }
     about = read_json(part / "about.json")
     write_text(part / "about.json", json.dumps({**about, "hours": hours}, indent=1) + "\n")
 
 
-def _often(answers: Iterable[str]) -> Iterator[str]:
-    """The answers, those without numbers as often as OFTEN says."""
-    few = {fact.answer for fact in domain.facts() if fact.kind in ("capital", "colour", *SOCIAL)}
+def _seconds(line: ManifestLine) -> float:
+    """When the last word of a recording ends."""
+    return line["words"][-1][2]
+
+
+def _with_repeats(answers: Iterable[str]) -> Iterator[str]:
+    """The answers; those without numbers, of which there are few, RARE_ANSWER_REPEATS times."""
+    rare = {fact.answer for fact in domain.facts() if fact.kind in ("capital", "colour", *SOCIAL)}
     for answer in answers:
-        yield from [answer] * (OFTEN if answer in few else 1)
+        yield from [answer] * (RARE_ANSWER_REPEATS if answer in rare else 1)
 
 
 def _chats(
-    plan: Plan, said: Sequence[Said], singles: Sequence[Dialogue], doubles: Sequence[Dialogue], draw: random.Random
-) -> Iterator[dict]:
-    """Every spoken question with a spoken answer and with a written one, every second fact asked in writing too; two
-    turns as they come; conversations of these."""
+    plan: CorpusPlan,
+    lines: Sequence[ManifestLine],
+    one_turn: Sequence[Dialogue],
+    two_turns: Sequence[Dialogue],
+    draw: random.Random,
+) -> Iterator[dict[str, Any]]:
+    """The conversations: each one-turn dialogue with a spoken question and a spoken and a written answer, every second
+    one with a written question too; the two-turn dialogues; and longer conversations made of both."""
 
-    def turns(way: str, question: str, asked: int, answer: str) -> list[dict]:
-        parts = ("user", way[0], question, asked), ("assistant", way[1], answer, plan.answers[answer])
-        return [
-            {"role": role, **({"audio": said[place]["audio"]} if form == "s" else {"text": text})}
-            for role, form, text, place in parts
-        ]
+    def turns(modalities: str, question: str, utterance: int, answer: str) -> list[dict[str, str]]:
+        user = {"audio": lines[utterance]["audio"]} if modalities[0] == "s" else {"text": question}
+        assistant = {"audio": lines[plan.answers[answer]]["audio"]} if modalities[1] == "s" else {"text": answer}
+        return [{"role": "user", **user}, {"role": "assistant", **assistant}]
 
-    def first_turns(way: str, dialogue: Dialogue) -> list[dict]:
-        # A written question need not be the one that was spoken.
-        text = dialogue.question.text if way[0] == "s" else _trained(dialogue.question.fact, draw).text
-        return turns(way, text, dialogue.asked, dialogue.question.fact.answer)
+    def first_turns(modalities: str, dialogue: Dialogue) -> list[dict[str, str]]:
+        question = dialogue.question
+        if modalities[0] == "t":  # a written question may have another phrasing than the spoken one
+            question = _draw_trained_question(question.fact, draw)
+        return turns(modalities, question.text, dialogue.utterance, question.fact.answer)
 
-    def second_turns(way: str, dialogue: Dialogue) -> list[dict]:
-        return turns(way, dialogue.second.text, dialogue.asked_second, dialogue.second.answer)
+    def second_turns(modalities: str, dialogue: Dialogue) -> list[dict[str, str]]:
+        assert dialogue.second is not None and dialogue.second_utterance is not None
+        return turns(modalities, dialogue.second.text, dialogue.second_utterance, dialogue.second.answer)
 
-    def chat(way: str, parts: Iterable[dict]) -> dict:
-        return {
-            "turns": [{"role": "system", "text": DEFAULT_SYSTEM_PROMPT["speech" if way[1] == "s" else "text"]}, *parts]
-        }
+    def chat(modalities: str, parts: Iterable[dict[str, str]]) -> dict[str, Any]:
+        prompt = DEFAULT_SYSTEM_PROMPT["speech" if modalities[1] == "s" else "text"]
+        return {"turns": [{"role": "system", "text": prompt}, *parts]}
 
-    for number, dialogue in enumerate(singles):
-        for way in ("ss", "st") if number % 2 else ("ss", "st", WAYS[2 + number // 2 % 2]):
-            yield chat(way, first_turns(way, dialogue))
-    for number, dialogue in enumerate(doubles):
-        first = "ss" if number % 2 else WAYS[number // 2 % 4]
+    for number, dialogue in enumerate(one_turn):
+        yield chat("ss", first_turns("ss", dialogue))
+        yield chat("st", first_turns("st", dialogue))
+        if number % 2 == 0:
+            written_question = MODALITIES[2 + number // 2 % 2]
+            yield chat(written_question, first_turns(written_question, dialogue))
+    for number, dialogue in enumerate(two_turns):
+        first = "ss" if number % 2 else MODALITIES[number // 2 % 4]
         second = first if number % 4 else first[0] + draw.choice("st")
         yield chat(first, [*first_turns(first, dialogue), *second_turns(second, dialogue)])
-    seconds = {said[place]["audio"]: said[place]["words"][-1][2] + PAUSES[1] for place in _spoken(plan)}
-    for number in range(round(plan.talks * len(singles) / len(plan.singles))):
-        way = "ss" if number % 2 else WAYS[number // 2 % 4]
-        talk: list[dict] = []
-        for _ in range(draw.randint(*TALK_PARTS)):
-            own = way if number % 4 else draw.choice(WAYS)
-            dialogue = draw.choice(draw.choice((singles, singles, doubles)))
-            part = first_turns(own, dialogue) + (second_turns(own, dialogue) if dialogue.second else [])
-            if sum(_rows_of(turn, seconds) for turn in (*talk, *part)) > TALK_ROWS:
+    durations = {lines[index]["audio"]: _seconds(lines[index]) + PAUSE_RANGE[1] for index in _chat_utterances(plan)}
+    for number in range(round(plan.long_conversations * len(one_turn) / len(plan.one_turn))):
+        modalities = "ss" if number % 2 else MODALITIES[number // 2 % 4]
+        conversation: list[dict[str, str]] = []
+        for _ in range(draw.randint(*LONG_CONVERSATION_PARTS)):
+            part_modalities = modalities if number % 4 else draw.choice(MODALITIES)
+            dialogue = draw.choice(draw.choice((one_turn, one_turn, two_turns)))
+            part = first_turns(part_modalities, dialogue)
+            if dialogue.second is not None:
+                part += second_turns(part_modalities, dialogue)
+            if sum(_row_count(turn, durations) for turn in (*conversation, *part)) > MAX_CONVERSATION_ROWS:
                 break
-            talk += part
-        if len(talk) > 2:
-            yield chat(way, talk)
+            conversation += part
+        if len(conversation) > 2:
+            yield chat(modalities, conversation)
 
 
-def _spoken(plan: Plan) -> Iterator[int]:
-    """Places of what is said in chats."""
+def _chat_utterances(plan: CorpusPlan) -> Iterator[int]:
+    """The utterances that conversations are made of."""
     yield from plan.answers.values()
-    for dialogue in (*plan.singles, *plan.doubles):
-        yield dialogue.asked
-        if dialogue.asked_second is not None:
-            yield dialogue.asked_second
+    for dialogue in (*plan.one_turn, *plan.two_turns):
+        yield dialogue.utterance
+        if dialogue.second_utterance is not None:
+            yield dialogue.second_utterance
 
 
-def _rows_of(turn: dict, seconds: dict[str, float]) -> float:
-    """About how many rows of the language model a turn has; a word is a token."""
-    return TURN_ROWS + (SECOND_ROWS * seconds[turn["audio"]] if "audio" in turn else len(turn["text"].split()) + 1)
+def _row_count(turn: dict[str, str], durations: dict[str, float]) -> float:
+    """About how many grid rows a turn has; a word is one text token.
+
+    Args:
+        durations: seconds of each recording.
+    """
+    if "audio" in turn:
+        return ROWS_PER_TURN + ROWS_PER_SECOND * durations[turn["audio"]]
+    return ROWS_PER_TURN + len(turn["text"].split()) + 1
 
 
-def _texts(draw: random.Random) -> dict[str, list[str]]:
-    """What the text model reads: statements in a row, and questions with answers; each fact often."""
+def _written_texts(draw: random.Random) -> dict[str, list[str]]:
+    """Training and validation texts of the text model: statements in a row, and questions with their answers."""
     lines = []
     for _ in range(3):
         order = draw.sample(domain.facts(), len(domain.facts()))
         while order:
-            several = order[:4]
+            lines.append(" ".join(fact.answer for fact in order[:4]))
             order = order[4:]
-            lines.append(" ".join(fact.answer for fact in several))
-    asked = []
+    questions = []
     for kind in PHRASINGS:
         trained = [question for question in domain.trained_questions() if question.fact.kind == kind]
-        drawn = draw.sample(trained, WRITTEN.get(kind, len(trained)))
-        asked += [f"{question.text} {question.fact.answer}" for question in drawn]
-    draw.shuffle(asked)
+        drawn = draw.sample(trained, WRITTEN_COUNTS.get(kind, len(trained)))
+        questions += [f"{question.text} {question.fact.answer}" for question in drawn]
+    draw.shuffle(questions)
     draw.shuffle(lines)
-    held = len(asked) // 30
-    train = lines + asked[held:]
+    valid = len(questions) // 30
+    train = lines + questions[valid:]
     draw.shuffle(train)
-    return {"text": train, "text-valid": asked[:held]}
+    return {"text": train, "text-valid": questions[:valid]}
 
 
-def tokenizer_texts(plan: Plan) -> Iterator[str]:
-    """What the text tokenizer learns its words from."""
+def tokenizer_texts(plan: CorpusPlan) -> Iterator[str]:
+    """The texts that the text tokenizer's merges are learned from."""
     for text in (*plan.answers, *DEFAULT_SYSTEM_PROMPT.values(), "user", "assistant", "system"):
         yield from [text] * 3
     for question in domain.trained_questions():
         yield question.text
     for phrasings in FOLLOW_UPS.values():
-        yield from (phrasing.format("one") for phrasing in phrasings[:RESERVED])
+        yield from (phrasing.format("one") for phrasing in phrasings[:RESERVED_PHRASING])
 
 
-def text_tokenizer(plan: Plan) -> str:
-    """A `tokenizer.json`: bytes, every word of the domain, and the special tokens at the ids of TEXT_IDS."""
+def text_tokenizer(plan: CorpusPlan) -> str:
+    """The content of a tokenizer.json with bytes, every word of the domain, and the special tokens of TEXT_IDS."""
     endoftext = TEXT_IDS["endoftext_id"]
     return byte_level(learn_merges(tokenizer_texts(plan), endoftext - 256), endoftext)

@@ -1,9 +1,8 @@
-"""The closed domain that nano is trained on: every fact, every phrasing, every voice, and which of them are kept for
-tests. Text alone; nothing here makes a sound.
+"""The closed domain of nano: every fact, phrasing and voice, and which of them are held out for tests. Text only.
 
-A phrasing of each kind and three voices are never trained on. Of the other questions one in eight is kept as well (a
-fact in one phrasing; the fact itself is trained in its other phrasings), and one answer in ten is never given to the
-speech tokenizer and the decoder. What is kept is a function of the text alone, so that every run keeps the same.
+One phrasing of each kind and three voices are never trained on. Of the other questions one in eight is held out too (a
+fact in one phrasing; the fact is trained in its other phrasings), and one answer in ten is never given to the speech
+tokenizer and the decoder. What is held out is a function of the text alone, so that it is the same in every run.
 """
 
 import hashlib
@@ -15,10 +14,10 @@ from functools import lru_cache
 from moss_jax.data.corpus import CAPITALS, NUMBERS
 from moss_jax.data.corpus import COLOURS as MINIATURE_COLOURS
 
-MOST = 20  # no number in a question or an answer is above it
-STEPS = 5  # the most that a second turn adds or takes away
+MAX_NUMBER = 20  # the largest number in questions and answers
+MAX_FOLLOW_UP_STEP = 5  # the most that a second turn adds or subtracts
 COLOURS = {"coffee" if thing == "chocolate" else thing: colour for thing, colour in MINIATURE_COLOURS.items()}
-# Voices of espeak-ng that ask, accent and formants; the last three are kept for tests.
+# Voices of questions in espeak-ng: accent and formant variant. The reserved ones are held out for tests.
 VOICES = (
     "en-us",
     "en",
@@ -34,11 +33,11 @@ VOICES = (
     "en-us+m6",
 )
 RESERVED_VOICES = ("en-us+f3", "en+m7", "en-gb-scotland+m4")
-ANSWERS = ("en-us+klatt3", 150, 50)  # the voice that answers: name, words a minute, pitch
-# of those who ask
+ANSWER_SPEAKER = ("en-us+klatt3", 150, 50)  # voice, words per minute, pitch
+# Ranges for questions.
 WORDS_PER_MINUTE = (125, 190)
 PITCH = (25, 75)
-# The last phrasing of each kind is kept for tests. It has no word of its own.
+# The last phrasing of each kind is held out for tests. All of its words occur in other phrasings.
 PHRASINGS = {
     "sum": (
         "What is {0} plus {1}?",
@@ -204,8 +203,8 @@ PHRASINGS = {
         "Can you tell me your name?",
     ),
 }
-# More of them, for training alone: without them a question is learnt as one of eleven whole sentences, and a new
-# one is heard as the nearest. They make a reserved phrasing a new join of known parts, where they have its parts.
+# Phrasings for training only. Without them the model learns a question as one of eleven whole sentences and takes a new
+# one for the nearest of these; with them a reserved phrasing is a new combination of known parts.
 MORE_PHRASINGS = {
     "sum": (
         "Do you know what {0} plus {1} is?",
@@ -314,7 +313,7 @@ SOCIAL = {
     "goodbye": "Goodbye, have a nice day.",
     "name": "My name is Moss.",
 }
-# Second turns. What they speak of is what was answered before.
+# Second turns, which refer to the answer before.
 FOLLOW_UPS = {
     "plus": (
         "And plus {0}?",
@@ -369,13 +368,15 @@ FOLLOW_UPS = {
         "Can you repeat that again?",
     ),
 }
-RESERVED = -1  # of the phrasings
+RESERVED_PHRASING = -1  # index of the held-out phrasing
+HELD_OUT_QUESTIONS = 1 / 8  # share of the questions in trained phrasings
+HELD_OUT_ANSWERS = 1 / 10  # share of the answers with numbers
 
 
 @dataclass(frozen=True)
 class Fact:
     kind: str  # one of PHRASINGS
-    asked: tuple[str, ...]  # what a question about it names
+    asked: tuple[str, ...]  # what its questions name, the arguments of the phrasings
     answer: str  # a sentence
     result: int | None = None  # of a sum or a difference
 
@@ -384,14 +385,15 @@ class Fact:
 
 
 def sentence(text: str) -> str:
+    """The text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
 @lru_cache(maxsize=1)
 def facts() -> tuple[Fact, ...]:
     """All of the domain: 231 sums, 231 differences, 10 capitals, 8 colours, 840 comparisons, 1000 digits, 5 social."""
-    numbers = range(MOST + 1)
-    known = [_sum(a, b) for a in numbers for b in numbers if a + b <= MOST]
+    numbers = range(MAX_NUMBER + 1)
+    known = [_sum(a, b) for a in numbers for b in numbers if a + b <= MAX_NUMBER]
     known += [_difference(a, b) for a in numbers for b in numbers if b <= a]
     known += [Fact("capital", (country,), f"The capital of {country} is {city}.") for country, city in CAPITALS.items()]
     known += [Fact("colour", (thing,), sentence(f"{thing} is {colour}.")) for thing, colour in COLOURS.items()]
@@ -410,21 +412,17 @@ def facts() -> tuple[Fact, ...]:
 
 
 def _sum(a: int, b: int) -> Fact:
-    one = NUMBERS[a]
-    two = NUMBERS[b]
-    three = NUMBERS[a + b]
-    return Fact("sum", (one, two), sentence(f"{one} plus {two} is {three}."), a + b)
+    answer = sentence(f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[a + b]}.")
+    return Fact("sum", (NUMBERS[a], NUMBERS[b]), answer, a + b)
 
 
 def _difference(a: int, b: int) -> Fact:
-    one = NUMBERS[a]
-    two = NUMBERS[b]
-    three = NUMBERS[a - b]
-    return Fact("difference", (one, two), sentence(f"{one} minus {two} is {three}."), a - b)
+    answer = sentence(f"{NUMBERS[a]} minus {NUMBERS[b]} is {NUMBERS[a - b]}.")
+    return Fact("difference", (NUMBERS[a], NUMBERS[b]), answer, a - b)
 
 
 @dataclass(frozen=True)
-class Question:
+class DomainQuestion:
     """A fact asked in one phrasing."""
 
     fact: Fact
@@ -436,35 +434,37 @@ class Question:
 
     @property
     def reserved(self) -> bool:
-        """Whether its phrasing is kept for tests."""
-        return self.phrasing == PHRASINGS[self.fact.kind][RESERVED]
+        """Whether its phrasing is held out for tests."""
+        return self.phrasing == PHRASINGS[self.fact.kind][RESERVED_PHRASING]
 
     @property
-    def kept(self) -> bool:
-        """Whether it is for tests. A social turn has no question beside its phrasing, so that only the reserved is."""
-        return self.reserved or (self.fact.kind not in SOCIAL and _share(f"question {self.text}") < 1 / 8)
+    def held_out(self) -> bool:
+        """Whether it is held out for tests. A social turn has nothing but its phrasing, so only the reserved one is."""
+        if self.reserved:
+            return True
+        return self.fact.kind not in SOCIAL and _hash_fraction(f"question {self.text}") < HELD_OUT_QUESTIONS
 
 
 @lru_cache(maxsize=1)
-def questions() -> tuple[Question, ...]:
+def questions() -> tuple[DomainQuestion, ...]:
     """Every fact in every one of its PHRASINGS."""
-    return tuple(Question(fact, phrasing) for fact in facts() for phrasing in PHRASINGS[fact.kind])
+    return tuple(DomainQuestion(fact, phrasing) for fact in facts() for phrasing in PHRASINGS[fact.kind])
 
 
 @lru_cache(maxsize=1)
-def trained_questions() -> tuple[Question, ...]:
-    """Every fact in every phrasing in which it may be asked in training, of PHRASINGS and of MORE_PHRASINGS."""
+def trained_questions() -> tuple[DomainQuestion, ...]:
+    """Every fact in every phrasing that may be trained on, of PHRASINGS and of MORE_PHRASINGS."""
     return tuple(
         question
         for fact in facts()
         for phrasing in (*PHRASINGS[fact.kind], *MORE_PHRASINGS[fact.kind])
-        if not (question := Question(fact, phrasing)).kept
+        if not (question := DomainQuestion(fact, phrasing)).held_out
     )
 
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A second turn, and what is right to answer."""
+    """A second turn and its right answer."""
 
     kind: str  # one of FOLLOW_UPS
     text: str
@@ -472,15 +472,15 @@ class FollowUp:
 
 
 def follow_ups(fact: Fact, reserved: bool) -> Iterator[FollowUp]:
-    """The second turns that make sense after the answer to `fact`, in the reserved phrasing or in the others."""
+    """The second turns that make sense after the answer to `fact`, in the reserved phrasing or in the other ones."""
 
     def phrased(kind: str, asked: tuple[str, ...], answer: str) -> Iterator[FollowUp]:
-        for phrasing in FOLLOW_UPS[kind][RESERVED:] if reserved else FOLLOW_UPS[kind][:RESERVED]:
+        for phrasing in FOLLOW_UPS[kind][RESERVED_PHRASING:] if reserved else FOLLOW_UPS[kind][:RESERVED_PHRASING]:
             yield FollowUp(kind, sentence(phrasing.format(*asked)), answer)
 
     if fact.result is not None:
-        for step in range(1, STEPS + 1):
-            if fact.result + step <= MOST:
+        for step in range(1, MAX_FOLLOW_UP_STEP + 1):
+            if fact.result + step <= MAX_NUMBER:
                 yield from phrased("plus", (NUMBERS[step],), _sum(fact.result, step).answer)
             if fact.result >= step:
                 yield from phrased("minus", (NUMBERS[step],), _difference(fact.result, step).answer)
@@ -494,23 +494,23 @@ def follow_ups(fact: Fact, reserved: bool) -> Iterator[FollowUp]:
 
 @lru_cache(maxsize=1)
 def answers() -> tuple[str, ...]:
-    """Every answer there is, each once."""
+    """Every answer of the domain, each once."""
     return tuple(dict.fromkeys(fact.answer for fact in facts()))
 
 
-def kept_answer(text: str) -> bool:
-    """Whether the speech tokenizer and the decoder never hear this answer in training: one in ten of the numbers'."""
-    plenty = text not in SOCIAL.values() and not any(
-        text == fact.answer for fact in facts() if fact.kind in ("capital", "colour")
-    )
-    return plenty and _share(f"answer {text}") < 1 / 10
+def answer_is_held_out(text: str) -> bool:
+    """Whether the speech tokenizer and the decoder are not trained on this answer. Only answers with numbers, of which
+    there are many, are held out."""
+    if text in SOCIAL.values() or any(text == fact.answer for fact in facts() if fact.kind in ("capital", "colour")):
+        return False
+    return _hash_fraction(f"answer {text}") < HELD_OUT_ANSWERS
 
 
-def speaker(draw: random.Random, voices: tuple[str, ...] = VOICES) -> tuple[str, int, int]:
-    """Who asks: voice, words a minute, pitch."""
+def draw_speaker(draw: random.Random, voices: tuple[str, ...] = VOICES) -> tuple[str, int, int]:
+    """The speaker of a question: voice, words per minute, pitch."""
     return draw.choice(voices), draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH)
 
 
-def _share(text: str) -> float:
+def _hash_fraction(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48

@@ -1,15 +1,15 @@
-"""Nano's test items: what is asked, by whom, what is right to answer. Frozen in the package as text, spoken on demand.
+"""Nano's test items: questions, their speakers and the right answers. Frozen in the package as text, spoken on demand.
 
     items/voices.jsonl      trained phrasings, reserved voices
           phrasings.jsonl   reserved phrasings, trained voices
           both.jsonl        reserved phrasings, reserved voices
-          seen.jsonl        trained phrasings, trained voices; the question itself is kept from training
-          two-turn.jsonl    a question and one that refers back to it, reserved voices
-          new-subject.jsonl a question and one that has nothing to do with it, reserved voices
-          sentences.jsonl   answers that the speech tokenizer and the decoder have not heard, in the answering voice
+          seen.jsonl        trained phrasings, trained voices; the question itself is held out
+          two-turn.jsonl    a question and one that refers to its answer, reserved voices
+          new-subject.jsonl a question and an unrelated one, reserved voices
+          sentences.jsonl   answers that speech tokenizer and decoder were not trained on, answering voice
 
-`make_items` made these files once. To write them again (to another domain: these are frozen):
-`python -m moss_jax.recipes.nano.items FOLDER`.
+`make_items` made these files, and they must not change. For a domain that was changed,
+`python -m moss_jax.recipes.nano.items FOLDER` writes new ones.
 """
 
 import json
@@ -18,16 +18,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
 from moss_jax.documents import parse_object, read_lines
 from moss_jax.errors import MossError
 from moss_jax.recipes.nano import domain
-from moss_jax.recipes.nano.corpus import Utterance, say
-from moss_jax.recipes.nano.domain import ANSWERS, RESERVED_VOICES, SOCIAL, VOICES, Question
+from moss_jax.recipes.nano.corpus import Utterance, synthesize
+from moss_jax.recipes.nano.domain import ANSWER_SPEAKER, RESERVED_VOICES, SOCIAL, VOICES, DomainQuestion
 
-FOLDER = Path(__file__).with_name("items")
+ITEMS_FOLDER = Path(__file__).with_name("items")
 SETS = {
     "voices": "unseen voices",
     "phrasings": "unseen phrasings",
@@ -37,7 +38,7 @@ SETS = {
     "new-subject": "a second question on its own, unseen voices",
     "sentences": "unseen answers, for the codec",
 }
-AMOUNTS = {
+QUESTION_COUNTS = {
     "voices": {
         "sum": 90,
         "difference": 90,
@@ -94,13 +95,13 @@ AMOUNTS = {
 
 @dataclass(frozen=True)
 class Item:
-    """What one item says.
+    """One test item.
 
     Attributes:
-        name: unlike every other one's.
-        kind: of the fact that its first question asks for.
-        questions, answers: one of each a turn; a sentence for the codec has no questions.
-        voice, words_per_minute, pitch: who asks, or who says the sentence.
+        name: unique.
+        kind: of the fact that the first question is about.
+        questions, answers: one of each per turn; a sentence for the codec has no questions.
+        voice, words_per_minute, pitch: of the questions, or of the sentence.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Item:
     words_per_minute: int
     pitch: int
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         turns = (
             [*self.questions, *self.answers]
             if not self.questions
@@ -127,7 +128,7 @@ class Item:
         }
 
     @classmethod
-    def from_json(cls, entry: dict) -> "Item":
+    def from_json(cls, entry: dict[str, Any]) -> "Item":
         turns = entry["turns"]
         questions, answers = (turns[::2], turns[1::2]) if len(turns) > 1 else ([], turns)
         return cls(
@@ -143,44 +144,53 @@ class Item:
 
 def make_items(seed: int = 0) -> dict[str, list[Item]]:
     """{set: its items}; a function of the seed and the domain alone."""
-    made = {}
-    for name, amounts in AMOUNTS.items():
+    items = {}
+    for name, amounts in QUESTION_COUNTS.items():
         draw = random.Random(f"nano items {name} {seed}")
         reserved_phrasing = name in ("phrasings", "both")
         voices = VOICES if name in ("phrasings", "seen") else RESERVED_VOICES
         picked = [
             question for kind, amount in amounts.items() for question in _pick(kind, amount, reserved_phrasing, draw)
         ]
-        others = draw.sample(picked, len(picked)) if name == "new-subject" else [None] * len(picked)
-        made[name] = [
+        others: list[DomainQuestion | None] = [None] * len(picked)
+        if name == "new-subject":
+            others = [*draw.sample(picked, len(picked))]
+        items[name] = [
             _item(f"{name}-{i:04d}", question, voices, draw, name, other)
             for i, (question, other) in enumerate(zip(picked, others, strict=True))
         ]
     kind = {fact.answer: fact.kind for fact in domain.facts()}
-    kept = [text for text in domain.answers() if domain.kept_answer(text)]
-    made["sentences"] = [Item(f"sentences-{i:04d}", kind[text], (), (text,), *ANSWERS) for i, text in enumerate(kept)]
-    return made
+    held_out = [text for text in domain.answers() if domain.answer_is_held_out(text)]
+    items["sentences"] = [
+        Item(f"sentences-{i:04d}", kind[text], (), (text,), *ANSWER_SPEAKER) for i, text in enumerate(held_out)
+    ]
+    return items
 
 
-def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) -> list[Question]:
-    """Questions of a kind that no training manifest has; each once before any comes twice (by other speakers)."""
-    own = [question for question in domain.questions() if question.fact.kind == kind]
+def _pick(kind: str, amount: int, reserved_phrasing: bool, draw: random.Random) -> list[DomainQuestion]:
+    """Questions of a kind that no training manifest has; each once before any is repeated by another speaker."""
+    candidates = [question for question in domain.questions() if question.fact.kind == kind]
     if reserved_phrasing:
-        own = [question for question in own if question.reserved]
-    elif kind in SOCIAL:  # a social turn is its phrasing: trained phrasings are heard from other speakers
-        own = [question for question in own if not question.reserved]
+        candidates = [question for question in candidates if question.reserved]
+    elif kind in SOCIAL:  # a social turn is nothing but its phrasing; it is new only in its speaker
+        candidates = [question for question in candidates if not question.reserved]
     else:
-        own = [question for question in own if question.kept and not question.reserved]
-    picked: list[Question] = []
+        candidates = [question for question in candidates if question.held_out and not question.reserved]
+    picked: list[DomainQuestion] = []
     while len(picked) < amount:
-        picked += draw.sample(own, len(own))
+        picked += draw.sample(candidates, len(candidates))
     return picked[:amount]
 
 
 def _item(
-    name: str, question: Question, voices: Sequence[str], draw: random.Random, group: str, other: Question | None
+    name: str,
+    question: DomainQuestion,
+    voices: Sequence[str],
+    draw: random.Random,
+    group: str,
+    other: DomainQuestion | None,
 ) -> Item:
-    """One that asks `question`, in two turns then what goes on from it, or an `other` one."""
+    """An item that asks `question` and, in a second turn, a follow-up or the `other` question."""
     questions = [question.text]
     answers = [question.fact.answer]
     if group == "two-turn":
@@ -190,52 +200,54 @@ def _item(
     elif other is not None:
         questions.append(other.text)
         answers.append(other.fact.answer)
-    return Item(name, question.fact.kind, tuple(questions), tuple(answers), *domain.speaker(draw, tuple(voices)))
+    return Item(name, question.fact.kind, tuple(questions), tuple(answers), *domain.draw_speaker(draw, tuple(voices)))
 
 
-def read_items(group: str, folder: Path = FOLDER) -> list[Item]:
+def read_items(group: str, folder: Path = ITEMS_FOLDER) -> list[Item]:
     """The frozen items of a set, a key of SETS."""
     if group not in SETS:
-        raise MossError(f"items {group!r}: unknown, there are {', '.join(SETS)}")
+        raise MossError(f"items {group!r}: unknown, expected one of {', '.join(SETS)}")
     return [Item.from_json(parse_object(line.content)) for line in read_lines(folder / f"{group}.jsonl")]
 
 
 def write_items(folder: Path) -> None:
-    """Writes what `make_items` makes, as files like the frozen ones."""
+    """Writes the items of `make_items`, as files like the frozen ones."""
     for group, items in make_items().items():
         write_text(folder / f"{group}.jsonl", "".join(json.dumps(item.to_json()) + "\n" for item in items))
 
 
-def speak_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[str, list[Path]]]:
-    """Says items of a set into FOLDER/GROUP; what is there already is not said again.
+def synthesize_items(group: str, folder: Path, items: Sequence[Item]) -> list[dict[str, list[Path]]]:
+    """Synthesises items of a set into FOLDER/GROUP, where they are not there already.
 
-    FOLDER/GROUP.jsonl is a manifest of what is asked (of the sentences: said), with its text.
+    FOLDER/GROUP.jsonl is a manifest of the questions (of the sentences, where there are none) with their texts.
 
     Returns:
-        For each item {"questions": 16 kHz recordings, "answers": 24 kHz ones of the answering voice}, one a turn.
+        For each item {"questions": 16 kHz recordings, "answers": 24 kHz ones of the answering voice}, one per turn.
     """
-    spoken = []
+    recordings = []
     lines = []
     (folder / group).mkdir(parents=True, exist_ok=True)
     for item in items:
-        asker = (item.voice, item.words_per_minute, item.pitch)
-        paths = {
-            f"{use}s": [
-                _spoken(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
+        question_speaker = (item.voice, item.words_per_minute, item.pitch)
+        paths = {}
+        for use, speaker, texts in (
+            ("question", question_speaker, item.questions),
+            ("answer", ANSWER_SPEAKER, item.answers),
+        ):
+            paths[f"{use}s"] = [
+                _recording(folder, f"{group}/{item.name}-{use[0]}{turn}.wav", Utterance(text, *speaker, use))
                 for turn, text in enumerate(texts)
             ]
-            for use, speaker, texts in (("question", asker, item.questions), ("answer", ANSWERS, item.answers))
-        }
-        spoken.append(paths)
-        said = zip(item.questions or item.answers, paths["questions"] or paths["answers"], strict=True)
-        lines += [{"audio": str(path.relative_to(folder)), "text": text} for text, path in said]
+        recordings.append(paths)
+        spoken = zip(item.questions or item.answers, paths["questions"] or paths["answers"], strict=True)
+        lines += [{"audio": str(path.relative_to(folder)), "text": text} for text, path in spoken]
     write_manifest(folder / f"{group}.jsonl", lines)
-    return spoken
+    return recordings
 
 
-def _spoken(folder: Path, place: str, utterance: Utterance) -> Path:
+def _recording(folder: Path, place: str, utterance: Utterance) -> Path:
     if not (folder / place).exists():
-        say(folder, place, utterance)
+        synthesize(folder, place, utterance)
     return folder / place
 
 

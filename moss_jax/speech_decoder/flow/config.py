@@ -118,22 +118,6 @@ class FlowConfig:
 RELEASED = FlowConfig()  # flow.pt
 RELEASED_CHUNK_5 = FlowConfig(chunk=5)  # flow-chunk-5.pt
 
-NANO = FlowConfig(
-    vocab_size=256,
-    codebook_size=256,
-    speaker_size=1,
-    chunk=5,
-    euler_steps=6,
-    guidance=0.0,
-    mel_mean=-6.0,
-    mel_std=3.0,
-    predicts="mel",
-    encoder=EncoderConfig(hidden_size=128, num_heads=2, intermediate_size=256, num_layers=2, num_up_layers=1),
-    estimator=EstimatorConfig(
-        channels=128, num_heads=2, head_dim=64, num_blocks=1, num_mid_stages=1, intermediate_size=256, time_size=128
-    ),
-)
-
 TINY = FlowConfig(
     vocab_size=96,
     codebook_size=90,

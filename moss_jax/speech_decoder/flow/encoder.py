@@ -89,7 +89,8 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = LayerNorm(name="norm")(Linear(self.size, ("embed", None), name="linear")(x))
-        return x * self.size**0.5
+        scaled: jax.Array = x * self.size**0.5
+        return scaled
 
 
 def initial_encoder_tails(config: FlowConfig, batch: int) -> dict[str, jax.Array]:

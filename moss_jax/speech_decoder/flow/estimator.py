@@ -36,13 +36,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class TimeEmbedding(nn.Module):
-    """The term that the time adds in each stage: [R, C] for `down` and `up`, [stages, R, C] for `mid`."""
+    """The term that the time adds in each stage: [B, C] for `down` and `up`, [stages, B, C] for `mid`."""
 
     config: FlowConfig
 
     @nn.compact
     def __call__(self, t: jax.Array) -> dict[str, jax.Array]:
-        """t: float32 [R], times in 0..1."""
+        """t: float32 [B], times in 0..1."""
         config = self.config.estimator
         sizes = ("time", "time_out")
         half = self.config.estimator_inputs // 2
@@ -201,7 +201,7 @@ class Estimator(nn.Module):
         Args:
             x, mu, prompt: the state, the encoder's projection, the prompt's mel (zero elsewhere), float32 [B, T, M].
             speaker: float32 [B, M], the projected speaker embedding.
-            time: `TimeEmbedding` of one time for all rows (R = 1) or of one for each (R = B).
+            time: `TimeEmbedding` of one time for all rows or of one for each.
             valid: bool [B, T], the frames that exist.
             chunk: mel frames in a chunk of the static mask, one number or int32 [B]; None: no chunk mask.
             tails: of the convolutions after the previous call; None at the start (see `initial_tails`).

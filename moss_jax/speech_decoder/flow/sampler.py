@@ -144,14 +144,14 @@ def flow(
         return prediction, None
 
     x = jnp.broadcast_to(noise[:, :frames], (codes.shape[0], frames, config.mel_bins))
-    speaker = model(embedding, method="speaker_projection")
+    speaker: Any = model(embedding, method="speaker_projection")
     states, _ = euler(config, model, x, mu, speaker, prompt, estimate)
     return states
 
 
 def bucket(length: int, max_length: int) -> int:
     """The static length for `length` rows: the next multiple of a 16th of the power of two below it, and of 8."""
-    step = max(8, 2 ** ((max(length, 2) - 1).bit_length() - 5))
+    step: int = max(8, 2 ** ((max(length, 2) - 1).bit_length() - 5))
     return min(-(-length // step) * step, max_length)
 
 

@@ -44,8 +44,7 @@ FIRST_CODES = 80  # capacity of a new cache; it doubles when it is full
 PREFILL_CODES = 20  # codes of a prompt that are computed at a time
 
 
-@struct.dataclass
-class FlowCache:
+class FlowCache(struct.PyTreeNode):
     """Keys and values in S slots of one chunk each.
 
     Attributes:
@@ -68,8 +67,7 @@ class FlowCache:
         return self.chunks.shape[0]
 
 
-@struct.dataclass
-class FlowState:
+class FlowState(struct.PyTreeNode):
     """The state of a stream.
 
     Attributes:
@@ -439,8 +437,7 @@ class CachedFlow:
         return FlowStream(self, prompt)
 
 
-@struct.dataclass
-class Prompt:
+class Prompt(struct.PyTreeNode):
     """A prefilled voice: its state, which is never written again, and its codes int32 [P]."""
 
     state: FlowState

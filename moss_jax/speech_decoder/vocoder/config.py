@@ -77,18 +77,3 @@ TINY = VocoderConfig(
     source_resblock_widths=(3, 3, 5),
     source_resblock_dilations=((1,), (1, 2), (1,)),
 )
-
-NANO = VocoderConfig(
-    channels=192,
-    upsample_rates=(5, 4),
-    upsample_widths=(9, 8),
-    resblock_widths=(3, 7),
-    resblock_dilations=((1, 3, 5), (1, 3, 5)),
-    source_resblock_widths=(3, 3),
-    source_resblock_dilations=((1, 3), (1, 3)),
-    fft_size=96,
-    fft_hop=24,
-    f0_channels=96,
-    f0_layers=3,
-    free_phase=True,
-)

@@ -40,7 +40,8 @@ def weight_norm(v: Array, g: Array, axis: int) -> Array:
     others = tuple(a for a in (-3, -2, -1) if a != axis)
     norm = (v * v).sum(others, keepdims=True) ** 0.5
     gain = g[..., None, None, :] if axis == -1 else g[..., None, :, None]
-    return v * gain / norm
+    kernel: Array = v * gain / norm
+    return kernel
 
 
 def fold_weight_norm(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Both take signals whose valid part is shorter than the array, so that one compil
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 
 def hann(size: int) -> np.ndarray:
@@ -77,7 +78,7 @@ def _overlap_add(frames: jax.Array, hop: int) -> jax.Array:
     """[B, T, size] -> [B, (T - 1) * hop + size]."""
     batch, count, size = frames.shape
     parts = size // hop
-    blocks = sum(
-        jnp.pad(frames[..., i * hop : (i + 1) * hop], ((0, 0), (i, parts - 1 - i), (0, 0))) for i in range(parts)
-    )
-    return blocks.reshape(batch, (count + parts - 1) * hop)
+    blocks = jnp.zeros((batch, count + parts - 1, hop), frames.dtype)
+    for i in range(parts):
+        blocks += jnp.pad(frames[..., i * hop : (i + 1) * hop], ((0, 0), (i, parts - 1 - i), (0, 0)))
+    return rearrange(blocks, "B count hop -> B (count hop)")

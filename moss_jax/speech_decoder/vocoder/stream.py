@@ -19,8 +19,7 @@ from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.model import HiFT, sine_noise
 
 
-@struct.dataclass
-class VocoderState:
+class VocoderState(struct.PyTreeNode):
     """The state of one stream, with the last `context` frames, of which min(frames, context) exist."""
 
     mel: jax.Array  # float32 [context, M], the last frames, from row 0 on

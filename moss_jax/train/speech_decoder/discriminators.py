@@ -1,4 +1,4 @@
-"""What tells real speech from the vocoder's: a discriminator for each of several periods and STFT resolutions.
+"""Discriminators of real and generated speech, one for each of several periods and STFT resolutions.
 
 Sources: HiFi-GAN's multi-period discriminator (https://arxiv.org/abs/2010.05646), the multi-band, multi-resolution one
 of descript-audio-codec; losses of HiFi-GAN (least squares, feature matching) and the truncated pointwise relativistic
@@ -16,24 +16,27 @@ from moss_jax.errors import MossError
 from moss_jax.nn.layers import named
 from moss_jax.train.speech_decoder.spectral import stft
 
+Scores = list[tuple[jax.Array, list[jax.Array]]]  # of each discriminator: score [B, ...], features
 SLOPE = 0.1  # of the leaky rectifiers
 BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of the spectrum, each with its convolutions
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
+    """Sizes of the discriminators."""
+
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)  # samples
-    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)  # of the convolutions of one period
-    ffts: tuple[int, ...] = (2048, 1024, 512)  # samples; hop is a quarter
+    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)  # of the convolutions of one period's discriminator
+    ffts: tuple[int, ...] = (2048, 1024, 512)  # samples; the hop is a quarter of it
     fft_channels: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.periods or self.ffts) or (self.periods and not self.period_channels):
             raise MossError("discriminators: none, expected some periods with their channels, or ffts")
 
     @property
     def shortest(self) -> int:
-        """Samples of a wave that all of them take."""
+        """The shortest wave that all discriminators accept, in samples."""
         return max((*self.ffts, *self.periods))
 
 
@@ -61,15 +64,15 @@ class NormConv2d(nn.Module):
 
 
 class PeriodDiscriminator(nn.Module):
-    """Judges every `period`-th sample: wave [B, L] -> (score [B, ...], its features)."""
+    """Scores the wave folded by `period`: wave [B, L] -> (score [B, ...], features)."""
 
     period: int
     channels: Sequence[int]
 
     @nn.compact
     def __call__(self, wave: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        rest = -wave.shape[1] % self.period
-        wave = jnp.pad(wave, ((0, 0), (0, rest)), mode="reflect")
+        padding = -wave.shape[1] % self.period
+        wave = jnp.pad(wave, ((0, 0), (0, padding)), mode="reflect")
         x = wave.reshape(wave.shape[0], -1, self.period, 1)
         features = []
         for i, channels in enumerate(self.channels):
@@ -81,7 +84,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Judges a complex spectrogram band by band: wave [B, L] -> (score [B, ...], its features)."""
+    """Scores a complex spectrogram by bands: wave [B, L] -> (score [B, ...], features)."""
 
     fft: int
     channels: int
@@ -89,8 +92,8 @@ class SpectrumDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, wave: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         wave = wave - wave.mean(1, keepdims=True)
-        # The sample itself and not `max`: its gradient compares every sample with the maximum, and where the compiler
-        # has rounded the two differently none is equal, which gives 0 / 0.
+        # Takes the sample instead of the maximum: the gradient of `max` compares every sample with the maximum, and
+        # where the compiler rounds the two differently, no sample is equal to it, which gives 0 / 0.
         peak = jnp.abs(jnp.take_along_axis(wave, jnp.abs(wave).argmax(1)[:, None], 1))
         wave = 0.8 * wave / (peak + 1e-9)
         spectrum = stft(wave, self.fft, self.fft // 4, self.fft)
@@ -98,11 +101,12 @@ class SpectrumDiscriminator(nn.Module):
         bins = parts.shape[2]
         features = []
         bands = []
-        for place, (low, high) in enumerate(BANDS):
+        for band, (low, high) in enumerate(BANDS):
             x = parts[:, :, int(low * bins) : int(high * bins)]
             for i in range(5):
-                width, stride = ((3, 9), (1, 2 if i else 1)) if i < 4 else ((3, 3), (1, 1))
-                x = nn.leaky_relu(NormConv2d(self.channels, width, stride, name=f"band_{place}_conv_{i}")(x), SLOPE)
+                width = (3, 9) if i < 4 else (3, 3)
+                stride = (1, 2) if 0 < i < 4 else (1, 1)
+                x = nn.leaky_relu(NormConv2d(self.channels, width, stride, name=f"band_{band}_conv_{i}")(x), SLOPE)
                 if i:
                     features.append(x)
             bands.append(x)
@@ -111,41 +115,52 @@ class SpectrumDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """All of them: wave float32 [B, L] -> [(score, features), ...]."""
+    """All discriminators: wave float32 [B, L] -> [(score, features), ...]."""
 
     config: DiscriminatorConfig
 
     @nn.compact
-    def __call__(self, wave: jax.Array) -> list[tuple[jax.Array, list[jax.Array]]]:
-        c = self.config
-        judges = [PeriodDiscriminator(period, c.period_channels, name=f"period_{period}") for period in c.periods]
-        judges += [SpectrumDiscriminator(fft, c.fft_channels, name=f"fft_{fft}") for fft in c.ffts]
-        return [judge(wave) for judge in judges]
+    def __call__(self, wave: jax.Array) -> Scores:
+        config = self.config
+        scores = []
+        for period in config.periods:
+            scores.append(PeriodDiscriminator(period, config.period_channels, name=f"period_{period}")(wave))
+        for fft in config.ffts:
+            scores.append(SpectrumDiscriminator(fft, config.fft_channels, name=f"fft_{fft}")(wave))
+        return scores
 
 
-def generator_loss(made) -> jax.Array:
-    """Least squares: what was made should score 1."""
-    return sum(jnp.square(1 - score).mean() for score, _ in made)
+def generator_loss(generated: Scores) -> jax.Array:
+    """Least squares towards a score of 1 for generated speech."""
+    total = jnp.float32(0)
+    for score, _ in generated:
+        total += jnp.square(1 - score).mean()
+    return total
 
 
-def discriminator_loss(real, made) -> jax.Array:
-    """Least squares: what is real should score 1, what was made 0."""
-    return sum(jnp.square(1 - a).mean() + jnp.square(b).mean() for (a, _), (b, _) in zip(real, made, strict=True))
+def discriminator_loss(real: Scores, generated: Scores) -> jax.Array:
+    """Least squares towards a score of 1 for real and of 0 for generated speech."""
+    total = jnp.float32(0)
+    for (real_score, _), (generated_score, _) in zip(real, generated, strict=True):
+        total += jnp.square(1 - real_score).mean() + jnp.square(generated_score).mean()
+    return total
 
 
-def feature_loss(real, made) -> jax.Array:
+def feature_loss(real: Scores, generated: Scores) -> jax.Array:
     """Twice the sum of the mean absolute differences of all features."""
-    pairs = [
-        (jax.lax.stop_gradient(x), y)
-        for (_, a), (_, b) in zip(real, made, strict=True)
-        for x, y in zip(a, b, strict=True)
-    ]
-    return 2 * sum(jnp.abs(x - y).mean() for x, y in pairs)
+    total = jnp.float32(0)
+    for (_, real_features), (_, generated_features) in zip(real, generated, strict=True):
+        for x, y in zip(real_features, generated_features, strict=True):
+            total += jnp.abs(jax.lax.stop_gradient(x) - y).mean()
+    return 2 * total
 
 
-def relativistic_loss(better, worse, tau: float) -> jax.Array:
-    """What should score better does, by the same margin everywhere: the squared excess below the median margin, at
-    most `tau`, summed over discriminators."""
+def relativistic_loss(better: Scores, worse: Scores, tau: float) -> jax.Array:
+    """The truncated pointwise relativistic loss: the scores of `better` should exceed those of `worse`.
+
+    For each discriminator it is the mean of the squared shortfall below the median margin, truncated at `tau`; the
+    result is the sum over discriminators.
+    """
     total = jnp.float32(0)
     for (a, _), (b, _) in zip(better, worse, strict=True):
         difference = a - b

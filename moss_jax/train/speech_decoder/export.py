@@ -1,4 +1,4 @@
-"""What trained, as a part of a system: its weights and sizes under speech_decoder/, all else from another system."""
+"""Exports the trained part of a speech decoder as a system: everything else is taken from another system."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,49 +24,52 @@ from moss_jax.train.speech_decoder.run import SpeechDecoderRun
 def export_parts(
     run: SpeechDecoderRun,
     config: SpeechDecoderConfig,
-    merged: Callable[[SpeechDecoderConfig], SpeechDecoderConfig],
+    merge: Callable[[SpeechDecoderConfig], SpeechDecoderConfig],
     pattern: str,
     parts: Mapping[str, Mapping[str, jax.Array]],
     folder: Path,
     dtype: str | None,
     say: Say,
 ) -> None:
-    """Writes a system, whole or not at all. Every process calls it.
+    """Writes a system with the trained part of its speech decoder, completely or not at all. Every process calls it.
 
     Args:
         config: of the run, for a system that has no speech decoder yet.
-        merged: puts what trained into the config of the system that everything else is taken from.
-        pattern: of the names of the files that the parts replace.
-        parts: flat parameters by the name of their file; the same ones may stand under several.
+        merge: puts the trained part into the config of the system that everything else is taken from.
+        pattern: of the file names that the parts replace.
+        parts: flat parameters by the stem of their file; several stems may share the same parameters.
         dtype: of the weights; None: the run's `export_dtype`, else float32.
     """
     dtype = dtype or run.export_dtype or "float32"
-    known: dict[int, dict[str, np.ndarray]] = {}
+    on_host: dict[int, dict[str, np.ndarray]] = {}
     for flat in parts.values():
-        if id(flat) not in known:
-            known[id(flat)] = {path: gather_to_host(leaf).astype(jnp.dtype(dtype)) for path, leaf in flat.items()}
+        if id(flat) not in on_host:
+            on_host[id(flat)] = {path: gather_to_host(leaf).astype(jnp.dtype(dtype)) for path, leaf in flat.items()}
     if jax.process_index():
         return
-    source = run.system or (run.init if run.init != "random" else None)
-    source = source and Path(resolve_init(source))
+    system = run.system or (run.init if run.init != "random" else None)
+    source = Path(resolve_init(system)) if system else None
     with replace_folder(folder) as part:
-        if source and (source / SYSTEM_FILE).is_file():
+        if source is not None and (source / SYSTEM_FILE).is_file():
             shutil.copytree(source, part, copy_function=link_or_copy, dirs_exist_ok=True)
         else:
             write_json(part / SYSTEM_FILE, {"format": SYSTEM_FORMAT, "default_voice": None})
-        room = part / "speech_decoder"
-        if (room / "config.json").is_file():
-            config = merged(SystemFolder(part).config(SPEECH_DECODER))
-            (room / "config.json").unlink()
-        room.mkdir(exist_ok=True)
-        for old in room.glob(f"{pattern}.safetensors*"):
+        decoder = part / "speech_decoder"
+        if (decoder / "config.json").is_file():
+            config = merge(SystemFolder(part).config(SPEECH_DECODER))
+            # A link to the source's file: it must not be written into.
+            (decoder / "config.json").unlink()
+        decoder.mkdir(exist_ok=True)
+        for old in decoder.glob(f"{pattern}.safetensors*"):
             old.unlink()
-        first: dict[int, Path] = {}
+        written: dict[int, Path] = {}
         for stem, flat in parts.items():
-            if id(flat) in first:
-                link_or_copy(first[id(flat)], room / f"{stem}.safetensors")
+            path = decoder / f"{stem}.safetensors"
+            if id(flat) in written:
+                link_or_copy(written[id(flat)], path)
             else:
-                save_tree(room, known[id(flat)], stem, shard_bytes=2**62)
-                first[id(flat)] = room / f"{stem}.safetensors"
-        write_json(room / "config.json", write_config(config))
+                # One file, however large, so that it can be linked under other names.
+                save_tree(decoder, on_host[id(flat)], stem, shard_bytes=2**62)
+                written[id(flat)] = path
+        write_json(decoder / "config.json", write_config(config))
     say(f"exported: {folder}")

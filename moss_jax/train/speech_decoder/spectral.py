@@ -1,4 +1,4 @@
-"""Distances between waves that do not mind phases: multi-resolution STFT and mel.
+"""Distances between waves that ignore phases: multi-resolution STFT and mel.
 
 Sources: Parallel WaveGAN (https://arxiv.org/abs/1910.11480) for the STFT loss, `mel_loss` of the released code.
 """
@@ -10,20 +10,23 @@ import numpy as np
 from moss_jax.audio.features import MelConfig, framed, mel_filters
 from moss_jax.speech_decoder.vocoder.stft import hann
 
-FLOOR = 1e-7  # of power: below -70 dB of a full-scale bin nothing counts, and no square root has a steep gradient
+# Of power, -70 dB of a full-scale bin: smaller values are ignored, and no square root has a steep gradient.
+FLOOR = 1e-7
 MEL_FLOOR = 1e-5  # as in the features
 
 
 def stft(wave: jax.Array, fft: int, hop: int, window: int, centred: bool = True) -> jax.Array:
-    """wave float32 [B, L] -> complex [B, T, fft / 2 + 1] under a periodic Hann window, as torch.stft; where the window
-    is shorter than the fft, but for a linear phase.
+    """wave float32 [B, L] -> complex [B, T, fft / 2 + 1] under a periodic Hann window.
+
+    The same as torch.stft, except for a linear phase where the window is shorter than the fft.
 
     Args:
-        centred: frames stand around samples 0, hop, ... of the reflected wave; otherwise they begin there.
+        centred: frames are centred at samples 0, hop, ... of the wave, which is padded by reflection; otherwise they
+            begin there.
     """
     if centred:
         wave = jnp.pad(wave, ((0, 0), (fft // 2, fft // 2)), mode="reflect")
-    before = (fft - window) // 2  # the window stands in the middle; a shift within the frame turns phases only
+    before = (fft - window) // 2  # the window is in the middle of the fft; a shift within the frame changes phases only
     wave = wave[:, before : wave.shape[1] - (fft - window - before)]
     return jnp.fft.rfft(framed(wave, window, hop) * hann(window).astype(np.float32), fft, axis=-1)
 
@@ -34,22 +37,22 @@ def magnitude(wave: jax.Array, fft: int, hop: int, window: int) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.square(spectrum.real) + jnp.square(spectrum.imag), FLOOR))
 
 
-def stft_loss(real: jax.Array, made: jax.Array, resolutions: tuple[tuple[int, int, int], ...]) -> jax.Array:
-    """The mean over resolutions (fft, hop, window) of spectral convergence + L1 of the logarithms; waves [B, L].
+def stft_loss(real: jax.Array, generated: jax.Array, resolutions: tuple[tuple[int, int, int], ...]) -> jax.Array:
+    """Spectral convergence + L1 of the log magnitudes, averaged over resolutions (fft, hop, window); waves [B, L].
 
-    The convergence is that of the whole batch: a silent item, alone, would divide by nearly nothing.
+    The convergence is that of the whole batch: for a silent item alone the denominator would be nearly zero.
     """
     total = jnp.float32(0)
     for resolution in resolutions:
         x = magnitude(real, *resolution)
-        y = magnitude(made, *resolution)
+        y = magnitude(generated, *resolution)
         convergence = jnp.sqrt((jnp.square(x - y).sum() + FLOOR) / jnp.square(x).sum())
         total += convergence + jnp.abs(jnp.log(x) - jnp.log(y)).mean()
     return total / len(resolutions)
 
 
 def log_mel(wave: jax.Array, config: MelConfig) -> jax.Array:
-    """`mel_24k` through an FFT, whose gradient is cheap on a CPU: float32 [B, L] -> [B, L // hop, M]."""
+    """`mel_24k` computed with an FFT, whose gradient is cheap on a CPU: float32 [B, L] -> [B, L // hop, M]."""
     padding = (config.n_fft - config.hop_length) // 2
     wave = jnp.pad(wave, ((0, 0), (padding, padding)), mode="reflect")
     spectrum = stft(wave, config.n_fft, config.hop_length, config.n_fft, centred=False)
@@ -57,6 +60,9 @@ def log_mel(wave: jax.Array, config: MelConfig) -> jax.Array:
     return jnp.log(jnp.maximum(jnp.sqrt(power + 1e-9) @ mel_filters(config), MEL_FLOOR))
 
 
-def mel_loss(real: jax.Array, made: jax.Array, configs: tuple[MelConfig, ...]) -> jax.Array:
+def mel_loss(real: jax.Array, generated: jax.Array, configs: tuple[MelConfig, ...]) -> jax.Array:
     """The sum over mel spectrograms of the mean absolute difference; waves [B, L]."""
-    return sum(jnp.abs(log_mel(real, config) - log_mel(made, config)).mean() for config in configs)
+    total = jnp.float32(0)
+    for config in configs:
+        total += jnp.abs(log_mel(real, config) - log_mel(generated, config)).mean()
+    return total

@@ -1,10 +1,10 @@
-"""The vocoder's losses: STFT at several resolutions, mel, F0, and, where asked for, what discriminators say.
+"""The losses of the vocoder: STFT at several resolutions, mel, F0, and optionally those of discriminators.
 
-Source: `cosyvoice/hifigan/hifigan.py` of the released code for the terms and their weights; the STFT loss is added, as
-it alone already teaches a small vocoder to speak.
+Source: `cosyvoice/hifigan/hifigan.py` of the released code for the terms and their weights; the STFT loss is added:
+it alone is enough to train a small vocoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,26 +24,26 @@ from moss_jax.train.speech_decoder.discriminators import (
 )
 from moss_jax.train.speech_decoder.spectral import log_mel, mel_loss, stft_loss
 
-EXACT = ("f0_", "merge")  # parts of the vocoder that stay float32: phases are sums of what they say
+FLOAT32 = ("f0_", "merge")  # parts of the vocoder that are always float32: phases are sums of their outputs
 
 
 @dataclass(frozen=True)
 class VocoderObjective:
-    """Weights of the terms, the released ones but for `stft`."""
+    """Weights of the terms; those of the released code, except for `stft`."""
 
     mel: float = 45.0
     stft: float = 1.0
     f0: float = 1.0  # of the mean absolute error in Hz; unvoiced frames have 0 Hz
     resolutions: tuple[tuple[int, int, int], ...] = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # samples
-    ffts: tuple[int, ...] = (4,)  # sizes of the mel windows in hops of the mel
+    ffts: tuple[int, ...] = (4,)  # sizes of the mel windows, in hops of the mel
     true_f0: float = 0.0  # share of items whose source follows the measured F0, not the predicted one
     discriminators: DiscriminatorConfig | None = None  # None: no adversarial training
-    adversarial_from: int = 0  # step; before it only the discriminators learn from each other's scores
+    adversarial_from: int = 0  # step; before it the discriminators train without an effect on the generator
     feature: float = 2.0
     relativistic: float = 1.0
     tau: float = 0.04
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("mel", "stft", "f0", "feature", "relativistic"):
             if getattr(self, name) < 0:
                 raise MossError(f"objective: {name} is {getattr(self, name)}, expected 0 or more")
@@ -53,7 +53,7 @@ class VocoderObjective:
             raise MossError(f"objective: true_f0 is {self.true_f0}, expected 0 to 1")
 
     def shortest(self, config: VocoderConfig) -> int:
-        """Mel frames that a crop must have at least."""
+        """The minimum number of mel frames of a crop."""
         sizes = [fft for fft, *_ in self.resolutions] + [4 * config.hop]
         sizes += [self.discriminators.shortest] if self.discriminators else []
         return max(sizes) // config.hop + 1
@@ -66,8 +66,8 @@ def mel_configs(config: VocoderConfig, ffts: tuple[int, ...] = (4,)) -> tuple[Me
 
 
 def cast(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
-    """Flat parameters for the forward pass."""
-    return {path: leaf if path.startswith(EXACT) else leaf.astype(dtype) for path, leaf in params.items()}
+    """Flat parameters in the dtype of the forward pass."""
+    return {path: leaf if path.startswith(FLOAT32) else leaf.astype(dtype) for path, leaf in params.items()}
 
 
 def render(
@@ -80,7 +80,7 @@ def render(
     keys = jax.random.split(key)
     noise = jax.random.normal(keys[0], size)
 
-    def apply(*inputs, method):
+    def apply(*inputs: jax.Array, method: str) -> Any:
         return model.apply({"params": params}, *inputs, method=method)
 
     f0 = apply(mel, method="f0")
@@ -92,7 +92,7 @@ def render(
 
 def losses(
     params: Any,
-    judges: Any,
+    discriminators: Any,
     config: VocoderConfig,
     objective: VocoderObjective,
     batch: Mapping[str, jax.Array],
@@ -102,40 +102,43 @@ def losses(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, its terms), all float32 scalars.
 
-    The gradient of the one loss is the generator's for its parameters and the discriminators' for theirs: each sees
-    the other's as constants.
+    The one loss is the sum of the generator's and the discriminators': each part treats the parameters of the other as
+    constants.
 
     Args:
-        params: of `HiFT`, nested; judges: of `Discriminators`, nested, or None.
+        params: of `HiFT`, nested.
+        discriminators: parameters of `Discriminators`, nested; not used without discriminators in the objective.
         batch: mel float32 [B, T, M], wave float32 [B, hop * T], f0 float32 [B, T] in Hz.
         step: int32.
     """
-    made, f0 = render(params, config, batch, key, objective.true_f0, dtype)
+    generated, f0 = render(params, config, batch, key, objective.true_f0, dtype)
     real = batch["wave"]
     terms = {
-        "mel_loss": mel_loss(real, made, mel_configs(config, objective.ffts)),
-        "stft_loss": stft_loss(real, made, objective.resolutions),
+        "mel_loss": mel_loss(real, generated, mel_configs(config, objective.ffts)),
+        "stft_loss": stft_loss(real, generated, objective.resolutions),
         "f0_loss": jnp.abs(f0 - batch["f0"]).mean(),
     }
     loss = objective.mel * terms["mel_loss"] + objective.stft * terms["stft_loss"] + objective.f0 * terms["f0_loss"]
     if objective.discriminators is None:
         return loss, terms
-    model = Discriminators(objective.discriminators)
-    fixed = jax.lax.stop_gradient
-    judged_real = model.apply({"params": judges}, real)
-    judged_made = model.apply({"params": judges}, fixed(made))
-    seen_real = fixed(judged_real)
-    seen_made = model.apply({"params": fixed(judges)}, made)
+    apply: Callable[..., Any] = Discriminators(objective.discriminators).apply
+    constant = jax.lax.stop_gradient
+    # For the discriminators' losses, the generated wave is constant.
+    real_scores = apply({"params": discriminators}, real)
+    generated_scores = apply({"params": discriminators}, constant(generated))
+    # For the generator's losses, the discriminators are constant.
+    real_targets = constant(real_scores)
+    generator_scores = apply({"params": constant(discriminators)}, generated)
     tau = objective.tau
     terms |= {
-        "generator_loss": generator_loss(seen_made),
-        "feature_loss": feature_loss(seen_real, seen_made),
-        "generator_relative_loss": relativistic_loss(seen_made, seen_real, tau),
-        "discriminator_loss": discriminator_loss(judged_real, judged_made),
-        "discriminator_relative_loss": relativistic_loss(judged_real, judged_made, tau),
+        "generator_loss": generator_loss(generator_scores),
+        "feature_loss": feature_loss(real_targets, generator_scores),
+        "generator_relative_loss": relativistic_loss(generator_scores, real_targets, tau),
+        "discriminator_loss": discriminator_loss(real_scores, generated_scores),
+        "discriminator_relative_loss": relativistic_loss(real_scores, generated_scores, tau),
     }
-    on = jnp.float32(jnp.asarray(step) >= objective.adversarial_from)
-    loss += on * (
+    adversarial = jnp.float32(jnp.asarray(step) >= objective.adversarial_from)
+    loss += adversarial * (
         terms["generator_loss"]
         + objective.feature * terms["feature_loss"]
         + objective.relativistic * terms["generator_relative_loss"]
@@ -144,7 +147,7 @@ def losses(
     return loss, terms
 
 
-def mel_distance(made: jax.Array, real: jax.Array, config: VocoderConfig) -> jax.Array:
+def mel_distance(generated: jax.Array, real: jax.Array, config: VocoderConfig) -> jax.Array:
     """The mean absolute difference of the log-mels of two waves [B, L], natural logarithm."""
     mel = mel_configs(config)[0]
-    return jnp.abs(log_mel(made, mel) - log_mel(real, mel)).mean()
+    return jnp.abs(log_mel(generated, mel) - log_mel(real, mel)).mean()

@@ -1,4 +1,4 @@
-"""The loss on held-out data: always the same batches, so that two evaluations of a run can be compared."""
+"""The loss on held-out data: always on the same batches, so that evaluations of a run are comparable."""
 
 from typing import Any
 
@@ -7,33 +7,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moss_jax.data import Mixture
 from moss_jax.speech_lm import SpeechLMConfig
-from moss_jax.train.feed import Feed
 from moss_jax.train.metrics import by_source
 from moss_jax.train.preemption import Preemption
-from moss_jax.train.run import Run
-from moss_jax.train.speech_lm.losses import CHANNELS
+from moss_jax.train.speech_lm.feed import packed_feed
+from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.step import make_eval_step
 
 
 class Evaluation:
-    """The first `evaluate_batches` batches of `held_out`, of the size that the run trains with."""
+    """Measures the loss on the first `evaluate_batches` batches of `held_out`, with the batch size of training."""
 
-    def __init__(self, run: Run, config: SpeechLMConfig, mesh: Mesh):
+    def __init__(self, run: Run, held_out: Mixture, config: SpeechLMConfig, mesh: Mesh):
         self._run = run
-        self._feed = Feed(run.held_out, config, run, mesh)
-        step = make_eval_step(config, run.stage, sources=len(self._feed.source_names))
+        self._config = config
+        self._sources = [name for name, *_ in held_out.sources]
+        self._feed = packed_feed(held_out, config, run, mesh)
+        step = make_eval_step(config, run.stage, sources=len(self._sources))
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
     def measure(
         self, trainable: dict[str, jax.Array], frozen: dict[str, jax.Array], preemption: Preemption
     ) -> dict[str, Any] | None:
-        """{"loss", "text_loss", "audio_loss", "sources"}; None when a notice to end came meanwhile.
+        """{"loss", "text_loss", "audio_loss", "sources"}; None if the run is asked to stop meanwhile.
 
-        The loss of a target that the data does not have is left out.
+        The loss of a channel without targets in the data is left out.
         """
         run = self._run
-        totals = {}
+        totals: dict[str, np.ndarray] = {}
         self._feed.skip_to(0)
         try:
             for _ in range(run.evaluate_batches):
@@ -46,9 +48,9 @@ class Evaluation:
         finally:
             self._feed.close()
         losses = {}
-        for name in CHANNELS:
-            count = totals.get(f"source_{name}_count", np.zeros(1)).sum()
+        for name in (channel.name for channel in self._config.channels):
+            count = totals[f"source_{name}_count"].sum()
             if count:
                 losses[f"{name}_loss"] = float(totals[f"source_{name}_sum"].sum() / count)
         loss = sum((run.loss_weights[name] * value for name, value in losses.items()), 0.0)
-        return {"loss": loss, **losses, "sources": by_source(totals, self._feed.source_names)}
+        return {"loss": loss, **losses, "sources": by_source(totals, self._sources)}

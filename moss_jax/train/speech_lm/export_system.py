@@ -1,6 +1,6 @@
-"""Language models as system folders: `moss-jax chat --model` and `moss-jax convert --export` take them.
+"""Exports language models as system folders, for `moss-jax chat --model` and `moss-jax convert --export`.
 
-The frozen parameters are written as they are held, bit for bit; adapters are merged into their kernels.
+Frozen parameters are written unchanged, bit for bit; adapters are merged into their kernels.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.train.gather import gather_to_host
-from moss_jax.train.run import Run
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.lora import PREFIX, is_adapter
+from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.stages import Stage, join_params
 
 Flat = dict[str, jax.Array]
@@ -32,28 +32,29 @@ Flat = dict[str, jax.Array]
 def export_system(
     run: Run, config: SpeechLMConfig, trainable: Flat, frozen: Flat, folder: Path, say: Say, dtype: str | None = None
 ) -> None:
-    """Writes the model as a system, whole or not at all, in place of one that is there. Every process calls it.
+    """Writes the model as a system folder, atomically, replacing an existing one. Every process must call it.
 
     Args:
         config: of the model.
         trainable, frozen: the flat parameters of the stage.
         folder: of the system.
-        dtype: of the parameters that trained; None: the run's `export_dtype`, else as the frozen ones are held.
+        dtype: of the trained parameters; None: the run's `export_dtype`, else that of the frozen parameters.
     """
     dtype = dtype or run.export_dtype or run.frozen_dtype or config.param_dtype
     shapes = jax.eval_shape(lambda t, f: flatten(join_params(t, f, run.stage, dtype)), trainable, frozen)
     values = parameters(run.stage, trainable, frozen, dtype)
     if jax.process_index():
-        for _ in values:  # takes part in collecting them
+        for _ in values:  # every process takes part in gathering them, only the first one writes
             pass
         return
     with replace_folder(folder) as part:
-        room = part / "transformer"
-        room.mkdir()
-        with TensorWriter(room, shapes) as writer:
+        transformer = part / "transformer"
+        transformer.mkdir()
+        with TensorWriter(transformer, shapes) as writer:
             for path, value in values:
                 writer.write(path, value)
-        write_json(room / "config.json", write_config(dataclasses.replace(config, remat="none", param_dtype=dtype)))
+        exported_config = dataclasses.replace(config, remat="none", param_dtype=dtype)
+        write_json(transformer / "config.json", write_config(exported_config))
         _add_rest(run, part, say)
     say(f"exported: {folder}")
 
@@ -65,17 +66,17 @@ def parameters(stage: Stage, trainable: Flat, frozen: Flat, dtype: Any) -> Itera
         if is_adapter(path):
             adapters.setdefault(path.removeprefix(PREFIX).rpartition("/")[0] + "/kernel", {})[path] = value
     for path in sorted({*frozen} | {path for path in trainable if not is_adapter(path)}):
-        mine = {path: trainable[path]} if path in trainable else {}
-        rest = {path: frozen[path]} if path in frozen else {}
-        if mine or path in adapters:
-            value = flatten(join_params(mine | adapters.get(path, {}), rest, stage, dtype))[path]
-        else:
-            value = rest[path]
+        trained = adapters.get(path, {})
+        if path in trainable:
+            trained[path] = trainable[path]
+        fixed = {path: frozen[path]} if path in frozen else {}
+        # What did not train is not even copied, so that it keeps its dtype.
+        value = flatten(join_params(trained, fixed, stage, dtype))[path] if trained else fixed[path]
         yield path, gather_to_host(value)
 
 
 def _add_rest(run: Run, folder: Path, say: Say) -> None:
-    """Everything of a system but the language model, from the run's `system` or from what it started with."""
+    """Adds all components of a system but the language model, from the run's `system` or its `init`."""
     source = Path(run.system or resolve_init(run.init))
     if (source / SYSTEM_FILE).is_file():
         for path in sorted(source.iterdir()):
@@ -91,4 +92,4 @@ def _add_rest(run: Run, folder: Path, say: Say) -> None:
     if (source / "tokenizer.json").is_file():
         copy_file(source / "tokenizer.json", folder / "text_tokenizer" / "tokenizer.json")
     else:
-        say(f"note: {source} has no text tokenizer for the export; --set system=SYSTEM names one that has")
+        say(f"note: {source} has no text tokenizer for the export; take one from a system with --set system=SYSTEM")

@@ -1,11 +1,11 @@
-"""Parameters to start from: a Qwen3, a released MOSS-Speech, a system of ours, what a stage exported, or random ones.
+"""What a run starts from: a Qwen3, a released MOSS-Speech, a system folder, an export of a stage, or random parameters.
 
-A parameter is read, put together and placed before the next one is looked at; on a mesh each device receives its part
-of it only. The host never holds more than one stacked parameter.
+Parameters are read, stacked and placed one at a time; on a mesh each device receives its part only. The host never
+holds more than one stacked parameter.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from moss_jax.checkpoint import check_shapes, open_tensors
+from moss_jax.checkpoint import TensorReader, check_shapes, open_tensors
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
 from moss_jax.components import check_codes
@@ -22,16 +22,17 @@ from moss_jax.convert.language_model import compute_dtypes, language_config, spe
 from moss_jax.convert.layer_split import new_audio_tables, qwen3_config, split_parameter
 from moss_jax.convert.qwen3 import RELEASED_CODES, split_config
 from moss_jax.convert.resolve import find_folder
-from moss_jax.convert.stream import Say, tensor_shapes
+from moss_jax.convert.stream import tensor_shapes
 from moss_jax.convert.tables import qwen3 as qwen3_table
 from moss_jax.convert.tables import speech_lm as released_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
+from moss_jax.nn.qwen3 import INITIALIZER_RANGE
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
-from moss_jax.train.run import Run
 from moss_jax.train.run_folder import resolve_init
+from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.stages import Stage, split_params
 from moss_jax.train.speech_lm.step import frozen_shardings, trainable_shardings
 
@@ -49,42 +50,43 @@ def initial_params(
     modality_layers: int | None = None,
     codes: int = RELEASED_CODES,
     seed: int = 0,
-    say: Say = lambda line: None,
 ) -> tuple[SpeechLMConfig, dict[str, jax.Array]]:
     """The config and the flat parameters {path: array} of a model to train.
 
     Args:
         source: "random" (then `config` is needed); a Qwen3 folder, whose upper layers become both branches; a released
-            MOSS-Speech folder; a system folder; the `transformer/` folder of one, such as a stage exports. A name on
-            the Hugging Face hub will do for a released folder or a Qwen3.
-        config: what the source must turn out to be, in sizes and ids; None: as the source says.
-        mesh: where the parameters go; None: the default device.
+            MOSS-Speech folder; a system folder, such as a stage exports; the `transformer/` folder of one. A Qwen3 or a
+            released model may also be the name of a repository on the Hugging Face Hub.
+        config: sizes and ids that the source must have; None: those of the source.
+        mesh: of the parameters; None: the default device.
         dtype: of the parameters; None: as in the files, float32 for random ones.
-        modality_layers, codes: of a Qwen3: layers of each branch (None: a ninth) and codes of the speech tokenizer.
-        seed: of what is new: the audio table and head beside a Qwen3, or everything.
+        modality_layers, codes: for a Qwen3: layers of each branch (None: a ninth of all) and codes of the speech
+            tokenizer.
+        seed: of new parameters: the audio table and head for a Qwen3, or all of them.
 
     Raises:
-        MossError: nothing there, none of the known kinds, damaged, or not what `config` says.
+        MossError: `source` is missing, of an unknown kind, or damaged, or differs from `config`.
     """
     if str(source) == RANDOM:
         if config is None:
             raise MossError("random parameters need a config, expected a preset or the sizes of a model")
-        found = config
         parameters = _random(config, np.dtype(dtype or "float32"), seed)
     else:
-        found, parameters = _open(find_folder(source), modality_layers, codes, seed)
-        if config is not None:
-            _check_same(config, found, source)
-            found = config
-    shapes = model_shapes(found)
-    shardings = _shardings(found, mesh)
-    flat = {}
-    stored = None
+        source_config, parameters = _open(find_folder(source), modality_layers, codes, seed)
+        if config is None:
+            config = source_config
+        else:
+            _check_same(config, source_config, source)
+    shardings = _shardings(config, mesh)
+    flat: Flat = {}
+    stored_dtype = None
     for path, value in parameters:
-        stored = stored or value.dtype  # of the first, for what is new
-        flat[path] = _place(value, shardings.get(path), np.dtype(dtype or (stored if path in _NEW else value.dtype)))
-    check_shapes({path: tuple(x.shape) for path, x in flat.items()}, {p: s.shape for p, s in shapes.items()}, source)
-    return found, flat
+        stored_dtype = stored_dtype or value.dtype  # of the first parameter, used for new ones
+        own_dtype = stored_dtype if path in _NEW else value.dtype
+        flat[path] = _place(value, shardings.get(path), np.dtype(dtype or own_dtype))
+    expected = {path: leaf.shape for path, leaf in model_shapes(config).items()}
+    check_shapes({path: tuple(x.shape) for path, x in flat.items()}, expected, source)
+    return config, flat
 
 
 def initial_split(
@@ -97,7 +99,7 @@ def initial_split(
     seed: int = 0,
     **options: Any,
 ) -> tuple[SpeechLMConfig, dict[str, jax.Array], dict[str, jax.Array]]:
-    """(config, trainable float32, frozen): `initial_params` with the same options, then `split_params`, on the mesh."""
+    """(config, trainable float32, frozen) on the mesh: `initial_params` with the same options, then `split_params`."""
     config, flat = initial_params(source, config, mesh=mesh, seed=seed, **options)
     trainable, frozen = split_params(flat, stage, frozen_dtype=frozen_dtype, seed=seed)
     if mesh is not None:
@@ -106,11 +108,11 @@ def initial_split(
     return config, trainable, frozen
 
 
-def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig, Flat, Flat]:
-    """(config, trainable, frozen) before the first step; the config computes as the run says.
+def starting_parameters(run: Run, mesh: Mesh) -> tuple[SpeechLMConfig, Flat, Flat]:
+    """(config, trainable, frozen) before the first step; dtypes, remat and attention of the config are the run's.
 
     Raises:
-        MossError: `init` is none of the known things, damaged, or not of the sizes that the run names.
+        MossError: the run's `init` is of an unknown kind, damaged, or differs from the sizes in the run.
     """
     codes = {}
     if run.system and (Path(run.system) / "speech_tokenizer").is_dir():
@@ -125,21 +127,21 @@ def starting_parameters(run: Run, mesh: Mesh, say: Say) -> tuple[SpeechLMConfig,
         frozen_dtype=run.frozen_dtype,
         seed=run.seed,
         modality_layers=run.split,
-        say=say,
         **codes,
     )
     system = Path(run.system or resolve_init(run.init))
     if (system / SYSTEM_FILE).is_file():
         check_codes(SystemFolder(system), config, f"{run.init} and {system}" if run.system else None)
-    dtypes = {"dtype": run.dtype, "param_dtype": run.frozen_dtype or config.param_dtype}
-    return replace(config, remat=run.remat, attention=run.attention, **dtypes), trainable, frozen
+    param_dtype = run.frozen_dtype or config.param_dtype
+    config = replace(config, remat=run.remat, attention=run.attention, dtype=run.dtype, param_dtype=param_dtype)
+    return config, trainable, frozen
 
 
-_NEW = {"audio/embed/embedding", "audio/head/kernel"}  # float32 beside a Qwen3, whatever its own dtype
+_NEW = {"audio/embed/embedding", "audio/head/kernel"}  # made in float32 for a Qwen3, whatever the dtype of its file
 
 
 def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> tuple[SpeechLMConfig, Parameters]:
-    """Config and parameters, in our layout, of whatever kind of folder this is."""
+    """Config and parameters, in our layout, of a folder of any known kind."""
     if (folder / SYSTEM_FILE).is_file():
         folder = SystemFolder(folder).component_folder("transformer")
     path = folder / "config.json"
@@ -153,13 +155,18 @@ def _open(folder: Path, modality_layers: int | None, codes: int, seed: int) -> t
     if "num_shared_layers" in data:
         config = language_config(folder)
         reader = open_tensors(folder)
-        config = replace(config, **compute_dtypes(reader))
+        config = _with_stored_dtypes(config, reader)
         rows = released_table.table(config)
         shapes = model_shapes(config)
         rows.check(tensor_shapes(reader), shapes, str(reader.path))
         return config, ((entry.path, entry.to_ours(reader.read)) for entry in rows.entries(shapes))
-    found = data.get("model_type")
-    raise MossError(f"{path}: model_type is {found!r}, expected a system, a Qwen3 or a released MOSS-Speech")
+    model_type = data.get("model_type")
+    raise MossError(f"{path}: model_type is {model_type!r}, expected a system, a Qwen3 or a released MOSS-Speech")
+
+
+def _with_stored_dtypes(config: SpeechLMConfig, reader: TensorReader) -> SpeechLMConfig:
+    dtypes = compute_dtypes(reader)
+    return replace(config, dtype=dtypes["dtype"], param_dtype=dtypes["param_dtype"])
 
 
 def _ours(folder: Path) -> Parameters:
@@ -171,7 +178,7 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     reader = open_tensors(folder)
     special = special_ids(folder / "tokenizer.json")
     config, vocab = split_config(folder, special, modality_layers, codes)
-    config = replace(config, **compute_dtypes(reader))
+    config = _with_stored_dtypes(config, reader)
     source = qwen3_config(config, vocab)
     shapes = dict(model_shapes(source))
     tied = "lm_head.weight" not in reader.tensors and bool(read_json(folder / "config.json").get("tie_word_embeddings"))
@@ -188,31 +195,34 @@ def _qwen3(folder: Path, modality_layers: int | None, codes: int, seed: int) -> 
     return config, parameters()
 
 
-def _check_same(wanted: SpeechLMConfig, found: SpeechLMConfig, where: str | Path) -> None:
-    """Sizes and ids must agree; how to compute is the caller's."""
-    free = dict.fromkeys(("attention", "remat", "dtype", "param_dtype", "max_position_embeddings"))
-    wanted = vars(wanted) | free
-    found = vars(found) | free
-    if wrong := [f"{key} is {found[key]}, expected {wanted[key]}" for key in wanted if wanted[key] != found[key]]:
-        raise MossError("\n  ".join([f"{where}: not the model of the config", *wrong]))
+def _check_same(expected: SpeechLMConfig, actual: SpeechLMConfig, where: str | Path) -> None:
+    """Sizes and ids must agree; how to compute is the caller's choice."""
+    ignored = {"attention", "remat", "dtype", "param_dtype", "max_position_embeddings"}
+    problems = []
+    for name, value in vars(expected).items():
+        actual_value = getattr(actual, name)
+        if name not in ignored and value != actual_value:
+            problems.append(f"{name} is {actual_value}, expected {value}")
+    if problems:
+        raise MossError("\n  ".join([f"{where}: not the model of the config", *problems]))
 
 
-def _shardings(config: SpeechLMConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+def _shardings(config: SpeechLMConfig, mesh: Mesh | None) -> Mapping[str, Sharding]:
     return {} if mesh is None else shardings_for(model_axes(config), model_shapes(config), mesh)
 
 
 def _place(value: np.ndarray, sharding: Sharding | None, dtype: Any) -> jax.Array:
-    # A copy: a jax array must not rest on a mapped file, which may change.
+    # A copy: a jax array must not refer to a memory-mapped file, which may change.
     if sharding is None:
         return jax.device_put(np.array(value, dtype, order="C"))
     return jax.make_array_from_callback(value.shape, sharding, lambda at: np.array(value[at], dtype, order="C"))
 
 
 def _random(config: SpeechLMConfig, dtype: Any, seed: int) -> Parameters:
-    """Unit scales, and everything else normal(0, 0.02), Qwen3's `initializer_range`."""
+    """Norm scales of one, all other parameters normal with Qwen3's standard deviation."""
     for path, leaf in model_shapes(config).items():
         if path.endswith("scale"):
             yield path, np.ones(leaf.shape, dtype)
         else:
             rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-            yield path, (np.float32(0.02) * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
+            yield path, (np.float32(INITIALIZER_RANGE) * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)

@@ -1,5 +1,7 @@
-"""What stands on the codes while a speech tokenizer is trained: layers that see the whole clip, a recogniser (CTC, or
-Whisper's decoder), and a small network that makes the log-mel again.
+"""The networks on top of the codes while a speech tokenizer is trained.
+
+Bidirectional layers over the whole clip, a recogniser (CTC, or the decoder of Whisper), and a small network that
+reconstructs the log-mel.
 
 Dimension letters: B batch, T codes, N units of a transcript, D width, C width of a code's vector, V units, M mel bins.
 """
@@ -30,11 +32,14 @@ class Layer(nn.Module):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, memory: jax.Array | None, memory_mask: jax.Array | None):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, memory: jax.Array | None, memory_mask: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         config = self.config
         y = LayerNorm(config.layer_norm_epsilon, name="attention_norm")(x)
         x = x + self._attention("", y, y, mask)
         if self.cross:
+            assert memory is not None and memory_mask is not None
             y = LayerNorm(config.layer_norm_epsilon, name="cross_norm")(x)
             x = x + self._attention("cross_", y, memory, memory_mask)
         y = LayerNorm(config.layer_norm_epsilon, name="mlp_norm")(x)
@@ -51,13 +56,13 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """All that is trained beside the encoder. `units` is how many there are."""
+    """Everything that is trained on top of the encoder. `units` is the number of text units."""
 
     config: SpeechTokenizerConfig
     objective: Objective
     units: int
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         objective = self.objective
         if config.code_dim != config.d_model:
@@ -75,21 +80,21 @@ class Head(nn.Module):
         self.decoder_layers = _stack(objective.decoder_layers)(config, cross=True)
         self.decoder_norm = LayerNorm(config.layer_norm_epsilon)
 
-    def __call__(self, vectors: jax.Array, valid: jax.Array, units: jax.Array | None = None):
-        """(recogniser's logits, log-mel) of code vectors; for making parameters and for training.
+    def __call__(self, vectors: jax.Array, valid: jax.Array, units: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(logits of the recogniser, log-mel) of code vectors; for the initialisation of parameters.
 
         Args:
-            vectors: [2, B, T, C]; first those of the codes, then the same with their positions added.
+            vectors: [2, B, T, C]; those of the codes, and the same with their positions added.
             valid: bool [B, T].
             units: int32 [B, N], the transcript so far, for the attention head.
         """
-        plain, placed = vectors
-        memory = self.memory(placed, valid)
+        codes, with_positions = vectors
+        memory = self.memory(with_positions, valid)
         logits = self.ctc(memory) if self.objective.head == "ctc" else self.decode(units, memory, valid)
-        return logits, self.mel(plain)
+        return logits, self.mel(codes)
 
     def memory(self, vectors: jax.Array, valid: jax.Array) -> jax.Array:
-        """Vectors of codes with their positions [B, T, C] -> [B, T, D], each having seen the whole clip."""
+        """Vectors of codes with their positions [B, T, C] -> [B, T, D], each with the context of the whole clip."""
         x = self.lift(vectors) if self.config.code_dim != self.config.d_model else vectors
         x, _ = self.layers(x, valid[:, None], None, None)
         return self.norm(x)
@@ -99,7 +104,7 @@ class Head(nn.Module):
         return self.ctc(memory)
 
     def decode(self, units: jax.Array, memory: jax.Array, valid: jax.Array) -> jax.Array:
-        """Units so far [B, N], the encoder's output [B, T, D] -> logits of the next one at each place, [B, N, V]."""
+        """Units so far [B, N], the encoder's output [B, T, D] -> logits of the next unit at each position [B, N, V]."""
         length = units.shape[1]
         x = self.embed(units) + self.positions[:length]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -107,15 +112,17 @@ class Head(nn.Module):
         return self.decoder_norm(x) @ self.embed(jnp.arange(self.units)).T
 
     def mel(self, vectors: jax.Array) -> jax.Array:
-        """Vectors of codes without their positions [B, T, C] -> log-mel [B, T * frames_per_code, M]; a code's frames
-        come from it and its two neighbours."""
-        around = jnp.pad(vectors, ((0, 0), (1, 1), (0, 0)))
-        x = jnp.concatenate([around[:, :-2], around[:, 1:-1], around[:, 2:]], -1)
+        """Vectors of codes without their positions [B, T, C] -> log-mel [B, T * frames_per_code, M].
+
+        The frames of a code are predicted from it and its two neighbours.
+        """
+        padded = jnp.pad(vectors, ((0, 0), (1, 1), (0, 0)))
+        x = jnp.concatenate([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], -1)
         y = self.mel_out(jax.nn.gelu(self.mel_hidden(x), approximate=False))
         return y.reshape(y.shape[0], -1, self.config.num_mel_bins)
 
 
-def _stack(layers: int):
+def _stack(layers: int) -> Any:
     return nn.scan(
         Layer,
         variable_axes={"params": 0},
@@ -126,7 +133,7 @@ def _stack(layers: int):
     )
 
 
-def _inputs(config: SpeechTokenizerConfig):
+def _inputs(config: SpeechTokenizerConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.zeros((2, 1, 4, config.code_dim)), jnp.ones((1, 4), bool), jnp.zeros((1, 3), jnp.int32)
 
 

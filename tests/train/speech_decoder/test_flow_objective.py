@@ -40,7 +40,7 @@ def batch():
     }
 
 
-def test_what_is_drawn():
+def test_the_distributions_of_random_draws():
     objective = FlowObjective()
     count = jnp.full(4000, 50)
     drawn = jax.jit(lambda key: draw(key, objective, CONFIG, count, 64))(jax.random.key(0))
@@ -102,7 +102,7 @@ def test_the_loss_is_the_formula(params, batch):
 
 
 @pytest.mark.slow
-def test_the_training_forward_is_what_a_stream_computes(params, batch):
+def test_the_forward_pass_of_training_equals_a_stream(params, batch):
     """With one Euler step and no guidance a stream says noise + velocity at t = 0, restored."""
     config = replace(CONFIG, euler_steps=1, guidance=0.0)
     buffer = np.array(noise(config.noise_frames, config.mel_bins))[:, : 4 * CODES]
@@ -172,7 +172,7 @@ def test_the_start_is_centred_and_steps_teach(batch):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_the_same_but_for_rounding(params, batch):
+def test_bfloat16_agrees_up_to_rounding(params, batch):
     drawn = draw(jax.random.key(1), FlowObjective(), CONFIG, batch["count"], CODES)
 
     def loss(params, dtype):
@@ -187,7 +187,7 @@ def test_bfloat16_is_the_same_but_for_rounding(params, batch):
     np.testing.assert_allclose(low, high, rtol=0.05)
 
 
-def test_an_objective_that_makes_no_sense():
+def test_bad_objectives_are_refused():
     with pytest.raises(MossError, match=r"drop is 1\.0"):
         FlowObjective(drop=1.0)
     with pytest.raises(MossError, match="chunks are"):

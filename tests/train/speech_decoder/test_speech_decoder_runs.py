@@ -11,7 +11,7 @@ import pytest
 from dev.reference.stream import reference_stream
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data import Mixture
-from moss_jax.data.spoken import FORMAT, SOURCE
+from moss_jax.data.decoder_data import DECODER_DATA_FORMAT, SOURCE_FILE
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder.component import SPEECH_DECODER
@@ -21,7 +21,7 @@ from moss_jax.speech_decoder.voice import Voice
 from moss_jax.train import loop
 from moss_jax.train.export import export_checkpoint
 from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import load_run, override, read_run
+from moss_jax.train.run_file import load_run, override, read_run
 from moss_jax.train.speech_decoder.discriminators import DiscriminatorConfig
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.run import FlowRun, VocoderRun
@@ -71,7 +71,7 @@ def data(tmp_path_factory):
     for name, value in arrays.items():
         np.save(shard / f"{name}.npy", value)
     about = {
-        "format": FORMAT,
+        "format": DECODER_DATA_FORMAT,
         "codes": 90,
         "mel_bins": 8,
         "hop": 480,
@@ -82,7 +82,7 @@ def data(tmp_path_factory):
         "frames": frames,
         "mel_mean": arrays["mel"].mean(0).tolist(),
     }
-    (folder / SOURCE).write_text(json.dumps(about))
+    (folder / SOURCE_FILE).write_text(json.dumps(about))
     return folder
 
 
@@ -100,7 +100,7 @@ def flow_run(data, folder, **fields) -> FlowRun:
             "optimizer": OPTIMIZER,
             "batch_size": 4,
             "steps": 6,
-            "average": 0.9,
+            "ema_decay": 0.9,
             "save_every": 3,
             "evaluate_batches": 1,
             "evaluate_every": 3,
@@ -146,7 +146,7 @@ def flow(data, tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
+def test_a_flow_learns_and_resumes_bit_identically(flow, data, tmp_path):
     steps = entries(flow)
     evaluations = entries(flow, "evaluations.jsonl")
     assert evaluations[1]["loss"] < evaluations[0]["loss"] < steps[0]["loss"]
@@ -155,7 +155,7 @@ def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
     lines = []
     assert loop.train(half, lambda line: None) == loop.DONE
     assert loop.train(override(half, ["steps=6"]), lines.append) == loop.DONE
-    assert any(line.startswith("going on after step 3") for line in lines)
+    assert any(line.startswith("resuming after step 3") for line in lines)
     assert entries(half) == steps and entries(half, "evaluations.jsonl") == evaluations
     ours, theirs = (Path(run.folder, "exports/6/speech_decoder/flow.safetensors").read_bytes() for run in (flow, half))
     assert ours == theirs
@@ -163,7 +163,7 @@ def test_a_flow_learns_and_goes_on_bit_by_bit(flow, data, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_vocoder_goes_on_and_the_export_of_both_speaks(flow, data, tmp_path):
+def test_a_vocoder_resumes_and_the_export_of_both_speaks(flow, data, tmp_path):
     """The vocoder's export takes the flow from the flow's; what comes out streams in both ways."""
     run = vocoder_run(data, tmp_path / "run", system=flow.folder, export_dtype="float16")
     half = replace(run, folder=str(tmp_path / "half"), steps=2)
@@ -218,11 +218,11 @@ def test_rows_divided_over_two_devices_give_the_same_losses(flow, data, tmp_path
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_what_does_not_fit(flow, data, tmp_path):
-    with pytest.raises(MossError, match="frames is 3, expected 5 at least"):
+def test_sizes_that_do_not_fit_are_refused(flow, data, tmp_path):
+    with pytest.raises(MossError, match="frames is 3, expected at least 5"):
         loop.train(vocoder_run(data, tmp_path / "run", frames=3))
     larger = replace(MODEL, flow=replace(MODEL.flow, chunk=4))
-    with pytest.raises(MossError, match="of other sizes than the run's model"):
+    with pytest.raises(MossError, match="has other sizes than the run's model"):
         loop.train(flow_run(data, tmp_path / "run", init=flow.folder, model=larger))
     with pytest.raises(MossError, match="nowhere: no such folder"):
         loop.train(flow_run(data, tmp_path / "run", system=str(tmp_path / "nowhere")))

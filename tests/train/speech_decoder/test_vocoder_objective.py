@@ -135,7 +135,7 @@ def test_the_relativistic_loss_is_the_formula():
 
 
 @pytest.mark.slow
-def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
+def test_generator_and_discriminators_learn_from_their_own_losses(weights, batch):
     params = {f"vocoder/{path}": leaf for path, leaf in weights[0].items()}
     params |= {f"judges/{path}": leaf for path, leaf in weights[1].items()}
 
@@ -176,7 +176,7 @@ def test_each_side_learns_from_its_own_loss_and_steps_teach(weights, batch):
     assert bool(jnp.isfinite(low)) and all(bool(jnp.isfinite(leaf).all()) for leaf in grads.values())
 
 
-def test_an_objective_that_makes_no_sense():
+def test_bad_objectives_are_refused():
     with pytest.raises(MossError, match="window longer"):
         VocoderObjective(resolutions=((512, 128, 600),))
     with pytest.raises(MossError, match="none, expected some periods"):

@@ -1,4 +1,4 @@
-"""Parameters from every kind of folder, and that they are what a conversion would write."""
+"""Initial parameters from every kind of folder equal those that a conversion writes."""
 
 from dataclasses import replace
 

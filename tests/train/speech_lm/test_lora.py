@@ -1,4 +1,4 @@
-"""Adapters: they start as nothing, train, leave the base alone and can be merged."""
+"""Adapters: zero at the start, trainable over an unchanged base, and mergeable."""
 
 import jax
 import numpy as np

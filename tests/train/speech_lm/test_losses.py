@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, and never holds the logits of all rows."""
+"""The chunked loss equals the plain one, without materialising the logits of all rows."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.train.speech_lm.losses import CHUNK_ROWS, channel_sums, mean, next_rows, token_nll
+from moss_jax.train.speech_lm.losses import CHUNK_ROWS, channel_sums, mean_or_zero, next_row_targets, token_nll
 
 
 def plain(x, kernel, labels):
@@ -56,13 +56,13 @@ def test_no_array_has_all_rows_and_the_whole_vocabulary():
 
     largest = max(aval.size for aval in arrays_in(total(token_nll).jaxpr))
     assert largest == width * vocab and width * vocab > CHUNK_ROWS * vocab  # the gradient of the head
-    assert max(aval.size for aval in arrays_in(total(plain).jaxpr)) >= 2 * length * vocab  # the test sees the plain one
+    assert max(aval.size for aval in arrays_in(total(plain).jaxpr)) >= 2 * length * vocab  # the plain loss has them
 
 
 def test_weights_belong_to_the_target_and_the_last_row_predicts_nothing():
     grid = jnp.arange(2 * 5 * 2).reshape(2, 5, 2)
     weights = jnp.arange(20.0).reshape(2, 5, 2)
-    rows = next_rows({"grid": grid, "loss_weights": weights})
+    rows = next_row_targets({"grid": grid, "loss_weights": weights})
     np.testing.assert_array_equal(rows["labels"][:, :-1], grid[:, 1:])
     np.testing.assert_array_equal(rows["weights"][:, :-1], weights[:, 1:])
     assert not rows["weights"][:, -1].any()
@@ -81,4 +81,4 @@ def test_sums_by_source_add_up_and_rows_that_do_not_count_may_be_anything(seed):
     for i in range(4):
         np.testing.assert_allclose(sums[i], np.nansum((nll * weights)[source == i]), rtol=1e-5)
         np.testing.assert_allclose(counts[i], weights[source == i].sum(), rtol=1e-5)
-    assert mean(total, 0.0) == 0
+    assert mean_or_zero(total, 0.0) == 0

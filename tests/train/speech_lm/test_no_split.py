@@ -1,4 +1,4 @@
-"""A model without a split: both heads stand on the shared layers. It trains, decodes and starts from a Qwen3."""
+"""A model without a split, with both heads on the shared layers: training, decoding and starting from a Qwen3."""
 
 from dataclasses import replace
 
@@ -21,24 +21,24 @@ WHOLE = replace(SMALL, num_shared_layers=3, num_modality_layers=0)
 
 
 def test_from_a_qwen3():
-    """The text logits are the Qwen3's own, whether it is split or not; a whole one has no layers in its branches."""
+    """The text logits are those of the Qwen3 with and without a split; without one the branches have no layers."""
     source = qwen3_config(SMALL)
     qwen3 = random_params(source)
     grid = random_batch(SMALL, rows=2)["grid"].at[..., 0].set(5).at[..., 0, 0].set(7)
     positions = jnp.broadcast_to(jnp.arange(grid.shape[1]), grid.shape[:2])
-    wanted = jax.jit(LayerSplitModel(source).apply)({"params": unflatten(qwen3)}, grid, positions)[0]
+    expected = jax.jit(LayerSplitModel(source).apply)({"params": unflatten(qwen3)}, grid, positions)[0]
     for config in (SMALL, WHOLE):
         flat = dict(new_audio_tables(config, 0))
         for path, value in qwen3.items():
             flat |= split_parameter(path, np.asarray(value), config)
         assert {path: x.shape for path, x in flat.items()} == {p: s.shape for p, s in model_shapes(config).items()}
-        found = jax.jit(LayerSplitModel(config).apply)({"params": unflatten(flat)}, grid, positions)[0]
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        logits = jax.jit(LayerSplitModel(config).apply)({"params": unflatten(flat)}, grid, positions)[0]
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert not any(path.startswith(("text/layers", "audio/layers")) for path in flat)
 
 
 def test_with_and_without_a_cache():
-    """In parts, the head on the shared layers says what over the whole it says; the branches have empty caches."""
+    """Chunks through the cache give the audio logits of one pass; the caches of the branches are empty."""
     params = {"params": unflatten(random_params(WHOLE))}
     model = LayerSplitModel(WHOLE)
     grid = random_batch(WHOLE, rows=2, length=8)["grid"]

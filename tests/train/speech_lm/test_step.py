@@ -1,4 +1,4 @@
-"""The training step: what it changes and what not, and that how it is computed does not matter."""
+"""The training step: which parameters it updates; remat, unrolling and accumulation do not change the result."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moss_jax.errors import MossError
+from moss_jax.nn.qwen3 import Stack
 from moss_jax.nn.tree import unflatten
 from moss_jax.speech_lm import LayerSplitModel
-from moss_jax.speech_lm.model import Block
 from moss_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moss_jax.train.speech_lm.stages import SHARED_ONLY, STAGE_1, STAGE_2, layerwise, split_params, stage_shapes
 from moss_jax.train.speech_lm.step import gradients, make_eval_step, make_step
@@ -112,7 +112,7 @@ def test_layers_one_by_one_give_the_gradients_of_the_scan(full):
             layers = {p.removeprefix(f"{name}/"): v for p, v in flat.items() if p.startswith(f"{name}/layers/")}
             for i in range(next(iter(layers.values())).shape[0]):
                 one = unflatten({path: value[i : i + 1] for path, value in layers.items()})
-                x = Block(SMALL, 1).apply({"params": one}, x, batch["positions"], batch["segment_ids"])
+                x = Stack(SMALL, 1).apply({"params": one}, x, batch["positions"], batch["segment_ids"])
             return x
 
         nested = {"params": unflatten(flat)}
@@ -184,7 +184,7 @@ def test_a_plain_qwen3_trains_on_text():
 
 
 def test_frozen_weights_cost_no_gradient_and_no_moments():
-    """By the compiler's own account, at a size where weights are what takes memory."""
+    """By the compiler's memory analysis, at a size where weights dominate."""
     config = replace(SMALL, hidden_size=256, intermediate_size=1024, num_shared_layers=6, remat="full")
     batch = jax.eval_shape(lambda: random_batch(rows=1))
     used = {}

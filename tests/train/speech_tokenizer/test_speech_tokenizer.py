@@ -16,12 +16,13 @@ from moss_jax.data.clips import ClipBatches, ClipOrder, Clips
 from moss_jax.errors import MossError
 from moss_jax.nn.quantize import ema_update, new_codebook
 from moss_jax.nn.tree import flatten, unflatten
+from moss_jax.progress import silent
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import Encoder
 from moss_jax.speech_tokenizer.stream import LogMelStream
-from moss_jax.train import loop
-from moss_jax.train.run import load_run, override, read_run
+from moss_jax.train import loop, tasks
+from moss_jax.train.run_file import load_run, override, read_run
 from moss_jax.train.speech_tokenizer.step import log_mel, perplexity
 from moss_jax.train.speech_tokenizer.units import UNKNOWN, Units
 from tests.train import tiny, tones
@@ -60,7 +61,7 @@ def entries(folder, name="metrics.jsonl"):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_what_a_run_leaves(whole, tmp_path, capsys):
+def test_the_files_of_a_run(whole, tmp_path, capsys):
     run, lines = whole
     steps = entries(run.folder)
     evaluations = entries(run.folder, "evaluations.jsonl")
@@ -89,14 +90,14 @@ def test_what_a_run_leaves(whole, tmp_path, capsys):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_path):
+def test_a_run_that_lost_its_last_steps_repeats_them_exactly(whole, tmp_path):
     run, _ = whole
     again = replace(run, folder=str(tmp_path / "again"))
     shutil.copytree(run.folder, again.folder)
     for part in ("checkpoints/4", "exports/4"):
         shutil.rmtree(f"{again.folder}/{part}")
     lines = []
-    assert loop.train(again, lines.append) == loop.DONE and any("going on after step 2" in line for line in lines)
+    assert loop.train(again, lines.append) == loop.DONE and any("resuming after step 2" in line for line in lines)
     timed = ("seconds", "share", "memory", "tokens_per")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         one, other = (
@@ -110,11 +111,11 @@ def test_a_run_that_lost_its_last_steps_gives_the_same_numbers_again(whole, tmp_
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
+def test_the_export_gives_the_codes_of_training_offline_and_streaming(whole):
     run, _ = whole
     mesh = make_mesh(devices=jax.devices()[:1])
-    task = run.task(mesh, lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(run, mesh, silent)
+    state = jax.jit(task.new_state)(parameters)
     task.export(state, Path(run.folder) / "untrained")
     codebook = state.extra["codebook"]
     encoder = unflatten(state.params)["encoder"] | {"codebook": codebook}
@@ -138,7 +139,7 @@ def test_the_export_gives_the_codes_of_training_whole_and_streaming(whole):
     assert len(seen) > 1
 
 
-def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
+def test_the_codebook_follows_its_vectors_and_unused_codes_restart():
     update = partial(ema_update, max_decay=0.75, restart_below=0.3)
     random = np.random.default_rng(0)
     vectors = random.normal(size=(2, 5, 3)).astype(np.float32)
@@ -176,8 +177,8 @@ def test_the_codebook_follows_what_chose_it_and_dead_codes_begin_again():
 @pytest.mark.slow
 def test_the_gradient_passes_the_quantiser_and_padding_has_none(whole):
     run, _ = whole
-    task = run.task(make_mesh(devices=jax.devices()[:1]), lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(run, make_mesh(devices=jax.devices()[:1]), silent)
+    state = jax.jit(task.new_state)(parameters)
     clips = task._clips
     batch = dict(next(ClipBatches(clips, task._units, 4, 0)))
 
@@ -197,7 +198,7 @@ def test_the_gradient_passes_the_quantiser_and_padding_has_none(whole):
         np.testing.assert_allclose(other[path], one[path], rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-def test_an_epoch_holds_every_clip_once_and_any_step_can_be_next(data):
+def test_an_epoch_has_every_clip_once_and_any_step_can_be_next(data):
     clips = Clips([data / "train.jsonl"], tones.RATE, (0.8, 1.6), tones.MODEL.samples_per_code)
     units = Units(clips.texts, "words", 10)
     order = ClipOrder(clips.bucket, 4, seed=3)
@@ -221,7 +222,7 @@ def test_an_epoch_holds_every_clip_once_and_any_step_can_be_next(data):
     with pytest.raises(MossError, match="other data"):
         ClipBatches(clips, units, 4, 5).set_state(state)
     shorter = Clips([data / "train.jsonl"], tones.RATE, (0.8,), 1280)
-    assert shorter.left_out + len(shorter) == 18 and shorter.left_out
+    assert shorter.skipped + len(shorter) == 18 and shorter.skipped
     for batches in (everything, *halves):
         batches.close()
 
@@ -266,11 +267,11 @@ def test_bad_input_is_one_line(whole, settings, says):
 
 
 def test_nano_has_its_size():
-    from moss_jax.speech_tokenizer.config import NANO
+    from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER
     from moss_jax.speech_tokenizer.encoder import encoder_shapes
 
-    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(NANO).values()) < 1.5e6
-    assert NANO.code_rate == 12.5
+    assert 1e6 < sum(np.prod(shape.shape) for shape in encoder_shapes(SPEECH_TOKENIZER).values()) < 1.5e6
+    assert SPEECH_TOKENIZER.code_rate == 12.5
 
 
 @pytest.mark.long
@@ -286,11 +287,11 @@ def test_rows_over_two_devices_give_the_same_losses(whole, data, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_run_can_begin_with_a_speech_tokenizer(whole, tmp_path):
+def test_a_run_can_start_from_a_speech_tokenizer(whole, tmp_path):
     run, _ = whole
     room = Path(run.folder) / "exports/4"
-    task = replace(run, init=str(room)).task(make_mesh(devices=jax.devices()[:1]), lambda line: None)
-    state = jax.jit(task.new_state)(task.start())
+    task, parameters = tasks.prepare(replace(run, init=str(room)), make_mesh(devices=jax.devices()[:1]), silent)
+    state = jax.jit(task.new_state)(parameters)
     expected = flatten(SpeechTokenizer.load(room / "speech_tokenizer").params)
     np.testing.assert_array_equal(state.extra["codebook"], expected["codebook"])
     np.testing.assert_array_equal(state.params["encoder/conv1/kernel"], expected["conv1/kernel"])

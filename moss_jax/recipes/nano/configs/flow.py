@@ -4,22 +4,20 @@
   moss-jax tokenize nano/corpus/decoder-valid.jsonl --model SYSTEM --format decoder -o nano/data/voice-valid
   moss-jax train --config moss_jax/recipes/nano/configs/flow.py
 
-SYSTEM is what the speech tokenizer's run exported. About 8 minutes on two cores.
+SYSTEM is the export of the speech tokenizer's run. About 8 minutes on two cores.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_decoder.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_decoder.flow import FlowObjective
-from moss_jax.train.speech_decoder.run import FlowRun
+from moss_jax.recipes.nano.sizes import SPEECH_DECODER
+from moss_jax.train import FlowObjective, FlowRun, OptimizerConfig
 
 STEPS = 2000
 RUN = FlowRun(
     name="nano-flow",
     folder="nano/runs/flow",
-    model=NANO,
+    model=SPEECH_DECODER,
     system="nano/runs/speech_tokenizer",
-    # One fixed voice needs neither prompt nor guidance; so short a training needs the encoder taught by itself.
+    # A single voice needs neither prompt nor guidance. In such a short training the encoder needs a loss of its own.
     objective=FlowObjective(drop=0.0, prompt=0.0, chunks=(0, 5), prior=1.0),
     optimizer=OptimizerConfig(
         learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=100, total_steps=STEPS, weight_decay=0.01
@@ -29,7 +27,7 @@ RUN = FlowRun(
     codes=32,
     batch_size=8,
     steps=STEPS,
-    average=0.998,
+    ema_decay=0.998,
     export_dtype="float16",
     save_every=500,
     evaluate_every=500,

@@ -1,8 +1,8 @@
-"""Nano's SFT: conversations of one and two turns, spoken and written, all four ways; the loss is on the answers.
+"""Nano's SFT: conversations of one or more turns, in all combinations of speech and text; the loss is on the answers.
 
 moss-jax train --config moss_jax/recipes/nano/configs/sft.py
 
-About 24 minutes on two cores. The export has bfloat16 weights, as the bundled system has.
+About 24 minutes on two cores. The export has bfloat16 weights, as the bundled system.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import runpy
 from pathlib import Path
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train import OptimizerConfig
 from moss_jax.train.speech_lm.stages import SFT
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage2.py")))["RUN"]

@@ -1,21 +1,19 @@
-"""Nano's speech tokenizer: 1.1 million parameters, 256 codes, learnt from the recognition of words.
+"""Nano's speech tokenizer: 1.1 million parameters, 256 codes, trained by word recognition.
 
   moss-jax train --config moss_jax/recipes/nano/configs/speech_tokenizer.py
 
-About 22 minutes on two cores. The word error rate on held-out clips stands in evaluations.jsonl; the export is
+About 22 minutes on two cores. The word error rate on held-out clips is in evaluations.jsonl; the export is
 nano/runs/speech_tokenizer/exports/STEP/speech_tokenizer.
 """
 
-from moss_jax.speech_tokenizer.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import MeshSizes
-from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
+from moss_jax.recipes.nano.sizes import SPEECH_TOKENIZER
+from moss_jax.train import MeshSizes, Objective, OptimizerConfig, SpeechTokenizerRun
 
 STEPS = 4500
 RUN = SpeechTokenizerRun(
     name="nano-speech-tokenizer",
     folder="nano/runs/speech_tokenizer",
-    model=NANO,
+    model=SPEECH_TOKENIZER,
     data=("nano/corpus/tokenizer.jsonl",),
     held_out=("nano/corpus/tokenizer-valid.jsonl",),
     objective=Objective(layers=2, commitment_from=200),

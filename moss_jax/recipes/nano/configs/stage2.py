@@ -1,4 +1,4 @@
-"""Nano's stage 2: all of the model learns, from speech and some text.
+"""Nano's stage 2: all parameters are trained, on speech and some text.
 
 moss-jax train --config moss_jax/recipes/nano/configs/stage2.py
 
@@ -10,7 +10,7 @@ import runpy
 from pathlib import Path
 
 from moss_jax.data import Mixture
-from moss_jax.train.optimizer import OptimizerConfig
+from moss_jax.train import OptimizerConfig
 from moss_jax.train.speech_lm.stages import STAGE_2
 
 BEFORE = runpy.run_path(str(Path(__file__).with_name("stage1.py")))["RUN"]

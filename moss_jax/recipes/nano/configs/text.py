@@ -1,16 +1,15 @@
-"""Nano's text model: a Qwen3 of 7 layers learns the domain in writing, statements, questions and answers.
+"""Nano's text model: a Qwen3 of 7 layers, trained on written statements, questions and answers of the domain.
 
   moss-jax train --config moss_jax/recipes/nano/configs/text.py
   moss-jax convert --model nano/runs/text/exports/900 --export qwen3 -o nano/qwen3
 
-The shared layers and the text branch learn; `moss-jax train-nano` does this and all around it. About 8 minutes on two
-cores.
+The shared layers and the text branch are trained. `moss-jax train-nano` runs this and all other steps. About 8 minutes
+on two cores.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_lm.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.run import Run
+from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
+from moss_jax.train import OptimizerConfig, Run
 from moss_jax.train.speech_lm.stages import Stage
 
 STEPS = 900
@@ -18,7 +17,7 @@ RUN = Run(
     name="nano-text",
     folder="nano/runs/text",
     init="random",
-    model=NANO,
+    model=LANGUAGE_MODEL,
     system="nano/base",
     stage=Stage("text", ("shared/*", "text/*"), audio_weight=0.0),
     optimizer=OptimizerConfig(

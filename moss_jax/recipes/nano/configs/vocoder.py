@@ -1,21 +1,20 @@
-"""Nano's vocoder: mel -> speech, from the recordings of `moss_jax/recipes/nano/configs/flow.py`.
+"""Nano's vocoder: mel -> waveform, trained on the same recordings as `moss_jax/recipes/nano/configs/flow.py`.
 
   moss-jax train --config moss_jax/recipes/nano/configs/vocoder.py
 
-After the flow, whose export gets this one's weights. About 11 minutes on two cores, without discriminators.
+Runs after the flow; its export is the flow's with the weights of this vocoder. About 11 minutes on two cores, without
+discriminators.
 """
 
 from moss_jax.data import Mixture
-from moss_jax.speech_decoder.config import NANO
-from moss_jax.train.optimizer import OptimizerConfig
-from moss_jax.train.speech_decoder.run import VocoderRun
-from moss_jax.train.speech_decoder.vocoder import VocoderObjective
+from moss_jax.recipes.nano.sizes import SPEECH_DECODER
+from moss_jax.train import OptimizerConfig, VocoderObjective, VocoderRun
 
 STEPS = 4000
 RUN = VocoderRun(
     name="nano-vocoder",
     folder="nano/runs/vocoder",
-    model=NANO,
+    model=SPEECH_DECODER,
     system="nano/runs/flow",
     objective=VocoderObjective(mel=15.0, stft=10.0, f0=0.05, true_f0=0.5),
     optimizer=OptimizerConfig(
@@ -26,7 +25,7 @@ RUN = VocoderRun(
     frames=24,
     batch_size=8,
     steps=STEPS,
-    average=0.998,
+    ema_decay=0.998,
     export_dtype="float16",
     save_every=500,
     evaluate_every=500,

@@ -1,4 +1,4 @@
-"""`moss-jax tokenize --format decoder`: what it writes, going on after an end, the order of batches, bad input."""
+"""`moss-jax tokenize --format decoder`: the data set, resuming, the order of batches, bad input."""
 
 import json
 import pickle
@@ -11,9 +11,9 @@ import soundfile
 from moss_jax.audio import load_audio, resample
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.cli import main
-from moss_jax.data import Mixture, spoken
-from moss_jax.data.spoken import Spoken, SpokenRequest, make_spoken, pitch
-from moss_jax.data.spoken_batches import SILENCE, Rows, SpokenBatches
+from moss_jax.data import Mixture, decoder_data
+from moss_jax.data.decoder_batches import SILENCE, DecoderBatches, FlowRows, VocoderRows
+from moss_jax.data.decoder_data import DecoderDataRequest, DecoderDataset, build_decoder_data, estimate_f0
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.component import SPEECH_DECODER
@@ -61,8 +61,8 @@ def config(system):
     return SystemFolder(system).config(SPEECH_DECODER)
 
 
-def test_what_is_written(data, corpus, system, config):
-    found = Spoken(data, config, codes=True)
+def test_the_data_set(data, corpus, system, config):
+    found = DecoderDataset(data, config, codes=True)
     assert len(found) == 4 and len(list(data.glob("shard-*"))) == 3 and not data.with_name("data.part").exists()
     tokenizer = SpeechTokenizer.load(system / "speech_tokenizer")
     for index, seconds in enumerate(SECONDS):
@@ -86,19 +86,19 @@ def test_what_is_written(data, corpus, system, config):
     np.testing.assert_allclose(found.about["mel_deviation"], mels.std(), rtol=1e-4)
 
 
-def test_frames_of_f0_stand_where_those_of_the_mel_do():
+def test_frames_of_f0_have_the_times_of_mel_frames():
     """A tone that stops at sample 9600: the last whole frame with it is centred before that."""
     time = np.arange(14400) / 24000
     wave = np.where(time < 0.4, 0.3 * np.sin(2 * np.pi * 200 * time), 0).astype(np.float32)
-    f0 = pitch(wave, 24000, 480)
+    f0 = estimate_f0(wave, 24000, 480)
     assert len(f0) == 30 and abs(f0[10] - 200) < 3 and (f0[24:] == 0).all()
 
 
-def test_it_goes_on_where_it_was(system, corpus, data, monkeypatch, capsys):
+def test_an_interrupted_build_is_resumed(system, corpus, data, monkeypatch, capsys):
     out = corpus / "again"
     calls = []
-    request = SpokenRequest(corpus / "voice.jsonl", system, out, 2)
-    make = spoken._Work._make_shard
+    request = DecoderDataRequest(corpus / "voice.jsonl", system, out, 2)
+    make = decoder_data._DecoderDataBuild.make_shard
 
     def stopping(self, index, pool):
         calls.append(index)
@@ -106,23 +106,25 @@ def test_it_goes_on_where_it_was(system, corpus, data, monkeypatch, capsys):
             raise KeyboardInterrupt
         make(self, index, pool)
 
-    monkeypatch.setattr(spoken._Work, "_make_shard", stopping)
+    monkeypatch.setattr(decoder_data._DecoderDataBuild, "make_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
-        make_spoken(request)
+        build_decoder_data(request)
     assert not out.exists() and (corpus / "again.part" / "shard-00001").is_dir()
-    assert make_spoken(request) == make_spoken(SpokenRequest(corpus / "voice.jsonl", system, data, 2))
+    assert build_decoder_data(request) == build_decoder_data(
+        DecoderDataRequest(corpus / "voice.jsonl", system, data, 2)
+    )
     assert calls == [0, 1, 2, 2]
     for path in data.rglob("*.npy"):
         np.testing.assert_array_equal(np.load(path), np.load(out / path.relative_to(data)))
-    with pytest.raises(MossError, match="of another manifest, model or settings"):
-        make_spoken(SpokenRequest(corpus / "voice.jsonl", system, out, 3))
+    with pytest.raises(MossError, match="made from another manifest, model or settings"):
+        build_decoder_data(DecoderDataRequest(corpus / "voice.jsonl", system, out, 3))
 
 
 def test_the_order_depends_on_seed_and_step_alone(data, config):
     mixture = Mixture((("voice", str(data), 1.0),), seed=3)
 
     def batches(**options):
-        return SpokenBatches(mixture, config, batch_size=4, **{"codes": 10, **options})
+        return DecoderBatches(mixture, config, batch_size=4, **{"codes": 10, **options})
 
     whole = batches()
     first = [next(whole) for _ in range(3)]
@@ -142,7 +144,7 @@ def test_the_order_depends_on_seed_and_step_alone(data, config):
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
     with pytest.raises(MossError, match="other data"):
         batches(codes=12).set_state(state)
-    cuts = Rows(data, config, 0, 0, frames=48)
+    cuts = VocoderRows(data, config, 0, 0, frames=48)
     row = cuts[5]
     same = pickle.loads(pickle.dumps(cuts))[5]
     assert row["wave"].shape == (48 * 480,) and row["f0"].shape == (48,)
@@ -158,17 +160,32 @@ def test_without_a_speech_tokenizer_it_serves_the_vocoder(system, corpus, config
     shutil.copy(system / "system.json", bare)
     (tmp_path / "one.jsonl").write_text(json.dumps({"audio": "2.wav"}))
     shutil.copy(corpus / "2.wav", tmp_path)
-    about = make_spoken(SpokenRequest(tmp_path / "one.jsonl", bare, tmp_path / "data"))
+    about = build_decoder_data(DecoderDataRequest(tmp_path / "one.jsonl", bare, tmp_path / "data"))
     assert about["codes"] is None and about["embedding"] is None
-    assert Rows(tmp_path / "data", config, 0, 0, frames=8)[0]["mel"].shape == (8, 80)
+    assert VocoderRows(tmp_path / "data", config, 0, 0, frames=8)[0]["mel"].shape == (8, 80)
     with pytest.raises(MossError, match="without a speech tokenizer"):
-        Rows(tmp_path / "data", config, 0, 0, codes=8)
+        FlowRows(tmp_path / "data", config, 0, 0, codes=8)
 
 
-def test_bad_lines_are_told(system, corpus, tmp_path):
+def test_bad_lines_are_reported(system, corpus, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
     (tmp_path / "bad.jsonl").write_text('{"audio": "bad.wav"}\n{"text": "no sound"}\n{"codes": [1]}\n')
     with pytest.raises(MossError) as error:
-        make_spoken(SpokenRequest(tmp_path / "bad.jsonl", system, tmp_path / "data"))
-    told = str(error.value)
-    assert "line 1:" in told and "lines 2 to 3: has no recording" in told
+        build_decoder_data(DecoderDataRequest(tmp_path / "bad.jsonl", system, tmp_path / "data"))
+    message = str(error.value)
+    assert "line 1:" in message and "lines 2 to 3: has no recording" in message
+
+
+def test_shards_after_one_with_a_bad_line_are_complete(system, corpus, tmp_path):
+    """When the recording is repaired, the same command makes the missing shard and uses the others."""
+    lines = [{"audio": f"{number}.wav"} for number in (2, 0, 2)]
+    (tmp_path / "voice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in (0, 2):
+        shutil.copy(corpus / f"{number}.wav", tmp_path)
+    request = DecoderDataRequest(tmp_path / "voice.jsonl", system, tmp_path / "data", shard_documents=1)
+    whole = (tmp_path / "0.wav").read_bytes()
+    (tmp_path / "0.wav").write_bytes(b"RIFF")
+    with pytest.raises(MossError, match="line 2:"):
+        build_decoder_data(request)
+    (tmp_path / "0.wav").write_bytes(whole)
+    assert build_decoder_data(request)["documents"] == 3
