@@ -1,4 +1,4 @@
-"""A tiny run for tests: random documents on disk and a config file."""
+"""A tiny run for tests: random documents and a config file."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ RUN = Run(
 
 
 def documents(seed: int, spoken: bool, count: int = 60):
-    """Random documents of text, and of text followed by codes where they are spoken."""
+    """Random documents of text; in spoken ones two thirds of the rows are codes."""
     random = np.random.default_rng(seed)
     for index in range(count):
         length = int(random.integers(5, 40))
@@ -73,7 +73,7 @@ def command(config: Path, *settings: str, flags: tuple[str, ...] = ()) -> list[s
 
 
 def run(config: Path, *settings: str, devices: int = 1, **keywords) -> subprocess.CompletedProcess:
-    """`moss-jax train` in a process of its own."""
+    """`moss-jax train` in a separate process."""
     return subprocess.run(
         command(config, *settings), env=environment(devices), capture_output=True, text=True, cwd=ROOT, **keywords
     )

@@ -1,4 +1,4 @@
-"""A tiny spoken language for tests: every word is a tone; and a run that learns it."""
+"""A tiny spoken language for tests, in which every word is a tone, and a run that learns it."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ from moss_jax.audio.wave import save_audio
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 WORDS = {"low": 300.0, "middle": 800.0, "high": 1900.0, "top": 3500.0}  # Hz
-# Hz; seconds a word
-RATE = 16000
-WORD = 0.32
+RATE = 16000  # Hz
+WORD = 0.32  # seconds
 MODEL = SpeechTokenizerConfig(
     sample_rate=RATE,
     n_fft=400,
