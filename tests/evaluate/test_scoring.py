@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from moss_jax.dialogue.grid import speech_rows, text_rows
-from moss_jax.evaluate.scoring import Passage, Scorer, log_likelihoods, next_log_probabilities, padded_length
+from moss_jax.evaluate.scoring import Passage, Scorer, padded_length
 from moss_jax.speech_lm import LayerSplitModel
+from tests.compilations import compilations
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_one_compilation_for_a_length_and_its_branches(model, passages):
     scorer = Scorer(model.config, model.system.language_model.params, batch_size=4)
     groups = [[passages[0]], [passages[1]], [passages[2]]]
     list(scorer.likelihoods(groups))
-    before = log_likelihoods._cache_size()
-    list(scorer.likelihoods([*groups, *reversed(groups)] * 3))
-    assert log_likelihoods._cache_size() == before
+    with compilations() as compiled:
+        list(scorer.likelihoods([*groups, *reversed(groups)] * 3))
+    assert compiled == []
 
 
 def test_letters_after_a_prompt(model):
@@ -75,14 +76,14 @@ def test_letters_after_a_prompt(model):
     prompts = [text_rows(rng.integers(0, 256, n), config) for n in (3, 64, 70, 9, 11)]
     candidates = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10], [1, 2, 3], [4, 4]]
     result = dict(pair for call in model.scorer.choices(prompts, candidates) for pair in call)
-    before = next_log_probabilities._cache_size()
     for index, (prompt, ids) in enumerate(zip(prompts, candidates, strict=True)):
         for value, own in zip(result[index], ids, strict=True):
             rows = np.concatenate([prompt, text_rows([own], config)])
             scored = np.arange(len(rows)) == len(prompt)
             assert value == pytest.approx(direct(model, Passage(rows, scored)), abs=1e-3)
-    list(model.scorer.choices(prompts * 2, candidates * 2))
-    assert next_log_probabilities._cache_size() == before
+    with compilations() as compiled:
+        list(model.scorer.choices(prompts * 2, candidates * 2))
+    assert compiled == []
 
 
 def test_padded_lengths():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moss_jax.generate import sampling
 from moss_jax.generate.sampling import ChannelSettings
 from moss_jax.speech_lm import TINY
+from tests.compilations import compilations
 
 
 def warped(scores, temperature, top_k, top_p):
@@ -96,8 +97,9 @@ def test_numbers_compile_once(field):
         return sampling.filter_logits(sampling.penalise(scores, scores > 0, False, chosen.repetition_penalty), chosen)
 
     scores = jnp.arange(8.0)[None]
-    results = [probabilities(scores, ChannelSettings(top_k=4, **{field: value})) for value in (0.5, 0.9)]
-    assert probabilities._cache_size() == 1
+    with compilations() as compiled:
+        results = [probabilities(scores, ChannelSettings(top_k=4, **{field: value})) for value in (0.5, 0.9)]
+    assert compiled.count("probabilities") == 1
     assert (results[0] != results[1]).any()
 
 

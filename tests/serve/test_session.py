@@ -1,6 +1,5 @@
 """The demo's logic without a browser: four pairings, a second turn, stop, clear, limits, what streams is what stays."""
 
-import jax
 import numpy as np
 import pytest
 import soundfile
@@ -15,6 +14,7 @@ from moss_jax.serve.feed import SpeechFeed, samples
 from moss_jax.serve.session import OWN_VOICE, Entry, Limits, Session, warm_up
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
+from tests.compilations import compilations
 
 pytestmark = pytest.mark.slow
 
@@ -192,20 +192,14 @@ def test_the_first_question_compiles_nothing(tmp_path):
     session = Session(system, tmp_path / "session")
     question = NANO_FOLDER / "question.wav"
     warm_up(system)
-    compiled = []
-
-    def count(event: str, seconds: float, **facts) -> None:
-        if "backend_compile" in event:
-            compiled.append(facts.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    list(session.ask(recording=question, reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
-    assert [session.file(entry.audio.with_suffix(".png").name) for entry in session.entries if entry.audio]
-    list(session.ask(text="And plus one?", reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
-    session.clear()
-    list(session.ask(text="What is one plus two?", reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
-    session.clear()
-    list(session.ask(recording=question, reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
+    with compilations() as compiled:
+        list(session.ask(recording=question, reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
+        assert [session.file(entry.audio.with_suffix(".png").name) for entry in session.entries if entry.audio]
+        list(session.ask(text="And plus one?", reply="speech", system_turn=DEFAULT_SYSTEM_PROMPT["speech"]))
+        session.clear()
+        list(session.ask(text="What is one plus two?", reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
+        session.clear()
+        list(session.ask(recording=question, reply="text", system_turn=DEFAULT_SYSTEM_PROMPT["text"]))
     assert compiled == []
 
 

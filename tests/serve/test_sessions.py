@@ -1,5 +1,7 @@
 """How many sessions and uploads the demo keeps, and for how long. Nothing is answered here."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from moss_jax.errors import MossError
@@ -192,23 +194,38 @@ def test_a_file_that_is_too_long_is_refused_while_it_arrives(client, uploads):
     assert left(uploads) == []
 
 
-def test_all_uploads_together_are_limited_and_old_ones_make_room(client, uploads):
-    paths = [send(client, bytes(150_000)).json()[0] for _ in range(3)]
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that uploads see: it passes by `clock.seconds += ...` alone."""
+    clock = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr("moss_jax.serve.uploads.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    return clock
+
+
+def test_all_uploads_together_are_limited_and_old_ones_make_room(client, uploads, clock):
+    paths = [send(client, bytes(150_000)).json()[0] for _ in range(2)]
+    clock.seconds += 50
+    paths.append(send(client, bytes(150_000)).json()[0])
     full = send(client, bytes(150_000))
     assert full.status_code == 507 and full.text.count("\n") == 1 and len(left(uploads)) == 3
-    for upload in list(uploads._held.values())[:2]:
-        upload.since -= 100
+    clock.seconds += 50
     assert send(client, bytes(150_000)).status_code == 200
     assert {str(path) for path in left(uploads)} >= set(paths[1:]) and paths[0] not in map(str, left(uploads))
-    assert uploads._arriving == 0
+    # Nothing counts as arriving any more: when all are removed, a request of exactly the limit is taken, no longer one.
+    clock.seconds += 601
+    uploads.sweep()
+    request = client.build_request("POST", "/gradio_api/upload", files={"files": ("q.wav", bytes(1000))})
+    uploads.total_bytes = len(request.read()) - 1
+    assert client.send(request).status_code == 507
+    uploads.total_bytes += 1
+    assert client.send(request).status_code == 200
 
 
-def test_uploads_that_nobody_asks_with_are_removed(client, uploads):
+def test_uploads_that_nobody_asks_with_are_removed(client, uploads, clock):
     send(client)
     uploads.sweep()
     assert len(left(uploads)) == 1
-    for upload in uploads._held.values():
-        upload.since -= 601
+    clock.seconds += 601
     uploads.sweep()
     assert left(uploads) == [] == list(uploads.folder.iterdir())
 

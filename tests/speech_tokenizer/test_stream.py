@@ -13,6 +13,7 @@ from moss_jax.speech_tokenizer.config import TINY
 from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 from moss_jax.speech_tokenizer.encoder import Encoder, init_params, init_state
 from moss_jax.speech_tokenizer.stream import LogMelStream, WaveStream, log_mel_step, running_log_mel, wave_step
+from tests.compilations import compilations
 
 SEGMENT = TINY.codes_per_segment * TINY.frames_per_code
 
@@ -128,15 +129,17 @@ def test_no_call_compiles_a_second_time(params):
     wave_step.clear_cache()
     log_mel_step.clear_cache()
     stream = WaveStream(TINY, params)
-    assert len(stream.push(voice(6800))) == 5  # one step
     frames = LogMelStream(TINY, params)
-    assert len(frames.push(log_mel(50))) == 5
-    before = (wave_step._cache_size(), log_mel_step._cache_size())
-    stream.push(voice(30000, 1))
-    stream.finish()
-    frames.push(log_mel(333))
-    frames.finish()
-    assert (wave_step._cache_size(), log_mel_step._cache_size()) == before == (1, 1)
+    with compilations() as compiled:
+        assert len(stream.push(voice(6800))) == 5  # one step
+        assert len(frames.push(log_mel(50))) == 5
+    assert compiled.count("wave_step") == compiled.count("log_mel_step") == 1
+    with compilations() as compiled:
+        stream.push(voice(30000, 1))
+        stream.finish()
+        frames.push(log_mel(333))
+        frames.finish()
+    assert not {"wave_step", "log_mel_step"} & set(compiled)
 
 
 def test_invalid_input_of_a_stream(params):

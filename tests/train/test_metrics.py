@@ -58,9 +58,9 @@ def test_a_metrics_file_is_truncated_and_never_has_a_step_twice(tmp_path):
 def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(MossError, match="cannot be written"):
         MetricsFile(tmp_path / "nowhere/metrics.jsonl", 0)
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file._file.close()
-    file._file = Path("/dev/full").open("w")  # noqa: SIM115, closed by the file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *_, **__: open("/dev/full", "w"))  # noqa: SIM115, closed by the file
+        file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     with pytest.raises(MossError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         file.write(entry(1))
     with pytest.raises(MossError):

@@ -127,9 +127,9 @@ class SpeechTokenizerTask:
         self.description = f"speech tokenizer, {run.objective.head} over {run.objective.units},"
         self.batch_description = f"{run.batch_size} clips of up to {run.buckets[-1]:g} s"
         self._run = run
-        self._clips = clips
-        self._recogniser = recogniser
-        self._units = units
+        self.clips = clips
+        self.recogniser = recogniser
+        self.units = units
         self._trained_codebook = trained_codebook
         self._mesh = mesh
         self._say = say
@@ -138,7 +138,7 @@ class SpeechTokenizerTask:
 
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {f"encoder/{path}": shape for path, shape in encoder_shapes(self._run.model).items()}
-        return shapes | {f"head/{path}": shape for path, shape in head_shapes(self._recogniser.head).items()}
+        return shapes | {f"head/{path}": shape for path, shape in head_shapes(self.recogniser.head).items()}
 
     def state_shardings(self) -> Any:
         shapes = self._shapes()
@@ -146,10 +146,10 @@ class SpeechTokenizerTask:
         return shardings_of(jax.eval_shape(self.new_state, shapes), trained_by_gradient, self._mesh)
 
     def feed(self) -> Feed:
-        if self._clips.skipped:
+        if self.clips.skipped:
             longest = self._run.buckets[-1]
-            self._say(f"note: {self._clips.skipped} recordings are longer than {longest:g} s and are left out")
-        return self._feed(self._clips, self._run.workers)
+            self._say(f"note: {self.clips.skipped} recordings are longer than {longest:g} s and are left out")
+        return self._feed(self.clips, self._run.workers)
 
     def new_state(self, parameters: Flat) -> TrainState:
         trainable = {path: value for path, value in parameters.items() if path != CODEBOOK}
@@ -158,7 +158,7 @@ class SpeechTokenizerTask:
 
     def make_step(self) -> Step:
         out = self.state_shardings(), self._replicated
-        return make_step(self._recogniser, self._run.optimizer, self._run.seed, out)
+        return make_step(self.recogniser, self._run.optimizer, self._run.seed, out)
 
     def evaluation(self) -> Evaluate | None:
         if not self._run.held_out:
@@ -175,12 +175,12 @@ class SpeechTokenizerTask:
         clips = _open(run, manifests)
         epoch = ClipOrder(clips.bucket, run.batch_size, run.seed).per_epoch
         batches = epoch if batches is None else min(batches, epoch)
-        return Evaluation(run.objective, self._recogniser, self._units, clips, self._feed(clips), batches, self._mesh)
+        return Evaluation(run.objective, self.recogniser, self.units, clips, self._feed(clips), batches, self._mesh)
 
     def compatibility(self) -> dict[str, dict[str, Any]]:
         objective = write_config(self._run.objective)
         del objective["commitment_from"]
-        names = json.dumps(getattr(self._units, "names", self._units.count)).encode()
+        names = json.dumps(getattr(self.units, "names", self.units.count)).encode()
         objective["transcripts"] = hashlib.blake2b(names, digest_size=16).hexdigest()
         return {"architecture": write_config(self._run.model), "objective": objective}
 
@@ -223,8 +223,8 @@ class SpeechTokenizerTask:
         run = self._run
 
         def open_part(index: int, count: int) -> ClipBatches:
-            batches = ClipBatches(clips, self._units, run.batch_size, run.seed, index, count, workers)
-            needed = -(-batches.max_labels // LABELS_UNIT) * LABELS_UNIT + len(self._recogniser.begin)
+            batches = ClipBatches(clips, self.units, run.batch_size, run.seed, index, count, workers)
+            needed = -(-batches.max_labels // LABELS_UNIT) * LABELS_UNIT + len(self.recogniser.begin)
             if run.objective.head == "attention" and needed > run.objective.max_units:
                 raise MossError(f"objective: max_units is {run.objective.max_units}, expected {needed} for this data")
             return batches

@@ -128,7 +128,7 @@ def test_the_export_gives_the_codes_of_training_offline_and_streaming(whole):
         codes = np.asarray(Encoder(run.model).apply({"params": encoder}, frames, method="vectors")[1])
         for row, clip in enumerate(np.asarray(batch["clip"])):
             expected = codes[row, : lengths[row]]
-            (found,) = tokenizer.encode([task._clips.wave(clip)])
+            (found,) = tokenizer.encode([task.clips.wave(clip)])
             np.testing.assert_array_equal(found, expected)
             stream = LogMelStream(run.model, tokenizer.params, chunk=1)
             alone = np.asarray(frames[row, : int(lengths[row]) * run.model.frames_per_code])
@@ -179,11 +179,11 @@ def test_the_gradient_passes_the_quantiser_and_padding_has_none(whole):
     run, _ = whole
     task, parameters = tasks.prepare(run, make_mesh(devices=jax.devices()[:1]), silent)
     state = jax.jit(task.new_state)(parameters)
-    clips = task._clips
-    batch = dict(next(ClipBatches(clips, task._units, 4, 0)))
+    clips = task.clips
+    batch = dict(next(ClipBatches(clips, task.units, 4, 0)))
 
     def loss(params, batch):
-        sums = task._recogniser.sums(params, state.extra["codebook"], batch)
+        sums = task.recogniser.sums(params, state.extra["codebook"], batch)
         return sums["asr"][0] + sums["mel"][0]
 
     one = jax.jit(jax.grad(loss))(state.params, batch)
