@@ -13,7 +13,7 @@ from moss_jax.audio.features import mel_24k
 from moss_jax.audio.wave import load_audio, resample
 from moss_jax.cli import main
 from moss_jax.convert.random_system import init_random
-from moss_jax.dialogue.system import Reply
+from moss_jax.dialogue.conversation import Conversation, ReplyProgress
 from moss_jax.dialogue.turns import Turn
 from moss_jax.dialogue.voice import enrol, load_voice, log_mel, save_voice
 from moss_jax.errors import MossError
@@ -110,9 +110,9 @@ def test_a_batch_in_order(system, spoken):
 def test_an_array_equals_a_file(system, spoken, recording_file):
     wave, rate = soundfile.read(recording_file)
     array = Turn("user", audio=wave, sample_rate=rate)
-    (from_file,), _ = system._with_codes([[spoken]])
-    (from_array,), _ = system._with_codes([[array]])
-    np.testing.assert_array_equal(from_file[0].codes, from_array[0].codes)
+    replies = [system.reply([turn], seed=3, reply="text", max_new_tokens=3) for turn in (spoken, array)]
+    from_file, from_array = (reply.conversation.state.grid for reply in replies)  # with the codes of the question
+    np.testing.assert_array_equal(from_file, from_array)
     for bad, message in (
         (np.zeros(0), "holds 0 samples, expected at least one"),
         (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\], expected"),
@@ -198,13 +198,13 @@ def test_the_mel_of_a_padded_wave_is_its_own(system):
     np.testing.assert_allclose(log_mel(wave, system.speech_decoder.config), expected, atol=1e-4)
 
 
-def test_a_reply_without_speech(system, tmp_path):
+def test_a_reply_without_speech(system, tmp_path, monkeypatch):
     config = system.language_model.config
     rows = np.array([[config.modality_pad_id, config.eosp_id], [config.im_end_id, config.audio_pad_id]], np.int32)
-    request = system._request("speech", None, 0, {})
-    empty = system._read_reply(rows, request, complete=True)
-    assert empty.complete and empty.notices[-1:] == ("the reply holds no speech: it ended before the first code",)
-    reply = Reply("", empty.codes, system._speak(empty.codes, request), 24000, True)
+    monkeypatch.setattr(Conversation, "progress", lambda self: ReplyProgress(rows, running=False, full=False))
+    reply = system.reply([WRITTEN], **SHORT)
+    assert reply.complete and reply.notices[-1:] == ("the reply holds no speech: it ended before the first code",)
+    assert reply.text == "" and reply.wave.shape == (0,)
     with pytest.raises(MossError, match="not written, the reply is one without any speech"):
         reply.save(tmp_path / "answer.wav")
     assert list(tmp_path.iterdir()) == []
