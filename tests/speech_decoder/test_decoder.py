@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from moss_jax.speech_decoder.config import RELEASED, TINY, SpeechDecoderConfig
 from moss_jax.speech_decoder.decoder import SpeechDecoder
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.voice import Voice
+from tests.compilations import compilations
 from tests.speech_decoder.test_vocoder import random_params
 
 CODES = np.random.default_rng(5).integers(0, TINY.flow.codebook_size, 40)
@@ -48,29 +48,22 @@ ZERO = Voice.zero(TINY.flow.mel_bins, TINY.flow.speaker_size)
 
 
 @pytest.fixture
-def compilations():
-    events = []
-
-    def listen(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            events.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
+def compiled():
+    with compilations() as names:
+        yield names
 
 
 @pytest.mark.slow
-def test_offline_decode(decoder, compilations):
+def test_offline_decode(decoder, compiled):
     first = decoder.decode(CODES[:11], voice(7), seed=3)
     assert first.dtype == np.float32 and first.shape == (11 * 1920,)
     assert np.abs(first).max() > 0.01
-    assert compilations
-    compilations.clear()
+    assert compiled
+    compiled.clear()
     np.testing.assert_array_equal(decoder.decode(CODES[:11], voice(7), seed=3), first)
     assert np.abs(decoder.decode(CODES[:11], voice(7), seed=4) - first).max() > 1e-3
     assert decoder.decode(CODES[:12], voice(8), seed=3).shape == (12 * 1920,)  # the same buckets
-    assert not compilations
+    assert not compiled
 
 
 def test_one_code_without_a_voice(decoder):
@@ -116,15 +109,15 @@ def whole(decoder):
     return run
 
 
-def test_a_stream_gives_its_samples_early_and_compiles_once(decoder, whole, compilations):
+def test_a_stream_gives_its_samples_early_and_compiles_once(decoder, whole, compiled):
     whole(7, 12)  # compiles everything
-    compilations.clear()
+    compiled.clear()
     stream = decoder.stream(voice(7), seed=2)
     early = [len(stream.push(CODES[i : i + 1])) // 480 for i in range(21)]
     # With 7 codes of prompt a chunk ends after 3, 8, 13 and 18 codes, is computed 3 codes later, and 8 frames are held.
     assert early == [0] * 5 + [4] + [0] * 4 + [20] + [0] * 4 + [20] + [0] * 4 + [20]
     assert len(stream.finish()) // 480 == 20
-    assert not compilations
+    assert not compiled
 
 
 def bad(name):

@@ -17,6 +17,7 @@ from moss_jax.speech_decoder.flow.config import RELEASED_CHUNK_5, TINY
 from moss_jax.speech_decoder.flow.estimator import gelu, mish
 from moss_jax.speech_decoder.flow.model import FlowModel
 from moss_jax.speech_decoder.flow.noise import noise
+from tests.compilations import compilations
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +119,17 @@ def test_blocks_of_queries_give_the_same_result(monkeypatch):
 def test_other_lengths_of_a_bucket_compile_nothing_and_padding_changes_nothing(params, streaming, finalize):
     voice = make_voice(TINY, 6)
     flags = {"streaming": streaming, "finalize": finalize}
-    compiled = sampler._compiled(TINY, streaming, finalize)
     mels = {}
-    sizes = []
     for count in (10, 3, 7):  # 16, 9 and 13 codes with the prompt: one bucket
-        mels[count] = sampler.decode(params, TINY, make_codes(TINY, count), voice, **flags)
-        sizes.append(compiled._cache_size())
+        codes = make_codes(TINY, count)
+        with compilations() as compiled:
+            mels[count] = sampler.decode(params, TINY, codes, voice, **flags)
+        assert count == 10 or compiled == []
         assert mels[count].shape == (1, 4 * (count if finalize else count - 3), TINY.mel_bins)
-    assert sizes[0] == sizes[1] == sizes[2]
     buffer = noise(TINY.noise_frames, TINY.mel_bins)[:, : 4 * 13]  # leaves no room for padding
-    exact = sampler.decode(params, TINY, make_codes(TINY, 7), voice, buffer=buffer, **flags)
-    assert compiled._cache_size() == sizes[0] + 1
+    with compilations() as compiled:
+        exact = sampler.decode(params, TINY, make_codes(TINY, 7), voice, buffer=buffer, **flags)
+    assert compiled.count("run") == 1
     np.testing.assert_allclose(mels[7], exact, atol=3e-6 * np.abs(exact).max())
 
 

@@ -41,6 +41,7 @@ def main():
     from moss_jax.train.speech_lm.stages import STAGE_2, split_params
     from moss_jax.train.speech_lm.step import batch_shardings, make_step, state_shardings
     from moss_jax.train.state import init_state
+    from tests.compilations import compilations
     from tests.train.small import SMALL, random_batch, random_params
 
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -57,14 +58,15 @@ def main():
             placed = jax.device_put(batch, batch_shardings(mesh, batch["positions"].shape))
         state = init_state(trainable, optimizer)
         all_metrics = []
-        for _ in range(2):
-            if mesh is None:
-                state, metrics = step(state, {}, placed)
-            else:
-                with jax.set_mesh(mesh):
+        with compilations() as compiled:
+            for _ in range(2):
+                if mesh is None:
                     state, metrics = step(state, {}, placed)
-            all_metrics.append(metrics)
-        assert step._cache_size() == 1
+                else:
+                    with jax.set_mesh(mesh):
+                        state, metrics = step(state, {}, placed)
+                all_metrics.append(metrics)
+        assert compiled.count("step") == 1
         return state, all_metrics
 
     one, metrics = trained(None)
