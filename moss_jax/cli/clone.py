@@ -1,4 +1,4 @@
-"""Access to the developer tools in `dev/`, which a clone of the repository has and an installed wheel has not."""
+"""Access to the developer tools in `dev/`, which are in a clone of the repository but not in the wheel."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from moss_jax.errors import MossError
 
 
 def import_dev(name: str) -> ModuleType:
-    """Imports `dev.NAME` from the clone that holds this package, or else the working directory.
+    """Imports `dev.NAME` from the clone that contains this package, or else from the working directory.
 
     Raises:
         MossError: neither is a clone of the repository.
@@ -19,4 +19,4 @@ def import_dev(name: str) -> ModuleType:
             if str(root) not in sys.path:
                 sys.path.insert(0, str(root))
             return importlib.import_module(f"dev.{name}")
-    raise MossError(f"moss-jax {name}: a developer tool; run it in a clone of the repository")
+    raise MossError(f"the developer tools (dev/{name}) are not installed; run it in a clone of the repository")

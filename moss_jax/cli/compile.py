@@ -9,6 +9,7 @@ TPU and little memory is needed, but libtpu is (pip install 'moss-jax[tpu]'). Th
 printed on stderr every 30 seconds. Exit code 1: it compiles but does not fit.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from moss_jax.cli.system_arguments import say
 from moss_jax.errors import MossError
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from moss_jax.compile import FUNCTIONS, MODEL_SIZES
 
-    parser.add_argument("function", help="; ".join(f"{name}: {what}" for name, what in FUNCTIONS.items()))
-    parser.add_argument("--size", default="8b", help=f"model size: {', '.join(MODEL_SIZES)} (default 8b)")
-    parser.add_argument("--topology", default="v5e:2x4", help="generation:chips, such as v5e:2x4, v6e:4x4, v5p:2x2x1")
-    parser.add_argument("--data", type=int, default=1, help="mesh axis: replicas of the parameters (default 1)")
-    parser.add_argument("--fsdp", type=int, default=1, help="mesh axis: shards of parameters and batch (default 1)")
+    parser.add_argument("function", help="; ".join(f"{name}: {text}" for name, text in FUNCTIONS.items()))
+    parser.add_argument("--size", default="8b", help=f"model size: {', '.join(MODEL_SIZES)} (default: 8b)")
+    parser.add_argument("--topology", default="v5e:2x4", help="generation:chips, such as v6e:4x4 (default: v5e:2x4)")
+    parser.add_argument("--data", type=int, default=1, help="mesh axis: replicas of the parameters (default: 1)")
+    parser.add_argument("--fsdp", type=int, default=1, help="mesh axis: shards of parameters and batch (default: 1)")
     parser.add_argument(
         "--tensor", type=int, default=0, help="mesh axis: shards of heads and MLP (default: the remaining devices)"
     )
@@ -33,17 +34,17 @@ def add_arguments(parser):
         default=0,
         help="mesh axis of training: shards of a sequence (default: the remaining devices)",
     )
-    parser.add_argument("--batch", type=int, default=8, help="conversations or clips (default 8)")
-    parser.add_argument("--context", type=int, default=4096, help="rows of cache or sequence, or codes (default 4096)")
-    parser.add_argument("--accumulate", type=int, default=1, help="training: micro-batches of a step (default 1)")
-    parser.add_argument("--remat", default="full", help="training: none, dots or full (default full)")
+    parser.add_argument("--batch", type=int, default=8, help="conversations or clips (default: 8)")
+    parser.add_argument("--context", type=int, default=4096, help="rows of cache or sequence, or codes (default: 4096)")
+    parser.add_argument("--accumulate", type=int, default=1, help="training: micro-batches of a step (default: 1)")
+    parser.add_argument("--remat", default="full", help="training: none, dots or full (default: full)")
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="training: share of the peak FLOP/s for the step time (default 0.4)"
+        "--mfu", type=float, default=0.4, help="training: share of the peak FLOP/s for the step time (default: 0.4)"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the JSON to this file")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from moss_jax.checkpoint import write_text
     from moss_jax.compile import CompileRequest, compile_function
 
@@ -69,4 +70,4 @@ def run(args) -> int:
     print(text)
     if args.output:
         write_text(args.output, text + "\n")
-    return int(result["fits"] is False)
+    return int(result["fits"] is False)  # None: the memory of the chip is not known

@@ -1,5 +1,4 @@
-"""Convert checkpoints into a system folder, and back. Nothing in a checkpoint is run; .pt and .onnx files need the
-extra packages of `pip install 'moss-jax[convert]'`.
+"""Convert checkpoints into a system folder, and back.
 
   moss-jax convert --model MOSS-Speech --codec MOSS-Speech-Codec -o SYSTEM     from the two released folders
   moss-jax convert --from-qwen3 Qwen3-8B -o SYSTEM                             a language model to be trained
@@ -8,11 +7,14 @@ extra packages of `pip install 'moss-jax[convert]'`.
   moss-jax convert --model SYSTEM --export released -o FOLDER                  back to the two released folders
   moss-jax convert --model SYSTEM --export qwen3 -o FOLDER                     the text path as a Qwen3
 
---model, --codec and --from-qwen3 take folders or hub names such as fnlp/MOSS-Speech; --revision and --codec-revision
-name a branch, tag or commit there. The codec decides the number of speech codes. A round trip gives every tensor back
-bit for bit. What does not fit is listed in full, and nothing is written then. Symbolic links that lead out of a release
-are refused.
+--model, --codec and --from-qwen3 take folders or Hugging Face Hub names such as fnlp/MOSS-Speech; --revision and
+--codec-revision select a branch, tag or commit. The codec determines the number of speech codes. A round trip preserves
+every tensor bit for bit. If anything does not match, all mismatches are listed and nothing is written. No code from a
+checkpoint is executed, and symbolic links that lead out of a release are refused. Reading .pt and .onnx files needs
+pip install 'moss-jax[convert]'.
 """
+
+import argparse
 
 from moss_jax.arguments import check_seed
 from moss_jax.cli.system_arguments import add_revision_arguments, check_revisions, progress
@@ -21,29 +23,29 @@ from moss_jax.errors import MossError
 EXPORTS = ("released", "qwen3")
 
 
-def add_arguments(parser):
-    parser.add_argument("--model", metavar="FOLDER", help="a released language model; with --export: a system")
-    parser.add_argument("--codec", metavar="FOLDER", help="the released codec, or a system whose codec is taken over")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", help="a released language model; with --export, a system")
+    parser.add_argument("--codec", metavar="FOLDER", help="the released codec, or a system whose codec to use")
     add_revision_arguments(parser)
-    parser.add_argument("--from-qwen3", metavar="FOLDER", help="a plain Qwen3 of any size")
+    parser.add_argument("--from-qwen3", metavar="FOLDER", help="a Qwen3 of any size")
     parser.add_argument(
         "--split",
         type=int,
         metavar="N",
-        help="how many of Qwen3's last layers become the text branch and, copied, the audio branch (default: a ninth)",
+        help="number of last layers that become the text branch and the audio branch (default: a ninth of the layers)",
     )
     parser.add_argument(
         "--audio-branch",
         default="copy",
         choices=("copy", "random"),
-        help="what the audio branch starts from: a copy of the text branch (default), or random weights",
+        help="initial weights of the audio branch: a copy of the text branch, or random (default: copy)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of new random weights, default 0")
-    parser.add_argument("--export", choices=EXPORTS, help="write a system in another layout")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="not there yet, or empty")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    parser.add_argument("--export", choices=EXPORTS, help="write the system --model in another layout")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a new or empty folder")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from moss_jax.convert import system
     from moss_jax.convert.resolve import CODEC_FILES, find_folder
 
@@ -57,10 +59,10 @@ def run(args) -> int:
         export(args.model, args.output, progress)
     elif args.from_qwen3:
         if args.model is not None:
-            raise MossError("--from-qwen3: starts a language model of its own; leave --model out")
+            raise MossError("--from-qwen3: creates the language model; remove --model")
         check_revisions(args)
         qwen3 = find_folder(args.from_qwen3, args.revision)
-        codec = args.codec and find_folder(args.codec, args.codec_revision, CODEC_FILES)
+        codec = find_folder(args.codec, args.codec_revision, CODEC_FILES) if args.codec else None
         system.convert_qwen3(qwen3, args.output, progress, args.split, codec, args.audio_branch, args.seed)
     else:
         if args.model is None or args.codec is None:

@@ -1,17 +1,21 @@
-"""What is inside a folder: parts, parameters, sizes, voices; and where the tensor names that we read come from.
+"""Describe a system folder or a released folder.
 
-moss-jax info SYSTEM              a system folder
-moss-jax info MOSS-Speech-Codec   a released folder (.pt and .onnx files need 'moss-jax[convert]')
-moss-jax info FOLDER --names      also every name of our tables that no one has seen in a real file
+  moss-jax info SYSTEM              a system folder
+  moss-jax info MOSS-Speech-Codec   a released folder (.pt and .onnx files need pip install 'moss-jax[convert]')
+  moss-jax info FOLDER --names      also list the tensor names that were not verified against a real file
+
+Prints components, sizes and voices, and where the tensor names of the conversion come from.
 """
 
-
-def add_arguments(parser):
-    parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--names", action="store_true", help="list the tensor names that were not seen in a real file")
+import argparse
 
 
-def run(args) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a system folder or a released folder")
+    parser.add_argument("--names", action="store_true", help="list the unverified tensor names")
+
+
+def run(args: argparse.Namespace) -> int:
     from moss_jax.convert.describe import describe
 
     for line in describe(args.folder, args.names):

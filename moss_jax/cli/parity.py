@@ -1,24 +1,27 @@
-"""Compare components with golden files: numeric references made with the PyTorch implementation.
+"""Compare components with golden files: reference outputs of the PyTorch implementation.
 
   moss-jax parity golden/lm/*.safetensors golden/codec/*.safetensors
 
-One row for each output that a file declares final. Exit code 0: all within tolerance; 1: something is not, or nothing
-was compared; 2: a file cannot be read.
+Prints one row for each output that a file declares final. Exit code 0: all are within tolerance; 1: some are not, or
+nothing was compared; 2: a file cannot be read.
 """
+
+import argparse
 
 from moss_jax.cli.clone import import_dev
 from moss_jax.cli.system_arguments import say
 from moss_jax.errors import MossError
 
 
-def add_arguments(parser):
-    parser.add_argument("files", nargs="+", metavar="FILE.safetensors")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE.safetensors", help="golden files")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     import jax
 
     parity = import_dev("parity")
+    # The default of TPUs and some GPUs multiplies float32 matrices in fewer bits than the tolerances allow.
     jax.config.update("jax_default_matmul_precision", "highest")
     unreadable = False
     checks = []

@@ -1,61 +1,63 @@
-"""Turn a manifest into a data set to train on.
+"""Turn a manifest into a training data set.
 
   moss-jax tokenize podcasts.jsonl --model FOLDER --format interleaved -o DATA/podcasts
   moss-jax tokenize books.jsonl --model FOLDER --format text -o DATA/books
+  moss-jax tokenize voice.jsonl --model FOLDER --format decoder -o DATA/voice
 
-A manifest has one JSON object a line, with the paths of recordings relative to it:
+A manifest has one JSON object per line; paths of recordings are relative to it:
   {"text": "Good morning."}                                                          text
   {"audio": "a.wav"}                                                                 speech, continuation
   {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.4], ["day", 0.5, 0.9]]}  interleaved, asr, tts
   {"turns": [{"role": "user", "audio": "q.wav"}, {"role": "assistant", "text": "Yes."}]}     chat
-"codes": [...] may stand for "audio", "shard": "x.tar" beside "audio" names a tar file that holds it, and "id" a name.
+"codes": [...] can replace "audio"; "shard": "x.tar" names a tar file that contains the recording; "id" is optional. The
+format `decoder` makes the training data of the speech decoder (codes, mel, wave and F0) from recordings, or from the
+spoken turns of an assistant.
 
-  moss-jax tokenize voice.jsonl --model FOLDER --format decoder -o DATA/voice
-makes what the speech decoder is trained on: codes, mel, wave and F0 of recordings, or of an assistant's spoken turns.
-
-All bad lines are listed by number, and then the exit code is 2. Recordings are encoded on every local device. Killed or
-failed, the same command goes on where it was (in DATA.part); DATA appears when it is whole. On several hosts with a
-common file system run the same command everywhere with --process 0/4, 1/4, ... or with --distributed. A second process
-that asks for the same share ends at once with exit code 2.
+All invalid lines are listed with their numbers (exit code 2). Recordings are encoded on all local devices. If
+interrupted, rerun the same command to resume; DATA is created when it is complete. On several hosts with a shared file
+system, run the same command on each, with --process 0/4, 1/4, ... or with --distributed. A second process with the same
+share ends immediately with exit code 2.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, max_audio_bytes, say, system_folder
 from moss_jax.errors import MossError
+from moss_jax.progress import Progress
 
-EVERY = 30.0  # seconds between two lines of progress where nobody watches
+LOG_INTERVAL = 30.0  # seconds between two lines of progress if standard error is not a terminal
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from moss_jax.data.manifest import FORMATS
 
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="JSON lines")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="a file of JSON lines")
     add_system_arguments(parser)
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("-o", "--out", required=True, type=Path, metavar="DATA", help="the data set's folder")
-    parser.add_argument("--seed", type=int, default=0, help="of random cuts (default 0)")
-    parser.add_argument("--variants", type=int, default=1, help="examples a document with other cuts (default 1)")
-    parser.add_argument("--system", metavar="TEXT", help="a system turn, for asr, tts and chat")
+    parser.add_argument("-o", "--out", required=True, type=Path, metavar="DATA", help="the folder of the data set")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cuts (default: 0)")
+    parser.add_argument(
+        "--variants", type=int, default=1, help="examples per document, each cut differently (default: 1)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt, for asr, tts and chat")
     parser.add_argument(
         "--aligner",
         type=Path,
         metavar="FOLDER",
-        help="a Hugging Face CTC checkpoint, to find word times that are not given",
+        help="a CTC checkpoint of Hugging Face transformers that computes missing word times",
     )
     parser.add_argument(
-        "--shard-documents", type=int, default=4096, metavar="N", help="documents in a shard (default 4096)"
+        "--shard-documents", type=int, default=4096, metavar="N", help="documents per shard (default: 4096)"
     )
     add_audio_limit(parser)
-    parser.add_argument("--process", metavar="I/N", help="this process's share: number I of N, from 0 (default 0/1)")
-    parser.add_argument(
-        "--distributed", action="store_true", help="ask jax.distributed which process of how many this is"
-    )
+    parser.add_argument("--process", metavar="I/N", help="the share of this process: I of N, from 0 (default: 0/1)")
+    parser.add_argument("--distributed", action="store_true", help="get the share of this process from jax.distributed")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     if args.format == "decoder":
         return _decoder(args)
     from moss_jax.data.tokenize import TokenizeRequest, tokenize
@@ -73,12 +75,13 @@ def run(args) -> int:
         shard_documents=args.shard_documents,
         process_index=index,
         process_count=count,
-        max_audio_bytes=args.max_audio_mib * 2**20,
+        max_audio_bytes=max_audio_bytes(args),
     )
-    about = tokenize(request, _teller())
+    about = tokenize(request, _progress())
     if about is None:
-        say(f"process {index} of {count}: its shards are there")
-        while args.distributed and not args.out.exists():  # whoever leaves early makes jax.distributed end the others
+        say(f"process {index} of {count}: its shards are complete")
+        # A process that leaves early makes jax.distributed end the others.
+        while args.distributed and not args.out.exists():
             time.sleep(1)
         return 0
     print(
@@ -88,20 +91,22 @@ def run(args) -> int:
     return 0
 
 
-def _decoder(args) -> int:
+def _decoder(args: argparse.Namespace) -> int:
     from moss_jax.data.decoder_data import DecoderDataRequest, build_decoder_data
 
     if args.variants != 1 or args.system or args.aligner or args.process or args.distributed:
         raise MossError("--format decoder takes no --variants, --system, --aligner, --process and --distributed")
-    limit = args.max_audio_mib * 2**20
-    request = DecoderDataRequest(args.manifest, system_folder(args), args.out, args.shard_documents, limit)
-    about = build_decoder_data(request, _teller())
+    request = DecoderDataRequest(
+        args.manifest, system_folder(args), args.out, args.shard_documents, max_audio_bytes(args)
+    )
+    about = build_decoder_data(request, _progress())
     seconds = about["frames"] * about["hop"] / about["sample_rate"]
     print(f"{args.out}: {about['documents']} recordings, {seconds / 60:.1f} minutes")
     return 0
 
 
-def _process(args) -> tuple[int, int]:
+def _process(args: argparse.Namespace) -> tuple[int, int]:
+    """Index of this process and number of processes."""
     if args.distributed:
         import jax
 
@@ -117,16 +122,6 @@ def _process(args) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _teller():
-    """Every line where a person watches; one now and then where the output is kept."""
-    last = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal last
-        if line.startswith("note:"):
-            say(line)
-        elif sys.stderr.isatty() or time.monotonic() - last >= EVERY:
-            say(line)
-            last = time.monotonic()
-
-    return tell
+def _progress() -> Progress:
+    """Every line on a terminal; few lines in a log."""
+    return Progress(say, 0.0 if sys.stderr.isatty() else LOG_INTERVAL)

@@ -1,36 +1,37 @@
-"""Enrol a voice from a recording: some seconds of clear speech by one person.
+"""Enrol a voice from a recording of several seconds of clear speech by one person.
 
   moss-jax voice RECORDING.wav --model FOLDER -o VOICE.safetensors
   moss-jax voice RECORDING.wav --model FOLDER --name anna --default
 
 The file is for `moss-jax chat --voice VOICE.safetensors`. --name stores the voice in the system, for `--voice anna`;
-with --default the system speaks so from now on. Enrol only people who agree to it.
+--default makes it the default voice of the system. Enrol only people who have consented.
 """
 
+import argparse
 from pathlib import Path
 
-from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, say, system_folder
+from moss_jax.cli.system_arguments import add_audio_limit, add_system_arguments, max_audio_bytes, say, system_folder
 from moss_jax.errors import MossError
 from moss_jax.files import check_name, is_folder
 
 
-def add_arguments(parser):
-    parser.add_argument("recording", metavar="RECORDING", help="a recording, or - to read one from stdin")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recording", metavar="RECORDING", help="a recording, or - to read standard input")
     add_system_arguments(parser)
     add_audio_limit(parser)
-    parser.add_argument("-o", "--out", metavar="VOICE.safetensors", help="the file to write")
+    parser.add_argument("-o", "--out", metavar="VOICE.safetensors", help="write the voice to this file")
     parser.add_argument("--name", help="store the voice in the system under this name")
-    parser.add_argument("--default", action="store_true", help="with --name: the voice of replies without --voice")
+    parser.add_argument("--default", action="store_true", help="with --name: make it the default voice of the system")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     if args.out is None and args.name is None:
-        raise MossError("where to: expected -o VOICE.safetensors, or --name NAME to store it in the system")
+        raise MossError("no destination: expected -o VOICE.safetensors, or --name NAME to store it in the system")
     if args.default and args.name is None:
-        raise MossError("--default: only a stored voice can be the default, give --name too")
+        raise MossError("--default: is used together with --name, which is missing")
     if args.out is not None:
         if not is_folder(Path(args.out).parent):
-            raise MossError(f"{args.out}: there is no folder {Path(args.out).parent}, expected a place that exists")
+            raise MossError(f"{args.out}: there is no folder {Path(args.out).parent}, expected an existing one")
         check_name(args.out)
     from moss_jax.audio import check_speech, read_audio
     from moss_jax.audio.source import source_name
@@ -40,7 +41,7 @@ def run(args) -> int:
     system = System(system_folder(args))
     stored = None if args.name is None else system.folder.voice_path(args.name)
     name = source_name(args.recording)
-    recording = read_audio(args.recording, max_bytes=args.max_audio_mib * 2**20)
+    recording = read_audio(args.recording, max_bytes=max_audio_bytes(args))
     check_speech(recording.wave, recording.rate, name)
     try:
         voice = system.enrol((recording.wave, recording.rate))

@@ -34,7 +34,7 @@ def test_a_line_for_each_recording(system, tmp_path, capsys):
     save_audio(tmp_path / "b.flac", noise(20000), 16000)
     paths = [str(tmp_path / "a.wav"), str(tmp_path / "b.flac")]
     assert main(["encode", *paths, "--model", str(system), "-o", str(tmp_path / "codes.jsonl")]) == 0
-    assert "2 of 2 recordings, 2.2 s of sound" in capsys.readouterr().err
+    assert "2 of 2 recordings, 2.2 s of audio" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "codes.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines] == paths and [line["seconds"] for line in lines] == [1.0, 1.25]
     assert [len(line["codes"]) for line in lines] == [13, 16]

@@ -95,6 +95,33 @@ def test_not_enough_memory_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "moss-jax info: not enough memory (Unable to allocate 3.00 TiB)\n"
 
 
+def test_not_enough_memory_on_the_device_is_one_line(monkeypatch, capsys):
+    import jax.numpy as jnp
+
+    from moss_jax import cli
+    from moss_jax.cli import info
+
+    monkeypatch.setattr(info, "run", lambda args: jnp.zeros(2**44).block_until_ready())  # 64 TiB
+    assert cli.main(["info", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moss-jax info: not enough memory on the device: Out of memory allocating")
+    assert error.count("\n") == 1
+
+
+def test_other_errors_of_the_device_keep_their_traceback(monkeypatch):
+    import jax
+
+    from moss_jax import cli
+    from moss_jax.cli import info
+
+    def fails(args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(info, "run", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.main(["info", "x"])
+
+
 def test_an_error_of_the_file_system_is_one_line(monkeypatch, capsys):
     from moss_jax import cli
     from moss_jax.cli import info
