@@ -83,7 +83,7 @@ class RequestFilter:
             if not self._may_call(origin, host):
                 return (
                     403,
-                    "this demo accepts requests of its own page only; for the name of a proxy, start it with --allow-host NAME",
+                    "this demo accepts its own page only; for the name of a proxy, start it with --allow-host NAME",
                 )
         changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
         elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")

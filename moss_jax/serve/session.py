@@ -78,8 +78,8 @@ class _Question:
 class Session:
     """Turns, caches and files of one client.
 
-    `ask` and `enrol` use the model, so only one of them may run at a time; `stop`, `clear` and `close` may be called from
-    any thread meanwhile.
+    `ask` and `enrol` use the model, so only one of them may run at a time; `stop`, `clear` and `close` may be called
+    from any thread meanwhile.
 
     Args:
         system: shared by all sessions.

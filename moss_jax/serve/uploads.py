@@ -183,7 +183,7 @@ class Uploads:
 
 
 class OnlyUploads:
-    """ASGI middleware: the only files that a request may name are uploads, which are kept until the question is answered.
+    """ASGI middleware: the only files that a request may name are uploads, kept until the question is answered.
 
     Gradio by itself would fetch any address that a request names, and, depending on how it is mounted, any file of this
     machine.
