@@ -1,4 +1,4 @@
-"""Where the larger references are, for the tests that use them when they are present."""
+"""Settings and fixtures of all tests: compilation, the skips allowed in CI, golden files and recordings."""
 
 import fnmatch
 import gc
@@ -11,9 +11,9 @@ from pathlib import Path
 from tests.flags import QUICK
 
 os.environ.setdefault("XLA_FLAGS", QUICK)
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs without the lines that they come from
-gc.set_threshold(100_000, 50, 100)  # tracing makes many small objects, few of them garbage
-# And what one process has compiled the others need not: workers inherit the first one's environment.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # no source lines in compiled programs
+gc.set_threshold(100_000, 50, 100)  # tracing allocates many small objects, few of them garbage
+# All processes share one compilation cache: workers and child processes inherit the environment of the first.
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 OWNER = COMPILED not in os.environ
 if OWNER:
@@ -31,7 +31,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items):
-    """The notebooks take longest: they come first, so that no worker is left alone with one at the end."""
+    """Moves the notebooks, which take longest, to the start, so that no worker runs one alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
@@ -41,7 +41,7 @@ def pytest_sessionfinish():
 
 
 def pytest_configure(config):
-    # Workers of pytest-xdist send their reports to the session that started them, which is the one that judges.
+    # Workers of pytest-xdist send their reports to the session that started them, and only that one checks them.
     if CI in os.environ and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipGuard(os.environ[CI]))
 
@@ -56,13 +56,13 @@ class SkipGuard:
 
     def pytest_runtest_logreport(self, report):
         if report.skipped and not hasattr(report, "wasxfail"):
-            self._judge(report)
+            self._check(report)
 
     def pytest_collectreport(self, report):
         if report.skipped:
-            self._judge(report)
+            self._check(report)
 
-    def _judge(self, report):
+    def _check(self, report):
         message = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         message = message.removeprefix("Skipped: ")
         if not any(fnmatch.fnmatchcase(message, pattern) for pattern in self.allowed):
@@ -82,9 +82,9 @@ class SkipGuard:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Keeps what the verbs convert and compile out of the home directory."""
+    """Puts the cache of the verbs into a temporary folder instead of the home directory."""
     folder = tmp_path_factory.mktemp("cache")
-    (folder / "compiled").symlink_to(os.environ[COMPILED])  # where the verbs keep what they compile
+    (folder / "compiled").symlink_to(os.environ[COMPILED])  # the compilation cache of the verbs
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOSS_JAX_CACHE", str(folder))
         yield
@@ -92,7 +92,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Path of a golden file, such as golden("lm/split_forward"); the test is skipped where there is none."""
+    """Path of a golden file, such as golden("lm/split_forward"). Without the file the test is skipped."""
 
     def find(name: str) -> Path:
         path = SHARED / "golden" / f"{name}.safetensors"
@@ -105,7 +105,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def recording():
-    """Path of a real recording, such as recording("prompt_en.wav"); the test is skipped where there is none."""
+    """Path of a real recording, such as recording("prompt_en.wav"). Without the file the test is skipped."""
 
     def find(name: str) -> Path:
         path = SHARED / "audio" / name

@@ -1,7 +1,7 @@
-"""How the tests compile: quickly, as most of their time goes into compiling tiny models that run once.
+"""XLA flags for fast compilation: most of the time of the tests goes into compiling tiny models that run once.
 
 The flags change how XLA's CPU backend generates code, not what is computed. MOSS_JAX_TEST_ISA (SSE4_2, AVX2, AVX512)
-limits the instructions that it may use: rounding then is that of an older processor.
+limits the instruction set, so that rounding is that of an older processor.
 """
 
 import os
@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 QUICK += " --xla_cpu_parallel_codegen_split_count=1"
-# Alone this one halves the time. A flag that a jaxlib does not know ends the process: this one was in 0.10, is not in
-# 0.12, and never in libtpu, which reads the same flags.
+# This flag alone halves the time. An unknown flag ends the process: jaxlib 0.10 has it, 0.12 does not, and neither
+# does libtpu, which reads the same variable.
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11) and find_spec("libtpu") is None:
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 if ISA := os.environ.get("MOSS_JAX_TEST_ISA"):
@@ -19,5 +19,5 @@ if ISA := os.environ.get("MOSS_JAX_TEST_ISA"):
 
 
 def devices(count: int) -> str:
-    """XLA_FLAGS of a process with so many CPU devices."""
+    """XLA_FLAGS of a process with `count` CPU devices."""
     return f"{QUICK} --xla_force_host_platform_device_count={count}"

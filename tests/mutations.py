@@ -1,12 +1,12 @@
-"""Mutation check: small faults are put into a copy of the package, one at a time, and tests must fail.
+"""Mutation check: puts small faults into a copy of the package, one at a time; named tests must then fail.
 
   python -m tests.mutations                    # all, some minutes
   python -m tests.mutations "top-p off"        # some, by name
   python -m tests.mutations --list
 
 Exit code 1: a mutant survived, a named test fails or is skipped without any mutation, or the text that a mutation
-replaces is not in its file exactly once. Each mutation names the tests that must see it; together they take a few
-minutes. A change of the code that moves such a text adapts the mutation here.
+replaces is not in its file exactly once. Each mutation names the tests that must detect it; together they take a
+few minutes. When the code that a mutation replaces changes, adapt the mutation.
 """
 
 import argparse
@@ -270,18 +270,18 @@ MUTATIONS = (
 
 
 def problems(mutations: Sequence[Mutation]) -> list[str]:
-    """What no longer fits the code: a text that is not there exactly once, or a test that is not there."""
+    """Mutations that do not match the code: the text is not in the file exactly once, or a test does not exist."""
     found = []
     for mutation in mutations:
         path = ROOT / mutation.file
         count = path.read_text(encoding="utf-8").count(mutation.old) if path.is_file() else 0
         if count != 1:
-            found.append(f"{mutation.name}: its text is {count} times in {mutation.file}, expected once")
+            found.append(f"{mutation.name}: its text occurs {count} times in {mutation.file}, expected once")
         for test in mutation.tests:
             file, _, function = test.partition("::")
             path = ROOT / file
             if not path.is_file() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
-                found.append(f"{mutation.name}: there is no test {test}")
+                found.append(f"{mutation.name}: test {test} does not exist")
     return found
 
 
@@ -295,7 +295,7 @@ def main() -> int:
     known = {mutation.name: mutation for mutation in MUTATIONS}
     unknown = [name for name in args.names if name not in known]
     if unknown:
-        parser.error(f"no mutation {', '.join(map(repr, unknown))}; --list names them")
+        parser.error(f"unknown mutation {', '.join(map(repr, unknown))}; --list prints the names")
     if args.list:
         print("\n".join(known))
         return 0
@@ -339,9 +339,9 @@ def _check(mutations: Sequence[Mutation], folder: Path) -> int:
 
 
 def _run(tests: Sequence[str], folder: Path, first_failure: bool) -> tuple[int | None, str]:
-    """(exit code of pytest, its output); None when it took too long."""
+    """(exit code of pytest, its output); None after TIMEOUT seconds."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "--junitxml", "report.xml"]
-    # Compiled modules would be those of the text before: the change keeps the second and maybe the size of the file.
+    # Python compares time (in seconds) and size of a module with its bytecode; a mutation may keep both.
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     try:

@@ -1,4 +1,4 @@
-"""Weights in a released file's names, drawn from a seeded generator: the same here and where references are made."""
+"""Seeded random weights under the names of a released file: the same here and in the programs that make references."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ import numpy as np
 def draw_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """{name: float32 array} for {released name: shape}, drawn in the order of the names; no bias is zero, no scale one.
 
-    Matrices keep the variance of what goes through them; scales lie around one, biases and means around zero.
+    Matrices keep the variance of their input; scales are about one, biases and means about zero.
     """
     random = np.random.default_rng(seed)
     weights = {}

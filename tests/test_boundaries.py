@@ -1,8 +1,9 @@
-"""Who may know whom: a room imports only the rooms below it, and importing the package imports no model code."""
+"""Import order: a package imports only packages of lower layers, and `import moss_jax` imports no model code."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ ALLOWED = {
 }
 
 
-def imported_rooms(path: Path):
+def imported_packages(path: Path) -> Iterator[str]:
+    """The packages and top-level modules of moss_jax that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -63,16 +65,16 @@ def imported_rooms(path: Path):
                 yield module.split(".")[1]
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_a_room_imports_only_the_rooms_below(room):
-    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else (PACKAGE / room).rglob("*.py")
-    imports = {(str(file.relative_to(PACKAGE)), other) for file in files for other in imported_rooms(file)}
-    assert {(file, other) for file, other in imports if other not in ALLOWED[room] | {room}} == set()
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_lower_packages(package):
+    files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else (PACKAGE / package).rglob("*.py")
+    imports = {(str(file.relative_to(PACKAGE)), other) for file in files for other in imported_packages(file)}
+    assert {(file, other) for file, other in imports if other not in ALLOWED[package] | {package}} == set()
 
 
-def test_every_room_has_a_rule():
-    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert rooms <= set(ALLOWED)
+def test_every_package_has_a_rule():
+    packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert packages <= set(ALLOWED)
 
 
 def module_name(path: Path) -> str:
@@ -109,7 +111,7 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-# These parse what the package itself has just written: a copy of a config, a library's or a child process's answer.
+# These parse JSON that the package itself, a library or a child process has just written, not input from users.
 OWN_JSON = {
     "checkpoint/config_io.py",
     "evaluate/results.py",
@@ -122,7 +124,7 @@ OWN_JSON = {
 
 
 def test_documents_are_read_in_one_place():
-    """Limits, byte-order marks and messages are the business of `documents.py` alone."""
+    """Limits, byte-order marks and messages are implemented in `documents.py` only."""
     parsers = ("json.loads(", "json.load(", "yaml.load(", "yaml.safe_load(", 'read_text(encoding="utf-8").splitlines')
     found = {
         str(path.relative_to(PACKAGE))

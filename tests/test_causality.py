@@ -1,7 +1,7 @@
-"""No output depends on what comes later: the gradient of an output position with respect to later inputs is exactly 0.
+"""Causality: the gradient of an output position with respect to later inputs is exactly 0.
 
-Every output position is projected on a random direction, and the Jacobian of these numbers is compared with the reach
-that the model has by its documentation.
+Every output position is projected on a random direction, and the Jacobian of the projections is compared with the
+documented receptive field of the model.
 """
 
 import jax
@@ -39,7 +39,7 @@ def influence(function, *inputs):
 
 
 def check(found, reach):
-    """Output i sees inputs 0 to reach[i] - 1 and no others; something of them, and the last that it sees."""
+    """Output i depends on inputs up to reach[i] - 1, including that one, and on no later ones."""
     for row, end in zip(found, reach, strict=True):
         assert (row[end:] == 0).all()
         assert row[:end].any() and row[end - 1] > 0
@@ -71,7 +71,7 @@ def test_speech_tokenizer_encoder():
     codes = 4
     frames = jax.random.normal(jax.random.key(0), (1, codes * size, ENCODER.num_mel_bins))
     (found,) = influence(lambda x: Encoder(ENCODER).apply({"params": params}, x, method="vectors")[0], frames)
-    # The second convolution has stride 2: the last frame of a code is seen from the next code on.
+    # The second convolution has stride 2: the last frame of a code only reaches the following codes.
     check(found, [size * (code + 1) - 1 for code in range(codes)])
 
 
@@ -100,7 +100,7 @@ def flow_functions(chunk, codes):
 
 @pytest.mark.slow
 def test_flow_in_streaming_mode():
-    """A frame sees its own chunk and those before it; of the codes also the look-ahead after the chunk."""
+    """A frame depends on its own and earlier chunks, and on the look-ahead codes after its chunk."""
     codes = 8
     size = FLOW.frames_per_code
     run, embedded, state = flow_functions(FLOW.chunk, codes)
@@ -110,11 +110,11 @@ def test_flow_in_streaming_mode():
     check(of_state, np.repeat(ends, size) * size)
     whole, *_ = flow_functions(None, codes)
     first_frame = jax.jit(jax.grad(lambda x: whole(x, state)[0, 0].sum()))(embedded)
-    assert np.abs(first_frame[0, -1]).max() > 0, "offline, the first frame sees the last code"
+    assert np.abs(first_frame[0, -1]).max() > 0, "offline, the first frame depends on the last code"
 
 
 def test_f0_of_the_vocoder():
-    """The vocoder is not causal. What a stream of it relies on is that F0 sees `f0_reach` frames on each side only."""
+    """The vocoder is not causal, but its F0 depends on only `f0_reach` frames on each side: streaming needs that."""
     tree = jax.tree.map(jnp.asarray, unflatten(vocoder_params(VOCODER)))
     mel = jax.random.normal(jax.random.key(0), (1, 14, VOCODER.mel_bins))
     (found,) = influence(lambda x: HiFT(VOCODER).apply({"params": tree}, x, method="f0")[..., None], mel)

@@ -19,18 +19,18 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_words_follow_each_other_and_fill_the_sound():
+def test_word_times_are_contiguous_and_cover_the_sound():
     wave, rate, words = speak("The capital of France is Paris.", "en-us", 150)
     assert [word for word, _, _ in words] == ["The", "capital", "of", "France", "is", "Paris."]
     assert words[0][1] == 0 and words[-1][2] == len(wave) / rate
     assert all(a < b for _, a, b in words) and all(x[2] == y[1] for x, y in pairwise(words))
-    # The pause after the comma belongs to the word before it, the long word takes longer than the short one.
+    # The pause after the comma belongs to the word before it; the long word takes longer than the short one.
     _, _, (a, b, c) = speak("Yes, extraordinarily so", "en-us", 150)
     assert b[2] - b[1] > c[2] - c[1] and a[2] - a[1] > 0.2
     assert len(speak("one two three", words_per_minute=300)[0]) < 0.7 * len(speak("one two three")[0])
 
 
-def test_the_corpus_is_whole(tmp_path, capsys):
+def test_the_corpus_is_complete(tmp_path, capsys):
     folder = tmp_path / "corpus"
     assert main(["corpus", str(folder), "--utterances", "20"]) == 0
     written = {line["text"] for line in lines(folder / "text.jsonl")}

@@ -1,4 +1,4 @@
-"""The launch scripts: dry runs print what the page says, flags exist, several hosts start and stop together."""
+"""The launch scripts: dry runs print what docs/launch.md shows, flags exist, several hosts start and stop together."""
 
 import os
 import re
@@ -38,14 +38,14 @@ def flag_sets():
 
 
 @pytest.mark.parametrize(("command", "output"), list(examples()))
-def test_a_dry_run_prints_what_the_page_says(command, output):
+def test_a_dry_run_prints_the_output_in_the_docs(command, output):
     assert "--dry-run" in command
     run = subprocess.run(["bash", "-c", command], cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout == output
 
 
-def test_the_page_shows_every_script_and_verb():
+def test_the_docs_show_every_script_and_verb():
     commands = [command for command, _ in examples()]
     for script in SCRIPTS:
         assert any(script.name in command for command in commands), script.name
@@ -57,7 +57,7 @@ def test_the_page_shows_every_script_and_verb():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_explain_themselves(script):
+def test_scripts_parse_and_have_help(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     if script.suffix == ".sh":
         assert os.access(script, os.X_OK)
@@ -97,7 +97,7 @@ def child(code, **environment):
 
 
 DEVICES = "import jax; print(jax.devices())"
-# libtpu reads its flags when it describes chips that are not there.
+# libtpu also reads its flags when it describes the topology of absent chips.
 TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
 TOPOLOGY = """
 from jax.experimental import topologies
@@ -156,7 +156,7 @@ def dockerfile():
     return {name: [rest for other, _, rest in lines if other == name] for name, _, _ in lines}
 
 
-def test_the_image_runs_as_a_user_and_has_what_the_page_needs():
+def test_the_image_runs_as_a_user_and_has_the_documented_extras():
     instructions = dockerfile()
     assert instructions["USER"] == ["moss"]
     (install,) = (line for line in instructions["RUN"] if line.startswith("pip install"))
@@ -202,7 +202,7 @@ def test_the_docker_daemon_receives_only_what_is_copied():
 @pytest.fixture
 def hosts(tmp_path):
     """An environment where ssh runs the command here, and moss-jax records its arguments, then waits as instructed."""
-    stand_ins = {
+    fakes = {
         "ssh": 'shift; exec bash -c "$1"',
         "moss-jax": f"""
 echo "$*" >{tmp_path}/arguments.${{!#}}
@@ -214,7 +214,7 @@ echo "process ${{!#}} ends"
 [[ ${{!#}} != ${{FAILS:-none}} ]] || exit 3""",
     }
     (tmp_path / "bin").mkdir()
-    for name, script in stand_ins.items():
+    for name, script in fakes.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{script}\n")
         path.chmod(0o755)
@@ -232,7 +232,7 @@ echo "process ${{!#}} ends"
 COMMAND = [str(LAUNCH / "gpu_ssh.sh"), "--config", "c.py", "--set", "name=it's two words"]
 
 
-def test_two_hosts_are_started_and_their_exit_code_is_ours(hosts, tmp_path):
+def test_two_hosts_are_started_and_their_exit_code_is_returned(hosts, tmp_path):
     run = subprocess.run(COMMAND, env=hosts, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for i in range(2):
@@ -252,7 +252,7 @@ def test_ctrl_c_lets_all_hosts_save(hosts, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
     )
     while len(list(tmp_path.glob("arguments.*"))) < 2:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Two processes at one folder: the second is refused before it changes anything, and a killed one leaves no lock."""
+"""Two processes with one output folder: the second is refused and changes nothing; a killed one leaves no lock."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def hold():
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file below a folder, locks apart."""
+    """{path: (bytes, modification time)} of every file below a folder except lock files."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -92,10 +92,10 @@ def test_tokenize(tmp_path, system, manifest, capsys, hold):
     words = ["tokenize", manifest, "--model", system, "--format", "text", "-o", tmp_path / "out"]
     part = tmp_path / "out.part"
     part.mkdir()
-    (part / "settings.json").write_text("{}")  # of the process that is at work
+    (part / "settings.json").write_text("{}")  # of the running process
     other = hold(HOLD_OUTPUT, tmp_path / "out", 0, 1)
     refused(words, tmp_path, capsys)
-    refused([*words, "--process", "1/2"], tmp_path, capsys)  # would make shards that the other one makes too
+    refused([*words, "--process", "1/2"], tmp_path, capsys)  # would write shards that the other process writes too
     pytest.importorskip("librosa")
     refused([*words[:5], "decoder", *words[6:]], tmp_path, capsys)
     other.send_signal(signal.SIGKILL)

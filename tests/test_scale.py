@@ -1,4 +1,4 @@
-"""docs/scale.md: every row agrees with the compiler output that it links to."""
+"""docs/scale.md: the numbers of every row equal those of the compiler output that it links to."""
 
 import json
 import re

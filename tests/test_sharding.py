@@ -1,4 +1,4 @@
-"""The rules table, and that a mesh changes where numbers are computed but not what they are.
+"""The sharding rules, and equal results on one device and on meshes of eight.
 
 Eight devices need their own process: `python tests/test_sharding.py` runs the comparison on a forced CPU mesh.
 """
@@ -36,7 +36,7 @@ def axes_and_shapes(config):
 
 
 class Devices:
-    """A mesh of any size, for the rules alone."""
+    """An abstract mesh of any size, for tests of the rules."""
 
     def __new__(cls, **sizes):
         names = {name: sizes.get(name, 1) for name in ("data", "fsdp", "tensor", "sequence")}

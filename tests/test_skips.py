@@ -1,4 +1,4 @@
-"""In CI a skip that nobody allowed fails the session."""
+"""In CI a skip that tests/allowed_skips.toml does not list fails the session."""
 
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ XFAIL = "@pytest.mark.xfail\ndef test_expected():\n    raise AssertionError\n"
 
 
 @pytest.mark.parametrize(
-    "body, kind, code, said",
+    "body, kind, code, message",
     [
         (PASSES + MARK + GOLDEN, "all", 1, "test_it.py::test_marked: no such thing"),
         (PASSES + GOLDEN + XFAIL, "all", 0, "1 skipped"),
@@ -40,12 +40,12 @@ XFAIL = "@pytest.mark.xfail\ndef test_expected():\n    raise AssertionError\n"
         (PASSES + TORCH, "without-torch", 0, "1 skipped"),
     ],
 )
-def test_skips_are_allowed_by_the_list(tmp_path, body, kind, code, said):
-    found, output = session(tmp_path, body, kind)
-    assert found == code and said in output, output
+def test_skips_are_allowed_by_the_list(tmp_path, body, kind, code, message):
+    exit_code, output = session(tmp_path, body, kind)
+    assert exit_code == code and message in output, output
 
 
 @pytest.mark.parametrize("body", [MODULE + PASSES, PASSES + MARK], ids=["module", "test"])
 def test_skips_of_workers_are_seen(tmp_path, body):
-    found, output = session(tmp_path, body, "all", "-n", "2")
-    assert found == 1 and "1 skipped for a reason that allowed_skips.toml does not list" in output, output
+    exit_code, output = session(tmp_path, body, "all", "-n", "2")
+    assert exit_code == 1 and "1 skipped for a reason that allowed_skips.toml does not list" in output, output

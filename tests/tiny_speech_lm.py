@@ -1,4 +1,4 @@
-"""Test fixtures: a tiny language model that switches modes often, and a byte-level text tokenizer that fits it."""
+"""Test fixtures: a tiny language model that switches modes often, and a byte-level text tokenizer with its ids."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""`moss-jax bench`: side-by-side runs against a named peer in the same process on the same machine.
+"""`moss-jax bench`: timings against a named peer in the same process on the same machine.
 
-One module a part, each with `run(options) -> Iterator[Row]`. Ours and the peer's run alternately, so that a machine
-that slows down half-way slows both.
+Each part is a module with `run(options) -> Iterator[Row]`. Our code and the peer run alternately, so that a change of
+the speed of the machine affects both.
 """
 
 import importlib
@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PARTS = {
-    "audio": "reading and resampling 1 s of sound at many sample rates, with peak memory, against soxr",
-    "data": "packed batches from shards, tokens a second a core (no peer)",
+    "audio": "reading and resampling 1 s of audio at many sample rates, with peak memory, against soxr",
+    "data": "packed batches from shards, tokens per second and core (no peer)",
     "lm": "the language model: prefill and decode steps, against transformers' Qwen3",
     "speech_tokenizer": "speech -> codes: the Whisper-VQ encoder on a 30 s clip, against PyTorch",
     "flow": "codes -> mel: offline and a chunk of the stream, against the reference classes (--reference)",
@@ -26,7 +27,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a benchmark may be told. `size` names a model size; `reference` is a checkout of the reference sources."""
+    """Options of a benchmark. `size` names a model size; `reference` is a checkout of the reference sources."""
 
     size: str = "full"
     repeats: int = 5
@@ -36,7 +37,7 @@ class Options:
 
 @dataclass
 class Row:
-    """One measurement: seconds of each run. `peer` is empty when there was none to run."""
+    """One measurement: seconds of each run. `peer` is empty if no peer ran."""
 
     name: str
     ours: list[float]
@@ -54,14 +55,14 @@ class Row:
 
 def compare(
     name: str,
-    ours: Callable,
-    peer: Callable | None = None,
+    ours: Callable[[], Any],
+    peer: Callable[[], Any] | None = None,
     *,
     repeats: int = 5,
     peer_name: str = "",
     note: str = "",
 ) -> Row:
-    """Times `ours()` and `peer()` alternately after one warm-up each; results are waited for."""
+    """Times `ours()` and `peer()` alternately after one warm-up each, including the computation of their results."""
     import jax
 
     row = Row(name, [], [], peer_name if peer else "", note)
@@ -69,12 +70,19 @@ def compare(
     if peer:
         peer()
     for _ in range(repeats):
-        for function, seconds in ((ours, row.ours), (peer, row.peer)):
-            if function is not None:
-                start = time.perf_counter()
-                jax.block_until_ready(function())
-                seconds.append(time.perf_counter() - start)
+        row.ours.append(seconds_of(ours))
+        if peer:
+            row.peer.append(seconds_of(peer))
     return row
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Seconds of one call, until its result is computed."""
+    import jax
+
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
 
 
 def run(part: str, options: Options) -> Iterator[Row]:
@@ -99,7 +107,7 @@ def machine() -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """A markdown table: median seconds (smallest-largest) and the ratio peer / ours, above 1 when ours is faster."""
+    """A Markdown table: median seconds (minimum-maximum) and the ratio peer / ours, above 1 if ours is faster."""
     head = ["what", "ours, s", "peer, s", "peer / ours", "peer", "note"]
     lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

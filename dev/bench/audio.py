@@ -1,7 +1,7 @@
-"""Reading and resampling 1 s of sound at usual and unusual sample rates: seconds, and peak memory in the note.
+"""Reading and resampling 1 s of audio at usual and unusual sample rates: seconds, and peak memory in the note.
 
-Each rate is measured in a process of its own, so that the memory of one does not hide that of another. The peer is soxr
-where it is installed; it resamples only, so its seconds are without reading the file.
+Each rate is measured in a separate process, so that its peak memory does not include that of another rate. The peer is
+soxr if it is installed; it only resamples, so its seconds do not include reading the file.
 """
 
 import json
@@ -19,7 +19,7 @@ from moss_jax.errors import MossError
 
 RATES = (8001, 22050, 22254, 44100, 44101, 47999, 48000, 96000, 192000, 655350)  # Hz
 TO_RATE = 16000
-# The first run is part of the measurement: this is what one recording of an unusual rate costs. The imports are not.
+# The first run is measured, as it is the cost of one recording of an unusual rate. Imports are not measured.
 PROGRAM = """
 import json, re, sys, time
 from pathlib import Path
@@ -28,7 +28,7 @@ from moss_jax.audio import load_audio, resample
 
 path, to_rate, repeats, peer = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "peer"
 def peak():
-    # Not getrusage: its peak includes what the parent process had before this program began.
+    # The peak of getrusage would include the memory of the parent process before exec.
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
 before = peak()
@@ -59,12 +59,12 @@ def run(options: Options) -> Iterator[Row]:
             path = Path(folder) / f"{rate}.wav"
             soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, rate), rate, subtype="PCM_16")
             ours, theirs, memory = measure(path, options.repeats, peer)
-            note = f"{memory:.0f} MiB more at the peak"
+            note = f"{memory:.0f} MiB of peak memory above the start"
             yield Row(f"1 s at {rate} Hz", ours, theirs, "soxr, resampling only" if peer else "", note)
 
 
 def measure(path: Path, repeats: int, peer: bool) -> tuple[list[float], list[float], float]:
-    """(seconds of each run, those of the peer, MiB of memory at the peak above the start) in a fresh process."""
+    """Measures in a fresh process: (seconds of our runs, of the peer's runs, MiB of peak memory above the start)."""
     command = [sys.executable, "-c", PROGRAM, str(path), str(TO_RATE), str(repeats), "peer" if peer else "alone"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

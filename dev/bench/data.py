@@ -1,7 +1,7 @@
-"""Packed batches from shards: rows of speech and text, read, packed and stacked, in tokens a second of one core.
+"""Packed batches from shards: reading, packing and stacking rows of speech and text, in tokens per second and core.
 
-Shards are written to a temporary folder first: random ids, lengths as they come (log-normal, a median of 300 rows for
-text and of 20 s for speech). "Of one core": of processor time, in which threads that read ahead count, too.
+Shards of random ids are written to a temporary folder first. Lengths are log-normal with a median of 300 rows for text
+and 20 s for speech. "Per core" means per second of processor time, which includes threads that read ahead.
 """
 
 import tempfile
@@ -14,6 +14,7 @@ import numpy as np
 
 from dev.bench import Options, Row
 from moss_jax.data import Example, Mixture, open_batches, write_examples
+from moss_jax.data.batches import StepBatches
 from moss_jax.data.formats import speech, text
 from moss_jax.data.pack import plan_packing
 from moss_jax.errors import MossError
@@ -25,7 +26,7 @@ class Size:
     context: int  # T, rows of the grid in a packed row
     rows: int  # packed rows in a batch
     documents: int  # in each of the two sources
-    planned: int  # documents of which a plan is made
+    planned: int  # documents of the packing plan that is timed
 
 
 SIZES = {
@@ -37,7 +38,7 @@ STEPS = 20  # batches in a run
 
 
 def run(options: Options) -> Iterator[Row]:
-    """Rows for batches made by this process and by two worker processes, and for the plan of an epoch."""
+    """Rows for batches by this process, by two worker processes, and for the packing plan of an epoch."""
     if options.size not in SIZES:
         raise MossError(f"bench data: unknown size {options.size!r}, expected one of {', '.join(SIZES)}")
     size = SIZES[options.size]
@@ -54,13 +55,13 @@ def run(options: Options) -> Iterator[Row]:
         plan = plan_packing(lengths, size.context, np.random.default_rng(0))
         seconds.append(time.perf_counter() - start)
     filled = lengths.sum() / (len(plan) * size.context)
-    yield Row(f"packing plan of {size.planned} documents", seconds, note=f"{filled:.2%} of the places filled")
+    yield Row(f"packing plan of {size.planned} documents", seconds, note=f"{filled:.2%} of the rows filled")
 
 
-def _time(batches, size: Size, repeats: int, workers: int) -> Row:
-    next(batches)  # files are open, the first plan is made, workers have started
+def _time(batches: StepBatches, size: Size, repeats: int, workers: int) -> Row:
+    next(batches)  # opens files, makes the first plan, starts the workers
     if not workers:
-        batches.skip_to(1)  # what was read ahead is forgotten and will be counted
+        batches.skip_to(1)  # discards what was read ahead, so that reading it is measured
     wall = []
     tokens = 0
     spent = time.process_time()
@@ -71,18 +72,21 @@ def _time(batches, size: Size, repeats: int, workers: int) -> Row:
         wall.append(time.perf_counter() - start)
     spent = time.process_time() - spent
     batches.close()
-    note = f"{tokens / sum(wall):,.0f} packed tokens a second"
+    note = f"{tokens / sum(wall):,.0f} packed tokens per second"
     if not workers:
-        note += f", {tokens / spent:,.0f} a second of one core"
+        note += f", {tokens / spent:,.0f} per second and core"
     return Row(f"{STEPS} batches of {size.rows} x {size.context}, {workers or 'no'} worker processes", wall, note=note)
 
 
 def _write(folder: Path, size: Size) -> None:
     random = np.random.default_rng(0)
     config = MOSS_SPEECH_8B
-    for name, make, most, median in (("speech", speech, config.eosp_id, 250), ("text", text, config.endoftext_id, 300)):
+    for name, make, limit, median in (
+        ("speech", speech, config.eosp_id, 250),
+        ("text", text, config.endoftext_id, 300),
+    ):
         examples = (
-            Example(*make(random.integers(0, most, length, np.int32), config))
+            Example(*make(random.integers(0, limit, length, np.int32), config))
             for length in _lengths(random, size.documents, median)
         )
         write_examples(folder / name, examples, config, kind=name)

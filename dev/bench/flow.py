@@ -1,7 +1,7 @@
 """Codes -> mel at full size with random weights: offline, and one chunk of a stream, against the reference classes.
 
-The peer has our weights. Its stream has no caches: a chunk costs it a run over the prompt and all codes so far. Both
-are timed alternately and held to the same mel.
+The peer has our weights. Its stream has no caches: each chunk runs the model on the prompt and all codes so far. Both
+are timed alternately, and their mels are compared.
 """
 
 import gc
@@ -32,9 +32,9 @@ SIZES = {
 }
 PROMPT = 50  # codes
 OFFLINE = 100  # codes
-CHUNKS = (8, 108, 208)  # codes that are there when the chunk that is timed is computed
+CHUNKS = (8, 108, 208)  # codes received when the timed chunk is computed
 LONG = 512
-AGREE = 1e-3  # of the largest value: what the two may differ by
+TOLERANCE = 1e-3  # maximum difference as a fraction of the largest value
 
 
 def run(options: Options) -> Iterator[Row]:
@@ -62,7 +62,7 @@ def run(options: Options) -> Iterator[Row]:
     request = flow.stream(flow.prefill(voice))
     start = 0
     for count in CHUNKS:
-        # The last chunk before `count` codes, and two more of nearly that length, are timed; the last is compared.
+        # Only the last of these chunks is timed and compared.
         seconds, mel = _advance(request, codes, start, count)
         start = count
         theirs = []
@@ -82,22 +82,22 @@ def run(options: Options) -> Iterator[Row]:
 
 
 def _long(flow: stream.CachedFlow, voice: Any, codes: np.ndarray, name: str) -> Iterator[Row]:
-    """The cost of a chunk early and late in one long stream; compilation is not in it."""
+    """The time of a chunk early and late in one long stream, without compilation."""
     request = flow.stream(flow.prefill(voice))
     start = 0
-    early = []
+    early: list[float] = []
     for count in (50, len(codes)):
         seconds, _ = _advance(request, codes, start, count)
         start = count
         late = seconds[-3:]
         early = early or late
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)) / 2**30
+        state_gib = sum(leaf.nbytes for leaf in jax.tree.leaves(request.state)) / 2**30
         ratio = f", {np.median(late) / np.median(early):.2f} x the tenth chunk" if count > 50 else ""
-        yield Row(f"{name}: chunk at {count} codes", late, note=f"state {held:.1f} GiB{ratio}")
+        yield Row(f"{name}: chunk at {count} codes", late, note=f"state {state_gib:.1f} GiB{ratio}")
 
 
 def _advance(request: stream.FlowStream, codes: np.ndarray, start: int, end: int) -> tuple[list[float], jax.Array]:
-    """Pushes codes[start:end] a chunk at a time -> the seconds of the calls that computed one, and the last mel."""
+    """Pushes codes[start:end] in chunks. Returns the seconds of each computed chunk and the mel of the last."""
     config = request.flow.config
     seconds = []
     mel = None
@@ -108,6 +108,7 @@ def _advance(request: stream.FlowStream, codes: np.ndarray, start: int, end: int
         if int(request.state.chunk) > done:
             seconds.append((time.perf_counter() - begin) / (int(request.state.chunk) - done))
             mel = part[:, -config.chunk_frames :]
+    assert mel is not None, "no chunk was computed"
     return seconds, mel
 
 
@@ -141,7 +142,7 @@ def random_params(config: FlowConfig) -> dict:
 
 def _same(ours: jax.Array, theirs: np.ndarray, what: str) -> None:
     difference = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-    if not difference < AGREE:
+    if not difference < TOLERANCE:
         raise MossError(f"bench flow: {what} differs from the reference by {difference:.2g} of its largest value")
 
 

@@ -1,4 +1,4 @@
-"""The reference classes from a checkout of OpenMOSS/MOSS-Speech, imported without what inference never touches."""
+"""The reference classes from a checkout of OpenMOSS/MOSS-Speech, without modules that inference does not use."""
 
 import importlib
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 from moss_jax.errors import MossError
 
-# Imported by the modules we want, never called by them: language models, the demo's pipeline, training utilities.
+# Imported but never called by the modules that we need: language models, the pipeline of the demo, training utilities.
 UNUSED = ("cosyvoice.llm.llm", "cosyvoice.cli.model", "matcha.utils", "matcha.utils.pylogger")
 
 
@@ -23,7 +23,7 @@ class _Unused(types.ModuleType):
 
 
 def reference_module(checkout: Path, name: str) -> types.ModuleType:
-    """Imports `cosyvoice.*` or `matcha.*` from a checkout with Matcha-TTS in it or beside it.
+    """Imports `cosyvoice.*` or `matcha.*` from a checkout that contains Matcha-TTS or has it as a sibling.
 
     Raises:
         MossError: the checkout lacks one of the two, or a package that they need is not installed.
@@ -37,7 +37,7 @@ def reference_module(checkout: Path, name: str) -> types.ModuleType:
             sys.path.insert(0, str(place))
     for unused in UNUSED:
         sys.modules.setdefault(unused, _Unused(unused))
-    sys.modules["matcha.utils.pylogger"].get_pylogger = logging.getLogger
+    setattr(sys.modules["matcha.utils.pylogger"], "get_pylogger", logging.getLogger)  # noqa: B010, not a known name
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Speech -> codes: a 30 s clip through the Whisper-VQ encoder, beside the same encoder composed in PyTorch.
+"""Speech -> codes: a 30 s clip through the Whisper-VQ encoder, against the same encoder in PyTorch.
 
-The peer is built here from torch's own functions (convolutions, fused attention, exact GELU), with our random weights
-under the released names, and is checked against ours before anything is timed. The released modelling code is not in
-the reference sources, so `--reference` changes nothing here.
+The peer is composed here of torch functions (convolutions, fused attention, exact GELU), has our random weights under
+the released names, and is checked against our code before anything is timed. The reference sources do not contain the
+released modelling code, so `--reference` has no effect.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +26,9 @@ CHUNK = 5  # codes in one step of the stream
 
 
 def run(options: Options) -> Iterator[Row]:
+    """Rows for a whole clip and for one step of the stream."""
     if options.size not in SIZES:
-        raise MossError(f"--size {options.size}: the speech tokenizer has {', '.join(SIZES)}")
+        raise MossError(f"bench speech_tokenizer: unknown size {options.size!r}, expected one of {', '.join(SIZES)}")
     config = SIZES[options.size]
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
     samples = config.samples_per_segment
@@ -40,11 +41,11 @@ def run(options: Options) -> Iterator[Row]:
     peer = _torch_peer(config, params) if options.peer else None
     if peer is not None:
         agreeing = float(np.mean(np.asarray(ours()) == peer(wave)))
-        if agreeing < 0.98:  # near ties may fall either way
-            raise RuntimeError(f"the peer gives other codes: {agreeing:.1%} agree")
+        if agreeing < 0.98:  # rounding decides near ties
+            raise MossError(f"bench speech_tokenizer: only {agreeing:.1%} of the codes equal the peer's, expected 98%")
     seconds = samples / config.sample_rate
     row = compare(
-        f"encode {seconds:g} s of sound",
+        f"encode {seconds:g} s of audio",
         ours,
         (lambda: peer(wave)) if peer else None,
         repeats=options.repeats,

@@ -1,9 +1,9 @@
 """A training step of stage 1 and of stage 2, against PyTorch.
 
-The peer is the same model composed of transformers' Qwen3 layers (SDPA attention), with torch's fused AdamW and its
-gradient clipping: the same weights, the same packed batch, the same losses, which are compared first. Same dtype on
-the same backend: float32 on a CPU; on an accelerator both compute in bfloat16 (the peer by autocast) with float32
-weights where they train and bfloat16 ones where they do not.
+The peer is the same model composed of transformers' Qwen3 layers (SDPA attention), with torch's fused AdamW and
+gradient clipping. Weights, packed batch and losses are the same; the losses are compared first. Both use the same
+backend and dtype: float32 on a CPU; on an accelerator both compute in bfloat16 (the peer by autocast), with float32
+for trainable and bfloat16 for frozen weights.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", eps=1e-6)
 
 
 def run(options: Options) -> Iterator[Row]:
-    """A row for each stage; their ratio is what freezing saves."""
+    """A row for each stage. The ratio of their times shows how much freezing saves."""
     if options.size not in SIZES:
         raise MossError(f"bench train: unknown size {options.size!r}, expected one of {', '.join(SIZES)}")
     on_cpu = jax.default_backend() == "cpu"
@@ -72,7 +72,9 @@ def run(options: Options) -> Iterator[Row]:
         if peer:
             _check_same(ours.step(), peer.step(), dtype)
         name = f"{stage.name}, {rows} x {length} rows"
-        row = compare(name, ours.step, peer and peer.step, repeats=options.repeats, peer_name="torch + transformers")
+        row = compare(
+            name, ours.step, peer.step if peer else None, repeats=options.repeats, peer_name="torch + transformers"
+        )
         seconds = float(np.median(row.ours))
         row.note = f"{dtype}, {rows * length / seconds:.0f} tokens/s"
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -82,7 +84,7 @@ def run(options: Options) -> Iterator[Row]:
 
 
 def packed_batch(config: SpeechLMConfig, rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two documents a row, a stretch of text and a stretch of speech in each, loss on every row but the first."""
+    """Two documents a row with alternating text and speech; losses on all positions but the first of each document."""
     rng = np.random.default_rng(seed)
     at = np.arange(length)[None].repeat(rows, 0)
     cut = rng.integers(length // 4, 3 * length // 4, (rows, 1))
@@ -101,12 +103,12 @@ def packed_batch(config: SpeechLMConfig, rows: int, length: int, seed: int = 0) 
 
 
 class Ours:
-    """Our step; `step()` goes on from the last one and returns the loss."""
+    """Our step; `step()` updates the parameters and returns the loss."""
 
     def __init__(self, config: SpeechLMConfig, stage: Stage, batch: dict):
         _, trainable, self.frozen = initial_split("random", stage, config, frozen_dtype=config.param_dtype)
         self.start = {} if config.dtype == "bfloat16" else join_params(trainable, self.frozen)
-        self.start = jax.tree.map(np.asarray, self.start)  # for the peer; the step takes the arrays
+        self.start = jax.tree.map(np.asarray, self.start)  # a copy for the peer; the step donates the arrays
         self.state = init_state(trainable, OPTIMIZER)
         self.batch = jax.device_put(batch)
         self._step = make_step(config, stage, OPTIMIZER, unroll=unrolled(config))
@@ -190,7 +192,7 @@ class Peer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainable, OPTIMIZER.clip_norm)
         self.optimizer.step()
-        return loss.item()  # waits
+        return loss.item()  # waits for the device
 
     def _loss(self):
         torch = self.torch
@@ -220,9 +222,9 @@ class Peer:
 
 
 def _check_same(ours, theirs: float, dtype: str) -> None:
-    """The first losses. On an accelerator the weights differ, and the losses are those of any random ones."""
+    """Compares the first losses. On an accelerator the random weights differ, so the losses are only similar."""
     if not abs(float(ours) - theirs) < (1e-4 if dtype == "float32" else 0.1) * abs(theirs):
-        raise MossError(f"bench train: our loss is {float(ours):.4f}, the peer's {theirs:.4f}; they do not do the same")
+        raise MossError(f"bench train: our loss is {float(ours):.4f}, the peer's {theirs:.4f}; expected equal losses")
 
 
 def _importable(name: str) -> bool:

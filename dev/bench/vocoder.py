@@ -1,8 +1,8 @@
-"""Mel -> wave at full size with random weights, whole and piece by piece, and codes -> wave offline, against the
-reference classes.
+"""Mel -> wave at full size with random weights, whole and in pieces, and codes -> wave offline, against the reference
+classes.
 
-The peer has our weights. Vocoders are held to the same wave for the same source; the noise of a source is each one's
-own.
+The peer has our weights. The waves of both vocoders are compared for the same source signal; when timed, each draws its
+own noise.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,11 @@ SIZES = {
 }
 SECONDS = 4.0  # of mel
 CODES = 50  # of the offline decode, 4 s, after a prompt of flow.PROMPT
-AGREE = 1e-4  # what two waves for one source may differ by
+TOLERANCE = 1e-4  # maximum difference of two waves of one source
 
 
 def run(options: Options) -> Iterator[Row]:
-    """Rows for the vocoder on a whole mel, on a piece of a stream, and for flow and vocoder together."""
+    """Rows for the vocoder on a whole mel and on a piece of a stream, and for flow and vocoder together."""
     if options.size not in SIZES:
         raise MossError(f"bench vocoder: unknown size {options.size!r}, expected one of {', '.join(SIZES)}")
     sizes = flow.SIZES[options.size]
@@ -60,14 +60,14 @@ def run(options: Options) -> Iterator[Row]:
     if peer:
         _same(decoder, mel, peer)
     whole = partial(vocode, decoder.vocoder_params, decoder.vocoder_config, mel, 0)
-    yield row(f"vocoder, {SECONDS:g} s", whole, peer and partial(peer.wave, mel), note=f"{len(mel)} frames")
+    yield row(f"vocoder, {SECONDS:g} s", whole, partial(peer.wave, mel) if peer else None, note=f"{len(mel)} frames")
 
     piece = sizes.chunk_frames
     state = vocoder_stream.init_state(config.vocoder, config.mel_overlap, config.mel_context)
     state = state.replace(frames=jnp.asarray(1000, jnp.int32))
     step = jax.jit(partial(_step, decoder.vocoder_config, config.mel_overlap))
     ours = partial(step, decoder.vocoder_params, state, mel[:piece])
-    theirs = peer and partial(peer.wave, mel[: piece + config.mel_overlap])
+    theirs = partial(peer.wave, mel[: piece + config.mel_overlap]) if peer else None
     note = f"{piece} new frames; ours computes {piece + config.mel_context}, the peer {piece + config.mel_overlap}"
     yield row("vocoder, a piece of a stream", ours, theirs, note=note)
 
@@ -77,19 +77,19 @@ def run(options: Options) -> Iterator[Row]:
     )
     prompt_mel = random.normal(size=(len(prompt) * sizes.frames_per_code, sizes.mel_bins)).astype(np.float32)
     voice = Voice(prompt, prompt_mel, random.normal(size=sizes.speaker_size).astype(np.float32))
-    theirs = None
+    decode = None
     if peer:
         flow_peer = flow.Peer(sizes, flow_params, options.reference, voice)
 
-        def theirs():
+        def decode() -> np.ndarray:
             return peer.wave(flow_peer.mel(codes, False, True)[0])
 
     note = f"{CODES / config.code_rate:g} s of speech, prompt {flow.PROMPT} codes"
-    yield row(f"codes to wave offline, {CODES} codes", partial(decoder.decode, codes, voice), theirs, note=note)
+    yield row(f"codes to wave offline, {CODES} codes", partial(decoder.decode, codes, voice), decode, note=note)
 
 
 def random_params(config: VocoderConfig) -> dict[str, Any]:
-    """Flat parameters with weight norm in two parts, of the scale that training starts from."""
+    """Flat parameters with weight norm in two parts, with the scale of their initial values in training."""
     random = np.random.default_rng(0)
     flat = {}
     mel = jnp.zeros((1, 2, config.mel_bins))
@@ -117,7 +117,7 @@ def _same(decoder: SpeechDecoder, mel: np.ndarray, peer: "Peer") -> None:
         apply = jax.jit(partial(HiFT(config).apply, method="decode"))
         ours = apply({"params": decoder.vocoder_params}, mel[None], source[None])[0]
     difference = np.abs(np.asarray(ours) - peer.wave(mel, source)).max()
-    if not difference < AGREE:
+    if not difference < TOLERANCE:
         raise MossError(f"bench vocoder: the wave differs from the reference's by {difference:.2g}")
 
 
@@ -153,7 +153,7 @@ class Peer:
         self._model.load_state_dict(weights, strict=True)
 
     def wave(self, mel: np.ndarray, source: np.ndarray | None = None) -> np.ndarray:
-        """Log-mel [T, M] -> wave [hop * T]; without a source the vocoder makes its own."""
+        """Log-mel [T, M] -> wave [hop * T]; without a source the vocoder generates one."""
         torch = self._torch
         mel = torch.from_numpy(np.ascontiguousarray(mel.T))[None]
         with torch.inference_mode():

@@ -1,8 +1,8 @@
 """`moss-jax parity`: our components against numeric references from the PyTorch implementation.
 
-A component is a function `(Golden) -> {output name: array}`; an array may be paired with a boolean mask, `(array,
-mask)`, that is True where the contract asks for a comparison and broadcasts against the array. The components of one
-room stand in one module here, each module with a `COMPONENTS` table from metadata keys to functions.
+A component is a function `(Golden) -> {output name: array}`. In place of an array it may return `(array, mask)` with a
+boolean mask that broadcasts to the array and is True where values are compared. Each module of this package has a table
+`COMPONENTS` from component names, as in the metadata of golden files, to functions.
 """
 
 import importlib
@@ -43,8 +43,8 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Check:
-    """The comparison of one output: `worst` is the largest |ours - golden| and `excess` what it is as a share of the
-    tolerance at that entry (at most 1 passes)."""
+    """The comparison of one output: `worst` is the largest |ours - golden|, `excess` the largest ratio of a difference
+    to its tolerance (at most 1 passes)."""
 
     output: str
     passed: bool
@@ -55,7 +55,7 @@ class Check:
 
 
 def component(name: str) -> Callable[[Golden], dict]:
-    """The function of a component; raises Mismatch when there is none of that name."""
+    """The function of a component; raises Mismatch for an unknown name."""
     if name not in MODULES:
         raise Mismatch(f"unknown component {name!r}; known: {', '.join(sorted(MODULES))}")
     return importlib.import_module(f"dev.parity.{MODULES[name]}").COMPONENTS[name]
@@ -70,7 +70,7 @@ def check_golden(golden: Golden) -> Iterator[Check]:
     except (Mismatch, MossError) as error:
         yield Check("-", False, note=str(error))
         return
-    except Exception as error:  # whatever a file brings, it fails alone and the next ones are still compared
+    except Exception as error:  # only this file fails; the following ones are still compared
         yield Check("-", False, note=f"{golden.component} failed: {type(error).__name__}: {error}".partition("\n")[0])
         return
     for name, tolerance in golden.final.items():
@@ -94,7 +94,7 @@ def _compare(name: str, golden: Golden, results: dict, tolerance: tuple[float, f
     expected = expected[mask].astype(np.float64)
     if ours.size == 0:
         return Check(name, False, note="nothing to compare")
-    infinite = ~np.isfinite(expected) | ~np.isfinite(ours)  # equal infinities match, NaN matches nothing
+    infinite = ~np.isfinite(expected) | ~np.isfinite(ours)  # equal infinities match, NaN never matches
     difference = np.abs(np.where(infinite, 0, ours) - np.where(infinite, 0, expected))
     difference = np.where(infinite & (ours != expected), np.inf, difference)
     atol, rtol = tolerance

@@ -9,8 +9,8 @@ from moss_jax.audio import features, wave
 def _resample(golden: Golden) -> dict:
     config = golden.config
     signal = golden.need("wav")
-    _same("method", config.get("method"), "sinc_interp_hann")
-    _no_more_weights(golden)
+    _check_config("method", config.get("method"), "sinc_interp_hann")
+    _check_weights(golden)
     sizes = {"lowpass_filter_width": config["lowpass_filter_width"], "rolloff": config["rolloff"]}
     return {name: wave.resample(signal, *rates, **sizes) for name, rates in config["cases"].items()}
 
@@ -20,8 +20,8 @@ def _log_mel(golden: Golden) -> dict:
     config = features.MelConfig(
         given["sampling_rate"], given["n_fft"], given["hop_length"], given["feature_size"], 0.0, 8000.0
     )
-    _same("padding", given.get("padding", "longest"), "longest")
-    _no_more_weights(golden, mel_filters=features.mel_filters(config))
+    _check_config("padding", given.get("padding", "longest"), "longest")
+    _check_weights(golden, mel_filters=features.mel_filters(config))
     names = sorted((n for n in golden.inputs if n.startswith("wav_")), key=lambda n: int(n[4:]))
     if not names:
         raise Mismatch("input/wav_0 is missing")
@@ -46,12 +46,12 @@ def _log_mel(golden: Golden) -> dict:
 
 def _prompt_mel(golden: Golden) -> dict:
     given = golden.config["mel"]
-    _same("center", given["center"], False)
-    _same("win_size", given["win_size"], given["n_fft"])
+    _check_config("center", given["center"], False)
+    _check_config("win_size", given["win_size"], given["n_fft"])
     config = features.MelConfig(
         given["sampling_rate"], given["n_fft"], given["hop_size"], given["num_mels"], given["fmin"], given["fmax"]
     )
-    _no_more_weights(golden, mel_basis=features.mel_filters(config).T)
+    _check_weights(golden, mel_basis=features.mel_filters(config).T)
     mel = np.asarray(features.mel_24k(golden.need("wav"), config=config))
     count = min(mel.shape[1] // 4, golden.config["n_codes"])
     return {"mel": mel.swapaxes(1, 2), "prompt_feat": mel[:, : 4 * count], "token_len": np.array([count], np.int32)}
@@ -70,7 +70,7 @@ def _fbank(golden: Golden) -> dict:
         "use_energy": False,
     }
     for key, value in fixed.items():
-        _same(key, given.get(key, value), value)
+        _check_config(key, given.get(key, value), value)
     rate = given["sample_frequency"]
     config = features.FbankConfig(
         sample_rate=rate,
@@ -81,18 +81,18 @@ def _fbank(golden: Golden) -> dict:
         high_freq=given["high_freq"],
         preemphasis=given["preemphasis"],
     )
-    _no_more_weights(golden)
+    _check_weights(golden)
     fbank = features.kaldi_fbank(golden.need("wav")[None], config)
     return {"fbank": fbank[0], "fbank_mean_normalized": features.mean_normalized(fbank)[0]}
 
 
-def _same(key: str, value, expected) -> None:
+def _check_config(key: str, value: object, expected: object) -> None:
     if value != expected:
         raise Mismatch(f"config {key} is {value!r}, expected {expected!r}")
 
 
-def _no_more_weights(golden: Golden, **expected: np.ndarray) -> None:
-    """The filter banks that a file brings must be ours to 1e-7; it brings nothing else."""
+def _check_weights(golden: Golden, **expected: np.ndarray) -> None:
+    """The file has exactly the expected filter banks as weights, equal to ours to 1e-7."""
     if set(golden.weights) != set(expected):
         raise Mismatch(f"weights {sorted(golden.weights)}, expected {sorted(expected)}")
     for name, ours in expected.items():

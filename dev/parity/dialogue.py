@@ -1,6 +1,7 @@
 """Parity of generation: the rules of a reply, prompt grids, sampling distributions and whole replies."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ def fsm(golden: Golden) -> dict:
 
 
 def grids(golden: Golden) -> dict:
-    """Component lm.grid: conversations to prompt grids, with the tokenizer.json beside the file."""
+    """Component lm.grid: conversations to prompt grids, with the tokenizer.json in the folder of the file."""
     _no_weights(golden)
     try:
         ids = {ours: golden.config[theirs] for ours, theirs in ID_KEYS.items() if theirs in golden.config}
@@ -96,7 +97,7 @@ def sampler(golden: Golden) -> dict:
             ids = history[None, :, channel]
             seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
-            results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # as the file stores -inf
+            results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # how the file stores -inf
             results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.filter_logits(scores, settings)[0])
     return results
 
@@ -106,7 +107,7 @@ def generate(golden: Golden) -> dict:
     if golden.contract.get("semantics") != "compat":
         raise Mismatch(f"contract 'semantics' is {golden.contract.get('semantics')!r}, expected 'compat'")
     config = read_config(golden)
-    results = {}
+    results: dict[str, Any] = {}
     params = split_params(golden, config)
     cases = _listed(golden, "cases")
     longest = max(value.shape[-2] for name, value in golden.inputs.items() if name.endswith("grid"))
@@ -134,21 +135,21 @@ def generate(golden: Golden) -> dict:
             config=config,
             rules=reference.RULES,
         )
-        logits = {"text": [], "audio": []}
+        logits: dict[str, list[np.ndarray]] = {"text": [], "audio": []}
         for _ in range(len(golden.outputs.get(f"{name}/text_logits", ()))):
             state = decode_chunk(params, state, settings, 1, config=config, rules=reference.RULES)
             for branch, steps in logits.items():
                 steps.append(np.asarray(state.logits[branch]))
         state = decode_chunk(params, state, settings, case["max_new_tokens"], config=config, rules=reference.RULES)
         lengths = np.asarray(state.lengths)
-        made = np.asarray(state.grid[:, count : int(state.filled)])
+        generated = np.asarray(state.grid[:, count : int(state.filled)])
         if len(rows) > 1:
-            expected = golden.outputs.get(f"{name}/grid", made)
-            missing = np.full((len(rows), max(0, expected.shape[1] - made.shape[1]), 2), _padding(config))
-            results |= {f"{name}/grid": np.concatenate([made, missing], 1), f"{name}/lengths": lengths}
+            expected = golden.outputs.get(f"{name}/grid", generated)
+            missing = np.full((len(rows), max(0, expected.shape[1] - generated.shape[1]), 2), _padding(config))
+            results |= {f"{name}/grid": np.concatenate([generated, missing], 1), f"{name}/lengths": lengths}
             continue
         results |= {
-            f"{name}/grid": made[0, : lengths[0]],
+            f"{name}/grid": generated[0, : lengths[0]],
             f"{name}/mode": np.asarray(state.modes[0, count : count + lengths[0]]),
             f"{name}/stop_reason": state.stop[0],
         }

@@ -19,7 +19,7 @@ from moss_jax.speech_decoder.flow.noise import noise
 
 
 def flow_config(golden: Golden) -> FlowConfig:
-    """Our config from the reference's constructor arguments; what a file leaves out keeps the released value."""
+    """Our config from the reference's constructor arguments; values that a file lacks are the released ones."""
     groups = {name: golden.config.get(name, {}) for name in ("flow", "encoder", "estimator", "cfm_params")}
     flow = groups["flow"]
     encoder = groups["encoder"]
@@ -70,7 +70,7 @@ def flow_config(golden: Golden) -> FlowConfig:
 
 
 def _bound(golden: Golden, config: FlowConfig, *parts: str):
-    """`FlowModel.apply` with the file's weights: all of them, or only those of the named parts of the model."""
+    """`FlowModel.apply` with the weights of the file, which has those of the named parts of the model, or of all."""
     tree = param_shapes(FlowModel(config))
     tree = {path: leaf for path, leaf in tree.items() if not parts or path.split("/")[0] in parts}
     params = unflatten(golden.params(table(config), tree, golden.meta.get("weight_prefix", "")))

@@ -15,11 +15,11 @@ FORMAT = "golden-1"
 
 
 class Mismatch(Exception):
-    """The file can be read but does not hold what its component needs: a failed check, not an unreadable file."""
+    """The file is readable but does not have what its component needs. This is a failed check."""
 
 
 class Config(dict):
-    """A JSON object of the metadata; a key that a component needs and that is not there is a Mismatch."""
+    """A JSON object of the metadata; access to a missing key raises Mismatch."""
 
     def __missing__(self, key: str):
         raise Mismatch(f"config has no {key!r}, only {', '.join(sorted(self)) or 'nothing'}")
@@ -40,9 +40,9 @@ class Golden:
         config: sizes and special ids, under the reference's own keys.
         final: {output name: (atol, rtol)} of what must be compared.
         contract: rules for the comparison.
-        meta: every metadata value as the file has it (strings; JSON is not decoded).
-        weights, inputs, outputs, new: {name without its 'weight/', 'input/', 'output/', 'new/' prefix: array}; `new` is
-            what a conversion creates at random, given.
+        meta: all metadata as stored (strings; JSON is not decoded).
+        weights, inputs, outputs, new: {name without its 'weight/', 'input/', 'output/', 'new/' prefix: array}; `new`
+            has the tensors that a conversion would create at random.
     """
 
     path: Path
@@ -57,31 +57,31 @@ class Golden:
     new: dict[str, np.ndarray]
 
     def need(self, name: str) -> np.ndarray:
-        """The input `name`; an input that is missing (noise above all) is an error, nothing is drawn in its place."""
+        """The input `name`. A missing input raises Mismatch; in particular, noise is never drawn instead."""
         if name not in self.inputs:
             raise Mismatch(f"input/{name} is missing")
         return self.inputs[name]
 
     def compared(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """The mask [B, T, 1...] of an output [B, T, ...]: the `rows` [B, T] that must be compared, and those beyond in
-        which the file stores something. There the reference's value is as definite, so it is compared as well."""
+        """The mask [B, T, 1...] of an output [B, T, ...]: the `rows` [B, T] that must be compared, and others that are
+        not zero in the file: the reference computed them as well."""
         stored = self.outputs.get(name)
         rows = rows.astype(bool)
         if stored is None or stored.shape[:2] != rows.shape:
-            return rows  # the comparison says what is wrong
+            return rows  # the comparison reports the shapes
         axes = tuple(range(2, stored.ndim))
         return (rows | (stored != 0).any(axes)).reshape(*rows.shape, *[1] * len(axes))
 
     def params(
         self, table: NameTable, tree: Mapping[str, Any], prefix: str = "", strip: str = ""
     ) -> dict[str, np.ndarray]:
-        """The weights as a flat tree of ours, through the name table of the released checkpoint.
+        """The weights as our flat parameters, mapped by the name table of the released checkpoint.
 
         Args:
             table: the released checkpoint's name table.
             tree: flat {path: ShapeDtypeStruct} of the parameters that the component has.
-            prefix: what stands before the golden's names in the released file and so in the table.
-            strip: take only the weights that begin so, without this beginning; the caller answers for the others.
+            prefix: what the released file and the table have in front of the golden's names.
+            strip: take only the weights with this prefix, and remove it. The caller checks the others.
         """
         weights = {prefix + k[len(strip) :]: v for k, v in self.weights.items() if k.startswith(strip)}
         try:

@@ -36,29 +36,29 @@ def measured(golden: Golden) -> tuple[dict, dict[str, np.ndarray]]:
     table = released.table(config)
     params = flatten(golden_params(golden, config))
     batch, ignored = _batch(golden, config)
-    _optimizer(golden)  # a wrong file fails before anything is computed
+    _optimizer(golden)  # a bad file fails before anything is computed
     results = {}
     # The nll of every labelled entry; entry t is the loss of predicting row t + 1.
-    whole, nothing = split_params(params, STAGE_2)
-    nll = jax.jit(partial(batch_nll, config))(whole, nothing, batch)
+    everything, no_frozen = split_params(params, STAGE_2)
+    nll = jax.jit(partial(batch_nll, config))(everything, no_frozen, batch)
     for index, channel in enumerate(config.channels):
         labelled = np.zeros(ignored.shape[:2], bool)
         labelled[:, :-1] = ~ignored[:, 1:, index]
         results[f"{channel.name}_nll"] = np.where(labelled, nll[channel.name], 0)
-    metrics = make_eval_step(config, STAGE_2)(whole, nothing, batch)
+    metrics = make_eval_step(config, STAGE_2)(everything, no_frozen, batch)
     results |= {key: metrics[key] for key in ("text_loss", "audio_loss", "text_count", "audio_count")}
     results["total_loss"] = metrics["loss"]
     # Gradients of the total and of each loss alone, everything trainable.
     only = {"full": (1.0, 1.0), "text_only": (1.0, 0.0), "audio_only": (0.0, 1.0)}
     for name, weights in only.items():
-        results |= _norms(name, table, _gradient(config, STAGE_2, whole, nothing, batch, weights))
+        results |= _norms(name, table, _gradient(config, STAGE_2, everything, no_frozen, batch, weights))
     updates, grads = _stage_1(golden, config, table, params, batch)
     return results | updates, grads
 
 
 def by_contract(golden: Golden, results: dict, grads: dict[str, np.ndarray]) -> dict:
-    """The outputs as the contract compares them. Where a gradient is small, AdamW's first step is a sign of noise:
-    there the file's value stands in for ours if the two are within two learning rates."""
+    """The outputs as the contract compares them. Where a gradient is small, AdamW's first step is the sign of rounding
+    noise: there the file's value replaces ours if the two are within two learning rates."""
     if "small_gradients" not in golden.contract:
         return results
     results = dict(results)
@@ -74,17 +74,17 @@ def by_contract(golden: Golden, results: dict, grads: dict[str, np.ndarray]) -> 
 
 
 def _batch(golden: Golden, config: SpeechLMConfig) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Our batch, and which labels are ignored. A label that counts must be the grid's own id."""
+    """Our batch, and which labels are ignored. A label that is not ignored must equal the id in the grid."""
     grid = golden.need("grid")
     labels = golden.need("labels")
     segments = golden.inputs.get("segment_ids", np.ones(grid.shape[:2], np.int32))
     _, positions = mask_and_positions(golden, grid.shape[:2])
     ignored = labels == IGNORED
     weights = np.where(ignored, 0, 1).astype(np.float32)
-    targets = np.where(ignored, grid, labels)  # a label need not be what the model reads there
+    targets = np.where(ignored, grid, labels)  # ignored labels may differ from the grid
     batch = {"grid": grid, "positions": positions, "segment_ids": segments, "loss_weights": weights}
     if not np.array_equal(targets, grid):
-        raise Mismatch("input/labels differ from input/grid where they count, expected equal ids")
+        raise Mismatch("input/labels differ from input/grid where they are not ignored, expected equal ids")
     return {key: jnp.asarray(value) for key, value in batch.items()}, ignored
 
 
@@ -95,15 +95,15 @@ def _differentiated(config, stage, trainable, frozen, batch, weights):
 
 
 def _gradient(config, stage, trainable, frozen, batch, weights=(1.0, 1.0)) -> dict[str, np.ndarray]:
-    """The gradient that the step hands to the optimizer, for these weights of the text and the audio loss."""
+    """The gradient that the step passes to the optimizer, for these weights of the text and the audio loss."""
     grads = _differentiated(config, stage, trainable, frozen, batch, jnp.asarray(weights))
     return {path: np.asarray(value) for path, value in grads.items()}
 
 
 def _norms(name: str, table, grads) -> dict:
-    """Norms by released tensor, by group (the released name's first parts), and of everything."""
+    """Norms by released tensor, by group (the first part of the released name), and of everything."""
     squares = {}
-    groups = {}
+    groups: dict[str, float] = {}
     for tensor, value in table.to_theirs(grads):
         square = float(np.square(value.astype(np.float64)).sum())
         squares[tensor] = square
@@ -115,7 +115,7 @@ def _norms(name: str, table, grads) -> dict:
 
 
 def _stage_1(golden: Golden, config, table, params, batch) -> tuple[dict, dict[str, np.ndarray]]:
-    """One step of stage 1: new values of what trains, losses after it; what is frozen must keep its bytes."""
+    """One step of stage 1: updated parameters and the losses after it. Frozen parameters must keep their bytes."""
     optimizer = _optimizer(golden)
     trainable, frozen = split_params(params, STAGE_1)
     before = {path: np.asarray(value).tobytes() for path, value in frozen.items()}
@@ -133,7 +133,7 @@ def _stage_1(golden: Golden, config, table, params, batch) -> tuple[dict, dict[s
 
 
 def _optimizer(golden: Golden) -> OptimizerConfig:
-    """The file's AdamW: constant rate, no clipping unless it says so."""
+    """The settings of AdamW in the file: a constant rate, no clipping by default."""
     try:
         given = parse_object(golden.meta["optimizer"])
         return OptimizerConfig(
@@ -149,14 +149,14 @@ def _optimizer(golden: Golden) -> OptimizerConfig:
 
 
 def _check_selection(golden: Golden, table, trainable, frozen) -> None:
-    """The rule of stage 1 selects what the file lists."""
+    """Stage 1 trains and freezes the tensors that the file lists."""
     for key, ours in (("trainable", trainable), ("frozen", frozen)):
         if key not in golden.meta:
             continue
         listed = set(parse_json(golden.meta[key]))
         found = set(table.shapes(ours))
         if listed != found:
-            raise Mismatch(f"metadata {key!r}: {sorted(listed ^ found)[0]} is on one side only")
+            raise Mismatch(f"metadata {key!r}: {sorted(listed ^ found)[0]} is only in the file or only in stage 1")
 
 
 COMPONENTS = {"lm.train_step": train_step}

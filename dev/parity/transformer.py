@@ -1,5 +1,7 @@
 """Parity of the language model: the plain Qwen3, its layer-split initialisation, and the layer-split forward pass."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -58,7 +60,7 @@ def split(golden: Golden) -> dict:
 
 
 def plain(golden: Golden) -> dict:
-    """Component lm.qwen3: the plain model on `input_ids`; the layer-split one made of its weights on `split_grid`."""
+    """Component lm.qwen3: the plain model on `input_ids`; the layer-split one initialised from it on `split_grid`."""
     config = read_config(golden)
     plain_config = layer_split.qwen3_config(config, golden.config.get("qwen3_vocab_size"))
     tree = model_shapes(plain_config)
@@ -66,7 +68,7 @@ def plain(golden: Golden) -> dict:
     if tied:
         del tree["text/head/kernel"]
     flat = golden.params(qwen3.table(plain_config), tree, golden.meta.get("weight_prefix", ""))
-    results = {}
+    results: dict[str, Any] = {}
     if "input_ids" in golden.inputs:
         ids = golden.need("input_ids")
         params = flat | ({"text/head/kernel": flat["text/embed/embedding"].T} if tied else {})
@@ -99,7 +101,7 @@ def _forward(config, flat, grid, positions, segment_ids):
 
 
 def _masked(results: dict, mask: np.ndarray) -> dict:
-    """Pairs each [B, T, ...] output with the rows that the contract compares."""
+    """Pairs each [B, T, ...] output with the mask of its valid rows."""
     return {name: (x, (mask != 0).reshape(*mask.shape, *[1] * (x.ndim - 2))) for name, x in results.items()}
 
 

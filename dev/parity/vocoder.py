@@ -50,8 +50,8 @@ def load_vocoder(golden: Golden, strip: str = "") -> tuple[VocoderConfig, dict]:
     noise = jnp.zeros((1, 2 * config.hop, config.harmonics))
     names = [name[len(strip) :] for name in golden.weights if name.startswith(strip)]
     params = golden.params(table(config, spelling(names)), param_shapes(HiFT(config), mel, noise), strip=strip)
-    params = {path: jnp.asarray(leaf) for path, leaf in fold_weight_norm(params).items()}
-    return replace(config, weight_norm=False), unflatten(params)
+    folded = {path: jnp.asarray(leaf) for path, leaf in fold_weight_norm(params).items()}
+    return replace(config, weight_norm=False), unflatten(folded)
 
 
 def runner(config: VocoderConfig, params: dict):
@@ -68,7 +68,7 @@ def runner(config: VocoderConfig, params: dict):
     return run
 
 
-def channels_last(x: np.ndarray) -> np.ndarray:
+def channels_last(x: np.ndarray | jax.Array) -> np.ndarray:
     """[B, C, T] <-> [B, T, C]."""
     return np.swapaxes(np.asarray(x, np.float32), 1, 2)
 

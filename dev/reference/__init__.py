@@ -1,1 +1,1 @@
-"""What the released PyTorch code does where the product differs on purpose; for parity checks and tests only."""
+"""Behaviour of the released PyTorch code from which the product differs on purpose; for parity checks and tests."""

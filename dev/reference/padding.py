@@ -1,7 +1,7 @@
 """Waves -> codes with the padding of the released code.
 
 It pads each 128 consecutive segments to the longest of them, so that the last code of a shorter segment depends on its
-neighbours. `SpeechTokenizer.encode` gives every clip what it gets alone.
+neighbours. With `SpeechTokenizer.encode` the codes of a clip do not depend on other clips.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Streaming as the released code does it: every chunk runs the flow on the prompt and all codes so far.
+"""Streaming as in the released code: every chunk runs the flow on the prompt and all codes so far.
 
 The product streams with `moss_jax.speech_decoder.stream`; this is for comparison with the reference. Every chunk
 restarts the source signal, the weights of the cross-fade sum to up to 1.08, and the last chunk is the end of an offline
@@ -169,14 +169,14 @@ def _vocode(
     wave, source = _vocoder(config.vocoder)(models.vocoder, padded, noise, np.int32(frames), start)
     wave = np.array(wave)[: frames * hop]
     source = np.asarray(source)[: frames * hop]
-    held = config.mel_overlap * hop
+    overlap = config.mel_overlap * hop
     if cache is not None:
-        window = np.hamming(2 * held).astype(np.float32)
-        wave[:held] = wave[:held] * window[:held] + cache.speech * window[held:]
+        window = np.hamming(2 * overlap).astype(np.float32)
+        wave[:overlap] = wave[:overlap] * window[:overlap] + cache.speech * window[overlap:]
     if last:
         return None, Chunk(codes, state.cursor, mel, source, wave)
-    cache = Cache(new[-config.mel_overlap :], source[-held:], wave[-held:])
-    return cache, Chunk(codes, state.cursor, mel, source, wave[:-held])
+    cache = Cache(new[-config.mel_overlap :], source[-overlap:], wave[-overlap:])
+    return cache, Chunk(codes, state.cursor, mel, source, wave[:-overlap])
 
 
 @lru_cache(maxsize=4)

@@ -19,4 +19,4 @@ def import_dev(name: str) -> ModuleType:
             if str(root) not in sys.path:
                 sys.path.insert(0, str(root))
             return importlib.import_module(f"dev.{name}")
-    raise MossError(f"moss-jax {name}: a developer tool; run it in a clone of the repository")
+    raise MossError(f"the developer tools (dev/{name}) are not installed; run it in a clone of the repository")

@@ -154,13 +154,13 @@ def _describe_release(folder: Path, seen: dict[str, set[str]]) -> Iterator[str]:
 def _describe_origins(seen: Mapping[str, set[str]], names: bool) -> Iterator[str]:
     yield ORIGIN_HEADING
     for origin in origins():
-        # A projection before the codebook is for small models of our own; no release has it.
+        # A projection before the codebook exists only in small models of this project, in no release.
         patterns = dict.fromkeys(map(_short, (r.name for r in origin.table.rows if ".project." not in r.name)))
-        found = [p for p in patterns if any(_pattern_fits(p, name) for name in seen.get(origin.part, ()))]
-        here = f"; in this folder: {len(found)} of {len(patterns)} patterns" if origin.part in seen else ""
+        matched = [p for p in patterns if any(_pattern_fits(p, name) for name in seen.get(origin.part, ()))]
+        here = f"; in this folder: {len(matched)} of {len(patterns)} patterns" if origin.part in seen else ""
         yield f"  {origin.part}: {origin.source}{here}"
         if names and not origin.verified:
-            yield from (f"    not seen: {pattern}" for pattern in patterns if pattern not in found)
+            yield from (f"    not seen: {pattern}" for pattern in patterns if pattern not in matched)
             yield from (f"    kept if present: {pattern}" for pattern in origin.table.carried)
     if not names:
         yield "`--names` lists the names that were not seen in a real file."

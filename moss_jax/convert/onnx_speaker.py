@@ -184,9 +184,9 @@ class SpeakerGraph:
             if tensor.data_type in STORED_TYPES:
                 size, field = STORED_TYPES[tensor.data_type]
                 raw = tensor.HasField("raw_data")
-                found = len(tensor.raw_data) / size if raw else len(getattr(tensor, field))
-                if found != math.prod(tensor.dims):
-                    raise MossError(f"{where} has the shape {list(tensor.dims)} and {found:g} values")
+                count = len(tensor.raw_data) / size if raw else len(getattr(tensor, field))
+                if count != math.prod(tensor.dims):
+                    raise MossError(f"{where} has the shape {list(tensor.dims)} and {count:g} values")
 
     def _check_order(self) -> None:
         """Raises MossError if a value depends on itself."""

@@ -13,6 +13,7 @@ from moss_jax.errors import MossError
 from moss_jax.speech_lm.config import DTYPES
 from moss_jax.train.optimizer import OptimizerConfig
 
+RANDOM = "random"  # the `init` of a run that starts from new weights
 GUARD_ACTIONS = ("skip", "stop")
 
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compiling: what is read out of a compiled program, and what is refused."""
+"""Ahead-of-time compilation: counting collectives in a compiled program, and wrong arguments."""
 
 import importlib.util
 import json
@@ -66,7 +66,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-def test_collectives_are_counted_as_often_as_their_loop_runs():
+def test_collectives_are_counted_for_every_iteration_of_a_loop():
     assert collectives(HLO) == {
         "all-reduce": {"count": 33, "bytes": 32 * 256 + 40},
         "all-gather": {"count": 33, "bytes": 32 * 256 + 20},
@@ -101,13 +101,13 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 
 
 @pytest.mark.parametrize(("step", "rounds"), [("%two", 2), ("%unknown", 4)])
-def test_rounds_of_a_loop_whose_counter_grows_by_two(step, rounds):
+def test_iterations_of_a_loop_with_a_counter_step_of_two(step, rounds):
     size = 512 * 16 * 2
     expected = {"collective-permute": {"count": 2 * rounds, "bytes": 2 * rounds * size}}
     assert collectives(RING.replace("STEP", step)) == expected
 
 
-def test_progress_is_reported_while_the_compiler_works(monkeypatch):
+def test_progress_is_reported_during_compilation(monkeypatch):
     def slow(*arguments, **keywords):
         assert reported.wait(60)
         return subprocess.CompletedProcess(arguments, 0, stdout='{"fits": true}\n', stderr="")
@@ -135,19 +135,19 @@ def test_progress_is_reported_while_the_compiler_works(monkeypatch):
         (["stage2", "--mfu", "0"], "mfu is 0.0, expected above 0 and at most 1"),
     ],
 )
-def test_what_is_refused(arguments, problem, capsys):
+def test_wrong_arguments_are_refused(arguments, problem, capsys):
     assert main(["compile", *arguments]) == 2
     assert problem in capsys.readouterr().err.splitlines()[0]
 
 
-def test_libtpu_is_asked_for(monkeypatch, capsys):
+def test_a_missing_libtpu_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["compile", "decode"]) == 2
     assert "libtpu is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_tiny_model_compiles_and_a_wrong_topology_does_not(capsys, tmp_path):
+def test_a_tiny_model_compiles_and_a_wrong_topology_is_refused(capsys, tmp_path):
     pytest.importorskip("libtpu")
     output = tmp_path / "decode.json"
     arguments = ["compile", "decode", "--size", "tiny", "--context", "64", "--batch", "2", "-o", str(output)]

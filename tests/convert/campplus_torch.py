@@ -1,4 +1,4 @@
-"""CAM++ in PyTorch under 3D-Speaker's names, small: what the tests export to ONNX and compare with."""
+"""A small CAM++ in PyTorch with 3D-Speaker's names, for ONNX exports and as a reference."""
 
 import torch
 from torch import nn

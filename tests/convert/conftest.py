@@ -1,4 +1,4 @@
-"""Small systems and releases that several tests only read."""
+"""Small systems and releases, shared by tests that do not change them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The cache of conversions: one writer, nothing left behind by a process that was killed."""
+"""The cache of conversions: one writer at a time, and the remains of killed processes are removed."""
 
 import os
 import shutil
@@ -36,8 +36,8 @@ def quiet(line):
     pass
 
 
-def start(released, cache, gate, begun):
-    arguments = [released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, gate, begun]
+def start(released, cache, gate, started):
+    arguments = [released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, gate, started]
     environment = os.environ | {"PYTHONPATH": str(Path(system.__file__).resolve().parents[2])}
     return subprocess.Popen(
         [sys.executable, "-c", RESOLVE, *map(str, arguments)],
@@ -61,7 +61,7 @@ def names(folder):
 
 
 @pytest.mark.slow
-def test_the_loser_of_a_race_uses_what_the_winner_made(released, tmp_path):
+def test_the_second_process_uses_the_result_of_the_first(released, tmp_path):
     cache = tmp_path / "cache"
     gate = tmp_path / "gate"
     first = start(released, cache, gate, tmp_path / "first")
@@ -85,7 +85,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_made(released, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_killed_conversion_left_is_removed(released, tmp_path):
+def test_the_remains_of_a_killed_conversion_are_removed(released, tmp_path):
     cache = tmp_path / "cache"
     process = start(released, cache, tmp_path / "gate", tmp_path / "begun")
     try:
@@ -98,8 +98,8 @@ def test_what_a_killed_conversion_left_is_removed(released, tmp_path):
     assert left.endswith(".part")
     (cache / "compiled").mkdir()
     (cache / ".mine.part").mkdir()
-    found = resolve.resolve_system(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, quiet)
-    assert names(cache) == sorted([".mine.part", "compiled", found.name])
+    result = resolve.resolve_system(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, cache, quiet)
+    assert names(cache) == sorted([".mine.part", "compiled", result.name])
 
 
 def test_a_conversion_that_is_running_is_not_removed(tmp_path):
@@ -114,13 +114,13 @@ def test_a_conversion_that_is_running_is_not_removed(tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-c", hold, cache], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
-    said = []
+    messages = []
 
     def release(line):
-        if not said:
+        if not messages:
             assert part.exists()
             other.communicate(b"")
-        said.append(line)
+        messages.append(line)
 
     try:
         assert other.stdout.readline() == b"locked\n"
@@ -134,7 +134,7 @@ def test_a_conversion_that_is_running_is_not_removed(tmp_path):
     finally:
         other.kill()
         other.communicate()
-    assert said[0].startswith("note: another process is converting")
+    assert messages[0].startswith("note: another process is converting")
     assert names(cache) == ["other-0123456789ab"]
 
 
@@ -149,7 +149,7 @@ def test_a_finished_conversion_needs_no_lock(tmp_path):
         assert resolve.convert_once(target, lambda: pytest.fail("converted again"), pytest.fail) == target
 
 
-def test_any_name_of_a_folder_gives_a_name_in_the_cache(released, tmp_path, monkeypatch):
+def test_long_and_relative_folder_names_are_cached(released, tmp_path, monkeypatch):
     codec = released / system.CODEC_FOLDER
     model = shutil.copytree(released / system.MODEL_FOLDER, tmp_path / ("m" * 200))
     long = resolve.resolve_system(model, codec, tmp_path / "cache", quiet)

@@ -1,4 +1,4 @@
-"""What a conversion copies verbatim: every file that is not converted, wherever it was started, and nothing else."""
+"""A conversion copies the files that it does not convert, from any working directory, and nothing else."""
 
 import errno
 import os
@@ -96,12 +96,12 @@ def test_no_weights_of_a_qwen3_are_carried(tmp_path, monkeypatch, kind):
 
 def test_no_weights_are_carried_from_a_pair_that_a_verb_converts(released, tmp_path, monkeypatch):
     monkeypatch.chdir(released)
-    found = resolve.resolve_system(system.MODEL_FOLDER, system.CODEC_FOLDER, tmp_path / "cache", quiet)
-    assert files(found / "carried" / "model") == MODEL
-    assert files(found / "carried" / "codec") == CODEC
+    result = resolve.resolve_system(system.MODEL_FOLDER, system.CODEC_FOLDER, tmp_path / "cache", quiet)
+    assert files(result / "carried" / "model") == MODEL
+    assert files(result / "carried" / "codec") == CODEC
 
 
-def test_a_snapshot_gives_the_files_of_a_plain_folder(released, tmp_path):
+def test_a_hub_snapshot_is_converted_like_a_plain_folder(released, tmp_path):
     """Two names with equal contents are one blob: the one that is not used is carried all the same."""
     codec = shutil.copytree(released / system.CODEC_FOLDER, tmp_path / "plain")
     shutil.copyfile(codec / "flow" / "flow.pt", codec / "flow" / "spare.pt")
@@ -154,7 +154,7 @@ def secret(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["model", "qwen3"])
-def test_what_leads_out_of_a_release_is_refused(tmp_path, secret, kind, make):
+def test_links_out_of_a_release_are_refused(tmp_path, secret, kind, make):
     release = tmp_path / "release"
     if kind == "model":
         write_language_model(release)
@@ -220,7 +220,7 @@ def test_links_inside_a_release_are_followed(tmp_path):
         convert_files.files_to_carry(release)
 
 
-def test_a_snapshot_may_not_lead_past_its_blobs(tmp_path, secret):
+def test_links_out_of_the_blobs_of_a_snapshot_are_refused(tmp_path, secret):
     source = tmp_path / "source"
     source.mkdir()
     (source / "a").write_text("a")
@@ -241,14 +241,14 @@ def test_a_snapshot_may_not_lead_past_its_blobs(tmp_path, secret):
         convert_files.files_to_carry(snapshot)
 
 
-def test_hidden_files_are_not_looked_at(tmp_path, secret):
+def test_hidden_files_are_ignored(tmp_path, secret):
     (tmp_path / "release" / ".git").mkdir(parents=True)
     (tmp_path / "release" / ".git" / "x").symlink_to(secret / "key")
     (tmp_path / "release" / ".hidden").symlink_to(secret / "key")
     assert convert_files.files_to_carry(tmp_path / "release") == []
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     closed = tmp_path / "release" / "closed"
     closed.mkdir(parents=True)
     (closed / "a").write_text("a")

@@ -1,4 +1,4 @@
-"""The released codec, in and out."""
+"""Import and export of the released codec."""
 
 import json
 import pickle
@@ -48,9 +48,9 @@ def released(tmp_path_factory):
 
 def test_round_trip(released, tmp_path):
     folder, files = released
-    said = []
-    codec = import_codec(folder, tmp_path / "system", said.append)
-    assert not any("not understood" in line for line in said)
+    messages = []
+    codec = import_codec(folder, tmp_path / "system", messages.append)
+    assert not any("unknown keys" in line for line in messages)
     assert codec == read_codec_configs(tmp_path / "system")
     assert codec.tokenizer == TOKENIZER
     expected = replace(TINY.flow, codebook_size=96, **{k: getattr(RELEASED.flow, k) for k in ("chunk", "noise_frames")})
@@ -184,13 +184,13 @@ def test_full_size_names_and_shapes():
     assert flow["decoder.estimator.up_blocks.0.0.res_conv.weight"] == (256, 512, 1)
 
 
-def test_unknown_config_keys_are_told(template, tmp_path):
+def test_unknown_config_keys_are_reported(template, tmp_path):
     path = tmp_path / "released" / "config.json"
-    said = []
+    messages = []
     shutil.copytree(template, path.parent)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize_groups": 2}))
-    import_codec(path.parent, tmp_path / "system", said.append)
-    assert "quantize_groups" in said[-1]
+    import_codec(path.parent, tmp_path / "system", messages.append)
+    assert "quantize_groups" in messages[-1]
 
 
 def test_a_config_that_was_changed_by_hand_is_refused(released, tmp_path):
@@ -204,7 +204,7 @@ def test_a_config_that_was_changed_by_hand_is_refused(released, tmp_path):
 
 
 @pytest.mark.parametrize(("module", "file"), [("torch", "flow.pt"), ("onnx", "campplus.onnx")])
-def test_what_is_not_installed_is_named(released, monkeypatch, module, file):
+def test_a_missing_package_is_named(released, monkeypatch, module, file):
     from moss_jax.convert.onnx_speaker import SpeakerGraph
     from moss_jax.convert.torch_file import read_torch
 

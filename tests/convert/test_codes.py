@@ -1,4 +1,4 @@
-"""Language model and codec have the same number of speech codes; a system's codec can be taken over."""
+"""Language model and codec have the same number of speech codes; the codec of a system can be copied."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def mismatched(random, tmp_path):
     return folder
 
 
-def test_the_codec_of_a_system_is_taken_over(other, started):
+def test_the_codec_of_a_system_is_copied(other, started):
     for part in ("speech_tokenizer", "speech_decoder", "voices", "carried/codec"):
         assert contents(started / part) == contents(other / part), part
     assert (started / "carried" / "codec.json").read_text() == "{}"
@@ -84,7 +84,7 @@ def test_the_codec_of_a_system_is_taken_over(other, started):
     check_codes(SystemFolder(started))
 
 
-def test_a_codec_taken_over_is_exported_like_the_original(random, released, qwen, tmp_path):
+def test_a_copied_codec_is_exported_like_the_original(random, released, qwen, tmp_path):
     system.convert_released(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, tmp_path / "one", quiet)
     system.convert_qwen3(qwen, tmp_path / "two", quiet, 2, tmp_path / "one")
     system.convert_released(released / system.MODEL_FOLDER, tmp_path / "two", tmp_path / "three", quiet)
@@ -99,7 +99,7 @@ def test_a_codec_taken_over_is_exported_like_the_original(random, released, qwen
     same_tensors(*(read_tensors(tmp_path / name / "transformer") for name in ("one", "three")))
 
 
-def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_path):
+def test_tokenize_and_train_work_with_a_copied_codec(started, qwen, tmp_path):
     """A data set made with the system is one for a run that starts from the Qwen3 and names the system."""
     from moss_jax.data.store import vocabulary
     from moss_jax.sharding import make_mesh
@@ -121,7 +121,7 @@ def test_tokenize_and_train_agree_about_a_codec_taken_over(started, qwen, tmp_pa
     assert main(["tokenize", *arguments]) == 2
 
 
-def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched, qwen, tmp_path):
+def test_the_language_model_of_the_codecs_system_is_ignored(mismatched, qwen, tmp_path):
     system.convert_qwen3(qwen, tmp_path / "one", quiet, 2, mismatched)
     assert read_speech_lm_config(tmp_path / "one").eosp_id == 256
     path = mismatched / "speech_decoder" / "config.json"
@@ -133,7 +133,7 @@ def test_the_language_model_beside_a_codec_taken_over_does_not_matter(mismatched
 
 
 @pytest.mark.parametrize("component", ["speech_tokenizer", "speech_decoder"])
-def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, component, capsys):
+def test_a_system_without_a_codec_is_refused_as_a_codec(other, qwen, tmp_path, component, capsys):
     folder = shutil.copytree(other, tmp_path / "half")
     shutil.rmtree(folder / component)
     assert main(["convert", "--from-qwen3", str(qwen), "--codec", str(folder), "-o", str(tmp_path / "out")]) == 2
@@ -141,7 +141,7 @@ def test_a_system_without_a_codec_is_none(other, qwen, tmp_path, component, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_links_out_of_a_codec_taken_over_are_refused(other, qwen, tmp_path):
+def test_links_out_of_a_copied_codec_are_refused(other, qwen, tmp_path):
     folder = shutil.copytree(other, tmp_path / "linked")
     (tmp_path / "key").write_text("private")
     (folder / "voices" / "bob.safetensors").symlink_to(tmp_path / "key")
@@ -149,7 +149,7 @@ def test_links_out_of_a_codec_taken_over_are_refused(other, qwen, tmp_path):
         system.convert_qwen3(qwen, tmp_path / "out", quiet, codec=folder)
 
 
-def test_other_codes_are_refused_by_convert(released, other, tmp_path, capsys):
+def test_different_numbers_of_codes_are_refused_by_convert(released, other, tmp_path, capsys):
     model = str(released / system.MODEL_FOLDER)
     assert main(["convert", "--model", model, "--codec", str(other), "-o", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -158,7 +158,7 @@ def test_other_codes_are_refused_by_convert(released, other, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_codes_are_reported_by_info(mismatched, capsys):
+def test_different_numbers_of_codes_are_reported_by_info(mismatched, capsys):
     assert main(["info", str(mismatched)]) == 2
     out, err = capsys.readouterr()
     assert "200 codes" in out
@@ -167,7 +167,7 @@ def test_other_codes_are_reported_by_info(mismatched, capsys):
 
 
 @pytest.mark.parametrize("kind", ["text", "speech", "chat"])
-def test_other_codes_are_refused_by_tokenize(mismatched, tmp_path, capsys, kind):
+def test_different_numbers_of_codes_are_refused_by_tokenize(mismatched, tmp_path, capsys, kind):
     line = {
         "text": {"text": "hello"},
         "speech": {"codes": [1, 2, 3]},
@@ -183,7 +183,7 @@ def test_other_codes_are_refused_by_tokenize(mismatched, tmp_path, capsys, kind)
 @pytest.mark.parametrize(
     "settings", [("init={bad}",), ("init={good}", "system={bad}"), ("init=random", "system={bad}")]
 )
-def test_other_codes_are_refused_by_train(random, other, tmp_path, capsys, settings):
+def test_different_numbers_of_codes_are_refused_by_train(random, other, tmp_path, capsys, settings):
     """Whether the language model is that of the system with the codec or another one."""
     from tests.train.tiny import write_config as write_run
     from tests.train.tiny import write_data
@@ -200,7 +200,7 @@ def test_other_codes_are_refused_by_train(random, other, tmp_path, capsys, setti
     assert "different numbers of speech codes" in capsys.readouterr().err
 
 
-def test_other_codes_are_not_exported(mismatched, tmp_path):
+def test_different_numbers_of_codes_are_refused_by_an_export(mismatched, tmp_path):
     with pytest.raises(MossError, match="different numbers of speech codes"):
         system.export_released(mismatched, tmp_path / "out", quiet)
 
@@ -230,6 +230,6 @@ def test_a_language_model_without_speech_has_no_codes(random, tmp_path):
     check_codes(SystemFolder(folder))
 
 
-def test_the_bundled_system_has_one_number_of_codes():
+def test_the_components_of_the_bundled_system_agree():
 
     check_codes(SystemFolder(Path(NANO_FOLDER)))

@@ -1,4 +1,4 @@
-"""Damaged documents of a release: each is one readable error before anything is built."""
+"""Damaged JSON and YAML files of a release are readable errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Damaged .pt and .onnx files: one readable error, and no memory for what they only claim."""
+"""Damaged .pt and .onnx files are readable errors and do not allocate the sizes that they claim."""
 
 import pickle
 
@@ -61,7 +61,7 @@ def test_plain_tensors_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", pickle.dumps({"a": 1}), b"\x80\x02" + b"(" * 5000, b"x" * 100])
-def test_what_is_no_torch_file(tmp_path, content):
+def test_a_file_of_another_format_is_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(MossError, match=r"x\.pt: not a readable PyTorch file"):
         read_torch(tmp_path / "x.pt")
@@ -140,7 +140,7 @@ def test_a_damaged_graph_is_refused(network, tmp_path, damage):
 
 
 @pytest.mark.parametrize("change", [constant_without_value, constant_of_another_kind])
-def test_a_constant_without_a_tensor_is_passed_over(network, tmp_path, change):
+def test_a_constant_without_a_tensor_is_ignored(network, tmp_path, change):
     model = onnx.ModelProto()
     model.CopyFrom(network)
     change(model)

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, with a download that is not one."""
+"""Names on the Hugging Face Hub, with a fake download."""
 
 import fnmatch
 import os
@@ -68,10 +68,10 @@ class Hub:
 def hub(tmp_path, monkeypatch):
     import huggingface_hub
 
-    found = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
+    fake_hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake_hub)
     monkeypatch.chdir(tmp_path)
-    return found
+    return fake_hub
 
 
 @pytest.fixture
@@ -83,14 +83,14 @@ def pair(hub, released):
     return hub
 
 
-def test_only_wanted_files_are_asked_for():
+def test_only_needed_files_are_downloaded():
     matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in resolve.CODEC_FILES)}
     assert matched == WANTED
     matched = {name for name in WANTED | OTHERS if any(fnmatch.fnmatch(name, p) for p in resolve.MODEL_FILES)}
     assert matched == {name for name in WANTED if not name.startswith("flow/")}
 
 
-def test_revisions_reach_the_hub_and_have_conversions_of_their_own(pair, tmp_path):
+def test_every_revision_is_downloaded_and_converted(pair, tmp_path):
     cache = tmp_path / "cache"
     names = ("fnlp/MOSS-Speech", "fnlp/MOSS-Speech-Codec")
     plain = resolve.resolve_system(*names, cache, quiet)
@@ -145,7 +145,7 @@ NOT_FOUND = "not found locally or on the Hugging Face Hub"
         ("convert --model {model} --codec typo/name -o out", f"typo/name: {NOT_FOUND}"),
     ],
 )
-def test_what_is_not_there_is_one_line(hub, released, capsys, arguments, message):
+def test_a_missing_model_is_a_one_line_error(hub, released, capsys, arguments, message):
     names = {"model": released / system.MODEL_FOLDER, "codec": released / system.CODEC_FOLDER}
     assert main([word.format(**names) for word in arguments.split()]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -160,7 +160,7 @@ def test_a_missing_repository_is_reported_once(hub, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_system_on_the_hub_is_a_system(hub, random, tmp_path):
+def test_a_system_on_the_hub_is_used_directly(hub, random, tmp_path):
     target = hub.put("someone/system", random)
     assert resolve.resolve_system("someone/system", None, tmp_path / "cache", quiet) == target
     assert os.listdir(tmp_path) == ["hub"]

@@ -1,4 +1,4 @@
-"""The released language model and Qwen3, in and out."""
+"""Import and export of the released language model and of Qwen3."""
 
 import json
 import re
@@ -29,8 +29,8 @@ def quiet(line):
 
 def test_released_round_trip(tmp_path):
     tensors = write_language_model(tmp_path / "released")
-    said = []
-    config = import_language_model(tmp_path / "released", tmp_path / "system", said.append)
+    messages = []
+    config = import_language_model(tmp_path / "released", tmp_path / "system", messages.append)
     assert config == TINY.__class__(**{**TINY.__dict__, "dtype": "bfloat16", "param_dtype": "bfloat16"})
     ours = flatten(load_tree(tmp_path / "system" / "transformer", model_shapes(config)))
     name = "model.text_block.layers.1.mlp.up_proj.weight"
@@ -40,7 +40,7 @@ def test_released_round_trip(tmp_path):
     same_tensors(read_tensors(tmp_path / "again"), tensors)
     for file in ("config.json", "tokenizer.json", "generation_config.json", "modeling.py"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "released" / file).read_bytes()
-    assert said == []
+    assert messages == []
 
 
 def test_a_changed_config_is_exported(tmp_path):
@@ -54,12 +54,12 @@ def test_a_changed_config_is_exported(tmp_path):
     assert after == before | {"rope_theta": 5e5}
 
 
-def test_unknown_config_keys_are_told_and_carried(tmp_path):
+def test_unknown_config_keys_are_reported_and_kept(tmp_path):
     write_language_model(tmp_path / "released")
     _change(tmp_path / "released", emotion_vocab_size=7)
-    said = []
-    import_language_model(tmp_path / "released", tmp_path / "system", said.append)
-    assert "emotion_vocab_size" in said[-1]
+    messages = []
+    import_language_model(tmp_path / "released", tmp_path / "system", messages.append)
+    assert "emotion_vocab_size" in messages[-1]
     assert json.loads((tmp_path / "system/carried/model/config.json").read_text())["emotion_vocab_size"] == 7
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_release_is_refused(tmp_path, kind):
     assert "released" in str(caught.value).splitlines()[0] or "transformer config" in str(caught.value)
 
 
-def test_unmapped_missing_and_misshapen_come_together(tmp_path):
+def test_unmapped_missing_and_misshapen_tensors_are_reported_together(tmp_path):
     from tests.convert.checkpoints import write_shards
 
     folder = tmp_path / "released"
@@ -195,15 +195,15 @@ def test_the_text_path_of_a_released_model_is_a_qwen3(tmp_path):
     import_language_model(tmp_path / "released", tmp_path / "system", quiet)
     (tmp_path / "qwen").mkdir()
     export_qwen3(tmp_path / "system", tmp_path / "qwen")
-    found = read_tensors(tmp_path / "qwen")
-    assert len(found) == 11 * 5 + 3
+    result = read_tensors(tmp_path / "qwen")
+    assert len(result) == 11 * 5 + 3
     for ours, theirs in (
         ("model.layers.2.", "model.shared_block.layers.2."),
         ("model.layers.4.", "model.text_block.layers.1."),
     ):
         for part in ("self_attn.o_proj.weight", "mlp.gate_proj.weight"):
-            assert found[ours + part].tobytes() == tensors[theirs + part].tobytes()
-    assert found["lm_head.weight"].dtype == ml_dtypes.bfloat16
+            assert result[ours + part].tobytes() == tensors[theirs + part].tobytes()
+    assert result["lm_head.weight"].dtype == ml_dtypes.bfloat16
     config = json.loads((tmp_path / "qwen/config.json").read_text())
     assert (config["num_hidden_layers"], config["vocab_size"], config["tie_word_embeddings"]) == (5, 320, False)
 
@@ -244,14 +244,14 @@ def with_dtypes(system, dtypes):
 def qwen3_systems(tmp_path_factory):
     """{(dtype, tied): (folder, tensors of the Qwen3)}; the vocabulary of the Qwen3 has padding rows."""
     folder = tmp_path_factory.mktemp("qwen3")
-    found = {}
+    result = {}
     for dtype in DTYPES:
         for tied in (False, True):
             name = f"{dtype}-{tied}"
             tensors, _ = write_qwen3(folder / name / "qwen", tied, dtype=dtype)
             import_qwen3(folder / name / "qwen", folder / name / "system", 2, codes=80)
-            found[dtype, tied] = (folder / name / "system", tensors)
-    return found
+            result[dtype, tied] = (folder / name / "system", tensors)
+    return result
 
 
 @settings(max_examples=25, deadline=None)
@@ -260,30 +260,30 @@ def qwen3_systems(tmp_path_factory):
     tied=st.booleans(),
     dtypes=MIXED | UNIFORM,
 )
-def test_a_trained_qwen3_is_exported_whatever_its_dtypes(qwen3_systems, original, tied, dtypes):
+def test_a_trained_qwen3_is_exported_with_any_dtypes(qwen3_systems, original, tied, dtypes):
     source, _ = qwen3_systems[original, tied]
     with tempfile.TemporaryDirectory() as name:
         system = shutil.copytree(source, Path(name) / "system")
         ours = with_dtypes(system, dtypes)
         (Path(name) / "again").mkdir()
         export_qwen3(system, Path(name) / "again")
-        found = read_tensors(Path(name) / "again")
+        result = read_tensors(Path(name) / "again")
         config = json.loads((Path(name) / "again" / "config.json").read_text())
     kinds = {}
-    for key, tensor in found.items():
+    for key, tensor in result.items():
         kinds.setdefault(re.sub(r"\.\d+\.", ".N.", key), set()).add(str(tensor.dtype))
     assert all(len(kind) == 1 for kind in kinds.values())
     if len(set(dtypes)) == 1 or dtypes[2] != dtypes[3]:
-        assert len({str(tensor.dtype) for tensor in found.values()}) == 1
-    names = {str(tensor.dtype) for tensor in found.values()}
+        assert len({str(tensor.dtype) for tensor in result.values()}) == 1
+    names = {str(tensor.dtype) for tensor in result.values()}
     # Where they differ and none is the original one, the widest is named: a loader then loses nothing.
     assert config["torch_dtype"] in names or (len(names) > 1 and config["torch_dtype"] == "float32")
-    assert found["model.embed_tokens.weight"].shape == (400, 32)
+    assert result["model.embed_tokens.weight"].shape == (400, 32)
     table = ours["text/embed/embedding"].astype(np.float32)
-    np.testing.assert_array_equal(found["model.embed_tokens.weight"][:384].astype(np.float32), table)
-    if "lm_head.weight" in found:
+    np.testing.assert_array_equal(result["model.embed_tokens.weight"][:384].astype(np.float32), table)
+    if "lm_head.weight" in result:
         head = ours["text/head/kernel"].astype(np.float32)
-        np.testing.assert_array_equal(found["lm_head.weight"][:384].astype(np.float32), head.T)
+        np.testing.assert_array_equal(result["lm_head.weight"][:384].astype(np.float32), head.T)
 
 
 def test_a_tied_qwen3_whose_head_was_trained_is_written_untied(qwen3_systems, tmp_path):
@@ -294,13 +294,13 @@ def test_a_tied_qwen3_whose_head_was_trained_is_written_untied(qwen3_systems, tm
     ours["text/head/kernel"] = ours["text/head/kernel"] + np.float32(1)
     save_tensors(path, ours)
     (tmp_path / "again").mkdir()
-    said = []
-    export_qwen3(system, tmp_path / "again", said.append)
-    assert any("written untied" in line for line in said)
-    found = read_tensors(tmp_path / "again")
+    messages = []
+    export_qwen3(system, tmp_path / "again", messages.append)
+    assert any("written untied" in line for line in messages)
+    result = read_tensors(tmp_path / "again")
     rows = tensors["model.embed_tokens.weight"][384:]
-    np.testing.assert_array_equal(found["lm_head.weight"][384:], rows)
-    np.testing.assert_array_equal(found["lm_head.weight"][:384], ours["text/head/kernel"].T)
+    np.testing.assert_array_equal(result["lm_head.weight"][384:], rows)
+    np.testing.assert_array_equal(result["lm_head.weight"][:384], ours["text/head/kernel"].T)
 
 
 def test_padding_rows_of_another_model_are_refused(qwen3_systems, tmp_path):

@@ -1,4 +1,4 @@
-"""A conversion holds one stacked parameter and part of a shard, never the model."""
+"""A conversion has one stacked parameter and part of a shard in memory, never the whole model."""
 
 import os
 import subprocess

@@ -37,7 +37,7 @@ def ours(graph, features):
     return np.asarray(CAMPPlus(graph.config).apply({"params": unflatten(flat)}, features))
 
 
-def test_the_export_is_what_it_should_be(exports):
+def test_the_exports_have_the_expected_operators(exports):
     """The two variants differ as real files do: folded ones lose BatchNorms and names."""
     kept, folded = (onnx.load(exports / f"{name}.onnx").graph for name in (False, True))
     names = {tensor.name for tensor in folded.initializer}
@@ -59,7 +59,7 @@ def test_an_exported_network_is_the_same_network(model, exports, folded):
     assert (config.bottleneck, config.context_reduction, config.segment_frames) == (8, 2, 100)
 
 
-def test_initialisers_that_the_exporter_shares(tmp_path):
+def test_initializers_that_the_exporter_shares(tmp_path):
     """Equal tensors, such as the statistics of untrained BatchNorms, may be stored once and referred to."""
     torch.manual_seed(0)
     model = CampPlus(**SMALL).eval()
@@ -67,8 +67,8 @@ def test_initialisers_that_the_exporter_shares(tmp_path):
     graph = SpeakerGraph(tmp_path / "shared.onnx")
     expected = state(model)
     assert len(graph.model.graph.initializer) < len(expected)
-    found = graph.tensors().tensors
-    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    result = graph.tensors().tensors
+    assert all(result[name].tobytes() == expected[name].tobytes() for name in expected)
     graph.write(tmp_path / "again.onnx", MemoryTensors("x", expected))
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "shared.onnx").read_bytes()
     with pytest.raises(MossError, match="shares a stored tensor with another parameter"):
@@ -77,10 +77,10 @@ def test_initialisers_that_the_exporter_shares(tmp_path):
 
 def test_kept_names_are_bit_identical(model, exports):
     graph = SpeakerGraph(exports / "False.onnx")
-    found = graph.tensors().tensors
+    result = graph.tensors().tensors
     expected = state(model)
-    assert sorted(found) == sorted(expected) and graph.folded == set()
-    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    assert sorted(result) == sorted(expected) and graph.folded == set()
+    assert all(result[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -113,8 +113,8 @@ def test_a_graph_of_our_own_computes_the_same(model, tmp_path, frames):
     with torch.no_grad():
         expected = model(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(session.run(None, {"input": features})[0], expected, rtol=2e-4, atol=2e-4)
-    found = SpeakerGraph(tmp_path / "new.onnx").tensors().tensors
-    assert sorted(found) == sorted(state(model))
+    result = SpeakerGraph(tmp_path / "new.onnx").tensors().tensors
+    assert sorted(result) == sorted(state(model))
 
 
 def SpeakerGraph_config(model, folder):
@@ -224,7 +224,7 @@ def through(operator):
     ],
     ids=["two", "itself", "three", "two writers", "another operator"],
 )
-def test_a_graph_that_feeds_itself_is_refused(exports, tmp_path, change):
+def test_a_cyclic_graph_is_refused(exports, tmp_path, change):
     path = changed(exports, tmp_path / "cycle.onnx", change)
     with pytest.raises(MossError, match=r"cycle\.onnx: values depend on themselves"):
         SpeakerGraph(path)
@@ -232,8 +232,8 @@ def test_a_graph_that_feeds_itself_is_refused(exports, tmp_path, change):
 
 def test_a_chain_of_identities_is_followed(exports, tmp_path):
     path = changed(exports, tmp_path / "chain.onnx", identities(("{0}", "a"), ("a", "b"), ("b", "c")))
-    expected, found = (SpeakerGraph(p).tensors().tensors for p in (exports / "False.onnx", path))
-    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    expected, result = (SpeakerGraph(p).tensors().tensors for p in (exports / "False.onnx", path))
+    assert all(np.array_equal(result[name], value) for name, value in expected.items())
 
 
 def external(tensor):

@@ -1,4 +1,4 @@
-"""Whole systems: random ones, converted ones, resolved ones, described ones; from the command line as well."""
+"""Complete systems: random, converted, resolved and described, from Python and from the command line."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_text_tokenizer(tmp_path, config):
     assert len(tokenizer.encode("the user")) < len("the user")
 
 
-def test_converted_and_back(random, released, tmp_path):
+def test_released_round_trip_of_a_system(random, released, tmp_path):
     """random -> released layout -> ours -> released layout: the same bytes everywhere."""
     system.convert_released(released / system.MODEL_FOLDER, released / system.CODEC_FOLDER, tmp_path / "system", quiet)
     same_files(random, tmp_path / "system", skip=("carried",))
@@ -114,17 +114,17 @@ def test_converted_and_back(random, released, tmp_path):
 
 
 def test_resolve(random, released, tmp_path):
-    said = []
-    assert resolve.resolve_system(random, None, tmp_path, said.append) == random
+    messages = []
+    assert resolve.resolve_system(random, None, tmp_path, messages.append) == random
     model = released / system.MODEL_FOLDER
     codec = released / system.CODEC_FOLDER
-    first = resolve.resolve_system(model, codec, tmp_path / "cache", said.append)
+    first = resolve.resolve_system(model, codec, tmp_path / "cache", messages.append)
     assert (first / "system.json").is_file() and first.parent == tmp_path / "cache"
-    said.clear()
-    assert resolve.resolve_system(model, codec, tmp_path / "cache", said.append) == first and said == []
+    messages.clear()
+    assert resolve.resolve_system(model, codec, tmp_path / "cache", messages.append) == first and messages == []
     other = tmp_path / "other"
     shutil.copytree(model, other)
-    assert resolve.resolve_system(other, codec, tmp_path / "cache", said.append) != first
+    assert resolve.resolve_system(other, codec, tmp_path / "cache", messages.append) != first
 
 
 def _offline(name, revision, files):
@@ -160,7 +160,7 @@ def test_hub_names_are_fetched(tmp_path, monkeypatch):
     assert resolve.find_folder("fnlp/MOSS-Speech") == tmp_path / "snapshot"
 
 
-def test_what_does_not_belong_together_is_refused(released, tmp_path):
+def test_different_numbers_of_codes_are_refused(released, tmp_path):
     write_language_model(tmp_path / "lm")
     with pytest.raises(MossError, match="the language model has 80, the speech tokenizer has 256"):
         system.convert_released(tmp_path / "lm", released / system.CODEC_FOLDER, tmp_path / "out", quiet)
@@ -243,5 +243,5 @@ def test_dtypes_are_kept(tmp_path):
     from moss_jax.convert.language_model import import_language_model
 
     import_language_model(tmp_path / "lm", tmp_path / "system", quiet)
-    found = {str(t.dtype) for t in open_tensors(tmp_path / "system" / "transformer").tensors.values()}
-    assert found == {str(t.dtype) for t in tensors.values()} == {"bfloat16"}
+    result = {str(t.dtype) for t in open_tensors(tmp_path / "system" / "transformer").tensors.values()}
+    assert result == {str(t.dtype) for t in tensors.values()} == {"bfloat16"}

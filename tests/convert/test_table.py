@@ -1,4 +1,4 @@
-"""The name-table mechanism: layouts and stacking round-trip, and every misfit is reported at once."""
+"""Name tables: layouts and stacking round-trip, and all problems are reported at once."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_every_transform_inverts(transform, theirs, ours):
     np.testing.assert_array_equal(transform.to_theirs(transform.to_ours(x)), x)
 
 
-def test_all_misfits_are_listed_at_once():
+def test_all_problems_are_listed_at_once():
     tensors = foreign()
     del tensors["layers.1.up.weight"]
     tensors["head.weight"] = np.zeros((3, 6))
@@ -98,6 +98,6 @@ def test_all_misfits_are_listed_at_once():
     assert "extra.count" not in text
 
 
-def test_a_parameter_without_a_row_is_our_fault():
+def test_a_parameter_without_a_row_is_a_lookup_error():
     with pytest.raises(LookupError, match="nowhere"):
         TABLE.entries({"nowhere/kernel": np.zeros(2)})

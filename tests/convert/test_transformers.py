@@ -1,4 +1,4 @@
-"""Against the transformers library, where it is installed: it writes the Qwen3 that we read, and reads ours."""
+"""Exchange with the transformers library, if it is installed: we read its Qwen3, and it reads ours."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A Whisper of transformers as the beginning of a speech tokenizer's training: the same logits, part by part."""
+"""A speech tokenizer initialized from a Whisper of transformers has the same logits, part by part."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def ours(whisper):
 
 
 @pytest.mark.slow
-def test_the_decoder_gives_whispers_logits(whisper, ours):
+def test_the_decoder_gives_the_logits_of_whisper(whisper, ours):
     import torch
 
     random = np.random.default_rng(0)
@@ -74,8 +74,8 @@ def test_the_decoder_gives_whispers_logits(whisper, ours):
         expected = whisper[0](decoder_input_ids=torch.tensor(units), encoder_outputs=(torch.tensor(memory),)).logits
     head = Head(CONFIG, OBJECTIVE, UNITS)
     valid = jnp.ones((2, 7), bool)
-    found = head.apply({"params": ours["head"]}, jnp.asarray(units), jnp.asarray(memory), valid, method="decode")
-    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    result = head.apply({"params": ours["head"]}, jnp.asarray(units), jnp.asarray(memory), valid, method="decode")
+    np.testing.assert_allclose(result, expected, atol=2e-5, rtol=1e-4)
     # What is not valid is not attended to.
     longer = np.concatenate([memory, 9 * np.ones((2, 2, 16), np.float32)], 1)
     valid = jnp.arange(9)[None] < jnp.array([[7], [7]])
@@ -84,7 +84,7 @@ def test_the_decoder_gives_whispers_logits(whisper, ours):
 
 
 @pytest.mark.slow
-def test_the_encoder_is_whispers_made_causal_before_the_codes_and_as_it_was_after_them(whisper, ours):
+def test_the_encoder_is_whispers_with_causal_layers_before_the_quantizer(whisper, ours):
     import torch
     from torch.nn.functional import conv1d, gelu, pad
 
@@ -101,11 +101,11 @@ def test_the_encoder_is_whispers_made_causal_before_the_codes_and_as_it_was_afte
             x = _first(layer(x, attention_mask=mask))
         pooled = x.reshape(2, 4, 4, 16).mean(2)
         after = encoder.layer_norm(_first(encoder.layers[2](pooled, attention_mask=None)))
-    found = Encoder(CONFIG).apply({"params": ours["encoder"]}, jnp.asarray(frames), method="pooled")
-    np.testing.assert_allclose(found, pooled, atol=2e-5, rtol=1e-4)
+    result = Encoder(CONFIG).apply({"params": ours["encoder"]}, jnp.asarray(frames), method="pooled")
+    np.testing.assert_allclose(result, pooled, atol=2e-5, rtol=1e-4)
     head = Head(CONFIG, OBJECTIVE, UNITS)
-    found = head.apply({"params": ours["head"]}, found, jnp.ones((2, 4), bool), method="memory")
-    np.testing.assert_allclose(found, after, atol=3e-5, rtol=1e-4)
+    result = head.apply({"params": ours["head"]}, result, jnp.ones((2, 4), bool), method="memory")
+    np.testing.assert_allclose(result, after, atol=3e-5, rtol=1e-4)
 
 
 def _first(output):
@@ -113,7 +113,7 @@ def _first(output):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told(whisper):
+def test_another_size_is_refused(whisper):
     with pytest.raises(MossError, match="its num_mel_bins is 24, the run's model has 40"):
         import_whisper(whisper[1], replace(CONFIG, num_mel_bins=40), new_parameters(), print)
     one = replace(CONFIG, num_layers=1)  # then two layers stand after the codes

@@ -1,4 +1,4 @@
-"""The benchmark of the language model runs; what it measures is not a test's business."""
+"""The benchmark of the language model runs; its timings are not tested."""
 
 import pytest
 

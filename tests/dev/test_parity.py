@@ -1,4 +1,4 @@
-"""The parity frame itself: what must fail fails, whatever the component."""
+"""The comparison with golden files, independent of the component: every difference is reported."""
 
 import json
 import sys
@@ -65,12 +65,12 @@ def test_equal_outputs_pass(echo, tmp_path, capsys):
         {"component": "test.unknown"},
     ],
 )
-def test_every_misfit_is_a_miss(echo, tmp_path, change, capsys):
+def test_every_difference_fails(echo, tmp_path, change, capsys):
     assert main(["parity", write(tmp_path / "a.safetensors", **change)]) == 1
     assert "MISS" in capsys.readouterr().out
 
 
-def test_rows_that_the_contract_ignores_are_not_compared(echo, tmp_path):
+def test_masked_rows_are_not_compared(echo, tmp_path):
     other = X.copy()
     other[1] = 7
     path = write(tmp_path / "a.safetensors", final={"masked": [0, 0]}, output__masked=other)
@@ -79,11 +79,11 @@ def test_rows_that_the_contract_ignores_are_not_compared(echo, tmp_path):
     assert main(["parity", write(tmp_path / "b.safetensors", final={"masked": [0, 0]}, output__masked=other)]) == 1
 
 
-def test_an_at_sign_is_a_second_check_of_the_same_output(echo, tmp_path):
+def test_a_suffix_after_at_checks_the_same_output_again(echo, tmp_path):
     assert main(["parity", write(tmp_path / "a.safetensors", final={"y@again": [0, 0]})]) == 0
 
 
-def test_an_unreadable_file_is_two_and_the_others_still_run(echo, tmp_path, capsys):
+def test_an_unreadable_file_exits_with_2_and_the_others_still_run(echo, tmp_path, capsys):
     good = write(tmp_path / "good.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((tmp_path / "good.safetensors").read_bytes()[:-8])
@@ -95,7 +95,7 @@ def test_an_unreadable_file_is_two_and_the_others_still_run(echo, tmp_path, caps
 
 
 @pytest.mark.parametrize("problem", ["missing", "contradicting"])
-def test_a_config_that_does_not_describe_a_model_is_a_miss(echo, monkeypatch, tmp_path, capsys, problem):
+def test_a_bad_config_fails(echo, monkeypatch, tmp_path, capsys, problem):
     def run(golden):
         if problem == "missing":
             return golden.config["size"]
@@ -107,7 +107,7 @@ def test_a_config_that_does_not_describe_a_model_is_a_miss(echo, monkeypatch, tm
     assert expected[problem] in capsys.readouterr().out
 
 
-def test_a_component_that_breaks_fails_its_own_file_only(echo, monkeypatch, tmp_path, capsys):
+def test_an_exception_fails_only_its_own_file(echo, monkeypatch, tmp_path, capsys):
     def run(golden):
         raise ValueError("shapes (2,) and (3,) do not fit")
 
@@ -151,7 +151,7 @@ GOLDENS = [
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_weights_that_do_not_belong_or_are_not_there_fail(golden, name):
+def test_extra_and_missing_weights_fail(golden, name):
     file = parity.read_golden(golden(name))
     damaged = [file.weights | {"extra.weight": np.zeros(3, np.float32)}]
     if file.weights:

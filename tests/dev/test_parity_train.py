@@ -1,4 +1,4 @@
-"""The parity component of the training step, and that it notices damage."""
+"""The parity component of the training step, and that it reports damaged files."""
 
 from dataclasses import replace
 
@@ -25,13 +25,13 @@ def missed(file, results, grads):
 
 
 @pytest.mark.slow
-def test_every_output_matches_and_each_one_changed_is_noticed(ran):
+def test_every_output_matches_and_every_change_fails(ran):
     file, results, grads = ran
     assert sorted(file.outputs) == sorted(file.final) and missed(file, results, grads) == set()
     for name, value in file.outputs.items():
         changed = value.copy()
         at = np.unravel_index(np.abs(changed).argmax(), changed.shape)
-        whole = changed.dtype.kind == "i" or changed[at] == 0  # a gradient that is nothing must stay so
+        whole = changed.dtype.kind == "i" or changed[at] == 0  # a zero gradient must be exactly zero
         changed[at] = changed[at] + 1 if whole else changed[at] * 1.05
         assert missed(replace(file, outputs=file.outputs | {name: changed}), results, grads) == {name}
 

@@ -1,4 +1,4 @@
-"""The parity components of the language model, and that they notice damage."""
+"""The parity components of the language model, and that they report damaged files."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ FILES = ["lm/qwen3_forward", "lm/split_forward"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_output_matches_intermediates_too(golden, name):
+def test_outputs_and_intermediate_values_match(golden, name):
     file = read_golden(golden(name))
     known = [key for key in file.outputs if key not in NOT_COMPUTED]
     checks = list(check_golden(replace(file, final={key: (1e-3, 1e-4) for key in known})))
@@ -36,7 +36,7 @@ def test_missing_changed_and_extra_tensors_fail(golden, name):
     assert not all(check.passed for check in check_golden(replace(file, weights=changed)))
 
 
-def test_a_mask_that_is_absent_means_all_valid(golden):
+def test_without_a_mask_all_rows_are_valid(golden):
     file = read_golden(golden("lm/split_forward"))
     row = int(np.argmax(file.inputs["attention_mask"].all(1)))
     outputs = {key: value[row : row + 1] for key, value in file.outputs.items()}

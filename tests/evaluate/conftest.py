@@ -1,4 +1,4 @@
-"""A tiny random system, recordings of tones, and a judge that is a small program."""
+"""A tiny random system, recordings of tones, and a judge command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Eight devices find what one finds. They need a process of their own: `python -m tests.evaluate.test_mesh FOLDER`."""
+"""Eight devices give the scores of one, in a separate process: `python -m tests.evaluate.test_mesh FOLDER`."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests import flags
 
 
 @pytest.mark.slow
-def test_eight_devices_score_as_one(folder):
+def test_eight_devices_give_the_scores_of_one(folder):
     run = subprocess.run(
         [sys.executable, "-m", "tests.evaluate.test_mesh", str(folder)],
         cwd=Path(__file__).parents[2],
@@ -52,8 +52,8 @@ def main(folder: str) -> None:
     codes = [rng.integers(0, 256, n) for n in (9, 4, 7)]
     curves = measure("one", one, language_model.text_tokenizer, sentences, codes)
     assert len(model.scorer.mesh.devices.flatten()) == 8
-    found = dict(pair for call in model.scorer.likelihoods(groups) for pair in call)
-    np.testing.assert_allclose([found[i] for i in range(5)], [expected[i] for i in range(5)], rtol=1e-5)
+    result = dict(pair for call in model.scorer.likelihoods(groups) for pair in call)
+    np.testing.assert_allclose([result[i] for i in range(5)], [expected[i] for i in range(5)], rtol=1e-5)
     assert model.language_model_hash() == language_model.fingerprint
     ours = measure("eight", model.scorer, model.text_tokenizer, sentences, codes)
     for key, values in curves.scores.items():

@@ -1,4 +1,4 @@
-"""Log-likelihoods: against the model's own logits, whatever the batch and the padding."""
+"""Log-likelihoods equal those computed from the model's logits, for any batch and padding."""
 
 import functools
 
@@ -53,9 +53,9 @@ def test_sums_equal_a_direct_computation_in_any_batch(model, passages):
     language_model = model.system.language_model
     scorer = Scorer(language_model.config, language_model.params, batch_size=4)
     for groups in [[p] for p in passages], [passages[:3], passages[3:]], [[p] for p in passages for _ in range(3)]:
-        found = {i: sums for complete in scorer.likelihoods(groups) for i, sums in complete}
-        assert sorted(found) == list(range(len(groups)))
-        sums = [value for i in range(len(groups)) for value in found[i]]
+        result = {i: sums for complete in scorer.likelihoods(groups) for i, sums in complete}
+        assert sorted(result) == list(range(len(groups)))
+        sums = [value for i in range(len(groups)) for value in result[i]]
         repeated = np.repeat(expected, len(sums) // len(expected))
         np.testing.assert_allclose(sums, repeated, rtol=1e-5, atol=1e-3)
 
@@ -74,10 +74,10 @@ def test_letters_after_a_prompt(model):
     rng = np.random.default_rng(1)
     prompts = [text_rows(rng.integers(0, 256, n), config) for n in (3, 64, 70, 9, 11)]
     candidates = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10], [1, 2, 3], [4, 4]]
-    found = dict(pair for call in model.scorer.choices(prompts, candidates) for pair in call)
+    result = dict(pair for call in model.scorer.choices(prompts, candidates) for pair in call)
     before = next_log_probabilities._cache_size()
     for index, (prompt, ids) in enumerate(zip(prompts, candidates, strict=True)):
-        for value, own in zip(found[index], ids, strict=True):
+        for value, own in zip(result[index], ids, strict=True):
             rows = np.concatenate([prompt, text_rows([own], config)])
             scored = np.arange(len(rows)) == len(prompt)
             assert value == pytest.approx(direct(model, Passage(rows, scored)), abs=1e-3)

@@ -1,4 +1,4 @@
-"""The tasks on a tiny random system: what they find, what they refuse, and how they go on after a kill."""
+"""The tasks on a tiny random system: results, errors, and resuming after a kill."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_pairs(model, stories, tmp_path):
         assert record["right"]["mean"] == (np.argmax(means) == story.answer)
 
 
-def test_a_spoken_context_and_ending_are_one_stretch(model):
+def test_a_spoken_context_and_ending_are_one_segment(model):
     config = model.config
     parts = [ContentPart(codes=(1, 2)), ContentPart(codes=(3, 4, 5)), ContentPart(text="no")]
     codes = {part: np.array(part.codes, np.int32) for part in parts[:2]}
@@ -112,20 +112,20 @@ def test_a_killed_run(stories, folder, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    begun = results.read_bytes().count(b"\n") - 1
-    assert 2 <= begun < 13
+    finished = results.read_bytes().count(b"\n") - 1
+    assert 2 <= finished < 13
     assert main([*arguments, "-o", str(out)]) == 0
     assert main([*arguments, "-o", str(tmp_path / "undisturbed")]) == 0
     assert (out / "table.md").read_text() == (tmp_path / "undisturbed" / "table.md").read_text()
 
 
-def test_one_run_at_a_time(model, stories, tmp_path):
-    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another run is writing"):
+def test_a_second_evaluation_in_the_same_folder_is_refused(model, stories, tmp_path):
+    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another evaluation is writing"):
         Results(tmp_path / "out", {"task": "x"})
     Results(tmp_path / "out", {"task": "x"}).close()
 
 
-def test_results_of_something_else_are_left_alone(model, stories, tmp_path):
+def test_results_of_another_evaluation_are_not_overwritten(model, stories, tmp_path):
     pairs.run(model, stories, tmp_path / "out")
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     shutil.copytree(stories.parent, tmp_path / "data")
@@ -139,7 +139,7 @@ def test_results_of_something_else_are_left_alone(model, stories, tmp_path):
         pairs.run(model, stories, tmp_path / "out")
 
 
-def test_all_bad_lines_are_told(tmp_path):
+def test_all_wrong_lines_are_reported(tmp_path):
     lines = [
         '{"context": "a", "endings": ["b", "c"], "answer": 0}',
         '{"context": "a", "endings": ["b"], "answer": 0}',
@@ -231,8 +231,8 @@ def test_written_replies_need_no_judge(model, tmp_path):
     questions = write(tmp_path / "qa.jsonl", [{"question": "Say something.", "answers": ["x"]}] * 8)
     options = {"reply": "text", "sampling": {"greedy": False, "max_new_tokens": 9}}
     spoken_qa.run(model, questions, tmp_path / "out", **options)
-    said = [json.loads(line)["said"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:]]
-    assert len(set(said)) == 8  # each question has draws of its own
+    replies = [json.loads(line)["said"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:]]
+    assert len(set(replies)) == 8  # each question has draws of its own
     (tmp_path / "again").mkdir()
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "again" / "results.jsonl").write_text("".join(lines[:5]))
@@ -288,7 +288,7 @@ def test_the_verb(folder, stories, tmp_path, capsys):
         assert "--model FOLDER" in capsys.readouterr().out
 
 
-def test_a_recogniser_of_transformers(tmp_path):
+def test_a_recognizer_of_transformers(tmp_path):
     """A wav2vec2 with random weights, saved and opened as a real one is."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

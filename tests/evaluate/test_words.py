@@ -33,7 +33,7 @@ def test_an_answer_is_found_word_for_word():
     assert not contains_answer("", ["Paris"])
 
 
-def test_an_ending_goes_on_with_a_space_where_there_is_one():
+def test_a_continuation_starts_with_a_space_in_scripts_with_spaces():
     assert continuation("He was hungry.", "He ate.") == " He ate."
     assert continuation("He was hungry. ", "He ate.") == "He ate."
     assert continuation("他饿了。", "他吃了。") == "他吃了。"
@@ -51,7 +51,7 @@ def test_errors_are_the_levenshtein_distance(reference, found):
     assert word_errors(reference, found) == table[-1, -1]
 
 
-def test_wilson():
+def test_wilson_interval():
     low, high = wilson_interval(8, 10)  # as in textbooks
     assert math.isclose(low, 0.4902, abs_tol=5e-5) and math.isclose(high, 0.9433, abs_tol=5e-5)
     assert wilson_interval(0, 0) == (0.0, 1.0)

@@ -1,11 +1,11 @@
-"""Fuzz targets for some minutes.
+"""Runs fuzz targets for a given time.
 
   python -m tests.fuzz                                     # every target, one minute each
   python -m tests.fuzz audio lines --minutes 5 --memory-gib 2 -o FINDINGS
   python -m tests.fuzz audio --replay FINDINGS/audio-1a2b3c4d/case.pickle
 
-Exit code 1: something other than MossError came out, a case took more than 20 s, a process crashed, or one had more
-memory than allowed. Each such finding is a folder with the case, its files and the traceback. Linux only.
+Exit code 1: an exception other than MossError was raised, a case took more than 20 s, a process crashed, or one used
+more memory than allowed. Each such finding is a folder with the case, its files and the traceback. Linux only.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default all")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"any of {', '.join(TARGETS)}; default all")
     parser.add_argument("--minutes", type=float, default=1.0, help="for each target, default 1")
     parser.add_argument("--memory-gib", type=float, default=2.0, help="resident memory allowed, default 2")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch of cases, default 0")
@@ -30,10 +30,10 @@ def main() -> int:
     args = parser.parse_args()
     unknown = [target for target in args.targets if target not in TARGETS]
     if unknown:
-        parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+        parser.error(f"unknown target {', '.join(unknown)}; expected one of {', '.join(TARGETS)}")
     if args.replay is not None:
         if len(args.targets) != 1:
-            parser.error("--replay needs the one target that the case is of")
+            parser.error("--replay needs one TARGET, that of the case")
         with tempfile.TemporaryDirectory() as folder:
             replay(f"tests.fuzz.{args.targets[0]}", args.replay, Path(folder))
         return 0

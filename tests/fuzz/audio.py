@@ -1,4 +1,4 @@
-"""Damaged recordings of every container that we read, and arrays of every kind; then `resample` to 16 kHz."""
+"""Damaged recordings of every supported container, and arrays of every dtype; then `resample` to 16 kHz."""
 
 import io
 import struct
@@ -40,7 +40,7 @@ SECONDS = 0.3
 
 
 def _around(*usual: int) -> st.SearchStrategy[int]:
-    """One of the usual numbers, or any other one."""
+    """One of the usual numbers, or any other number."""
     return st.one_of(st.sampled_from(usual), st.sampled_from(NUMBERS), st.integers(0, 2**64 - 1))
 
 

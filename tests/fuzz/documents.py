@@ -1,4 +1,4 @@
-"""JSON that is almost right: values of the wrong kind or size, and text that json.dumps cannot write."""
+"""Nearly valid JSON: values of the wrong type or size, and text that json.dumps cannot write."""
 
 import json
 from itertools import islice
@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-SIMILAR = 30  # entries of an object or a list that may change: a vocabulary has thousands, all alike
+SIMILAR = 30  # entries of an object or a list that may change; a vocabulary has thousands of similar ones
 # Strings that `json_text` replaces by what json.dumps refuses to write.
 RAW = {
     '"@deep@"': "[" * 100_000 + "]" * 100_000,
@@ -60,7 +60,7 @@ def json_text(value: Any, ascii_only: bool = True) -> str:
 
 
 def changed(document: Any, changes: list[Change]) -> Any:
-    """A copy of a JSON document in which some places have other values, are gone, or have a neighbour."""
+    """A copy of a JSON document in which some values are replaced, removed, or have a new neighbour."""
     for place, kind, value in changes:
         places = list(_places(document, ()))
         if not places:

@@ -1,7 +1,7 @@
-"""Runs cases of one target in a process of its own, for a given time, and keeps what goes wrong.
+"""Runs cases of one target in a separate process for a given time, and saves the findings.
 
-The process writes each case into a file before it runs it. So the case is known even when the process crashes, hangs or
-takes too much memory; the process is then replaced by a new one, which starts from another seed.
+The process writes each case into a file before it runs it, so that the case is known even if the process crashes, hangs
+or uses too much memory. A new process with another seed then replaces it.
 """
 
 import faulthandler
@@ -24,17 +24,17 @@ import moss_jax
 from moss_jax.errors import MossError
 
 PACKAGE = str(Path(moss_jax.__file__).parent)
-HANG = 20.0  # seconds a case may take
+HANG = 20.0  # maximum seconds of a case
 WARM_UP = 120.0  # seconds until the first case has ended: imports, seeds, compilation
 BATCH = 500  # cases of one seed
 POLL = 0.05  # seconds between two looks at the process
 GIB = 2**30
-PLACELESS = ("Hang:", "Memory:", "Crash:")  # findings that come without a line of code
+PLACELESS = ("Hang:", "Memory:", "Crash:")  # findings without a line of code
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not the package's own error. `folder` has the case, its files and the traceback."""
+    """Any outcome but success or MossError. `folder` has the case, its files and the traceback."""
 
     what: str
     folder: Path
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found. `peak` is the largest resident memory of any of its processes, in bytes."""
+    """The results of a run. `peak` is the largest resident memory of any of its processes, in bytes."""
 
     cases: int
     findings: list[Finding]
@@ -50,14 +50,14 @@ class Result:
 
 
 def hunt(module: str, seconds: float, memory: int, out: Path, first_seed: int = 0) -> Result:
-    """Runs cases of a target until the time is over.
+    """Runs cases of a target for the given time.
 
     Args:
         module: a target's module, such as "tests.fuzz.audio"; its last part names the findings.
         seconds: how long, from the first case on.
-        memory: bytes that the process may have resident; more is a finding.
+        memory: maximum resident memory of the process in bytes; more is a finding.
         out: an existing folder for the findings, one folder each.
-        first_seed: of hypothesis; the following batches and processes have the next ones.
+        first_seed: seed of hypothesis; following batches and processes use the next ones.
     """
     target = module.rpartition(".")[2]
     work = out / f".{target}"
@@ -92,7 +92,7 @@ def hunt(module: str, seconds: float, memory: int, out: Path, first_seed: int = 
             log = (work / "stderr").read_text(errors="replace")
             _keep(out, target, what, log, work)
             if not began.value:
-                break  # it does not even start
+                break  # the target does not start at all
         shutil.rmtree(work)
     shutil.rmtree(work, ignore_errors=True)
     findings = [
@@ -104,12 +104,12 @@ def hunt(module: str, seconds: float, memory: int, out: Path, first_seed: int = 
 
 
 def replay(module: str, case: Path, folder: Path) -> None:
-    """Runs one saved case; what it raises is not caught."""
+    """Runs one saved case and lets its exceptions pass."""
     importlib.import_module(module).run(pickle.loads(case.read_bytes()), folder)
 
 
 def _work(name: str, seconds: float, end, memory: int, out: Path, work: Path, cases, next_seed, began) -> None:
-    """The process: batches of cases until the time is over or the memory of a case was too much."""
+    """Body of the process: batches of cases until the time is over or a case used too much memory."""
     log = os.open(work / "stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, sys.stderr.fileno())
     os.dup2(log, sys.stdout.fileno())
@@ -134,14 +134,14 @@ def _work(name: str, seconds: float, end, memory: int, out: Path, work: Path, ca
         except MossError as error:
             if not str(error):
                 _keep(out, target, "MossError without a message", traceback.format_exc(), work)
-        except BaseException as error:  # a panic of a Rust library is no Exception
+        except BaseException as error:  # a panic of a Rust library is not an Exception
             _keep(out, target, _place(error), traceback.format_exc(), work)
             if isinstance(error, KeyboardInterrupt):
                 raise
         cases.value += 1
         if _status(os.getpid(), "VmHWM") > memory:
             _keep(out, target, f"Memory: more than {memory / GIB:.2f} GiB", "", work)
-            over = True  # the peak of a process never falls: the next one starts anew
+            over = True  # the peak of a process never falls, so a new process continues
         shutil.rmtree(folder)
 
     while not over:
@@ -158,7 +158,7 @@ def _work(name: str, seconds: float, end, memory: int, out: Path, work: Path, ca
 
 
 def _place(error: BaseException) -> str:
-    """The type of an error and the last line of the package, or of the target, that it came through."""
+    """The type of an error and the last line of the package (or else of the target) in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     frame = (ours or frames)[-1]
@@ -169,10 +169,10 @@ def _place(error: BaseException) -> str:
 
 
 def _keep(out: Path, target: str, what: str, trace: str, work: Path) -> None:
-    """Saves a finding, unless one of the same place is there."""
+    """Saves a finding, unless there is one of the same line already."""
     digest = hashlib.blake2b(what.encode(), digest_size=4).hexdigest()
     folder = out / f"{target}-{digest}"
-    if what.startswith(PLACELESS):  # two of them may differ: the first few are kept
+    if what.startswith(PLACELESS):  # two of them may have different causes: the first few are kept
         numbers = [out / f"{target}-{digest}-{number}" for number in range(5)]
         folder = next((path for path in numbers if not path.exists()), numbers[0])
     if folder.exists():
@@ -188,7 +188,7 @@ def _keep(out: Path, target: str, what: str, trace: str, work: Path) -> None:
 
 
 def _status(pid: int, field: str) -> int:
-    """Bytes of a field of /proc/PID/status; 0 when the process has ended."""
+    """A field of /proc/PID/status in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -21,8 +21,8 @@ from tests.fuzz import audio, text
 from tests.fuzz.documents import CHANGES, changed, json_text
 from tests.fuzz.edits import edited, edits
 
-TALK = {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "Yes."}]}
-SAID = {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.2], ["day", 0.2, 0.3]]}
+CONVERSATION = {"turns": [{"role": "user", "audio": "a.wav"}, {"role": "assistant", "text": "Yes."}]}
+TRANSCRIBED = {"audio": "a.wav", "text": "Good day.", "words": [["Good", 0.1, 0.2], ["day", 0.2, 0.3]]}
 SHARD = {"shard": "x.tar", "audio": "a.wav", "text": "Hello"}
 # Lines that a reader accepts; the manifests are those of each format.
 LINES = {
@@ -34,12 +34,12 @@ LINES = {
     "codes": ({"path": "a.wav", "codes": [1, 2, 3]},),
     "text": ({"text": "Good morning.", "id": 7},),
     "speech": ({"id": "x", "audio": "a.wav"}, SHARD),
-    "interleaved": (SAID,),
+    "interleaved": (TRANSCRIBED,),
     "continuation": (SHARD, {"codes": [1, 2, 3]}),
-    "asr": (SAID, SHARD),
+    "asr": (TRANSCRIBED, SHARD),
     "tts": (SHARD,),
-    "chat": (TALK,),
-    "decoder": (SAID, TALK),
+    "chat": (CONVERSATION,),
+    "decoder": (TRANSCRIBED, CONVERSATION),
 }
 READERS = (*["questions"] * 4, *["codes"] * 2, *FORMATS)
 SEPARATORS = (*["\n"] * 6, "\r\n", "\r", "\u2028", "\n\n", "")
@@ -143,6 +143,6 @@ def _manifest(path: Path, kind: str) -> None:
 
 
 def _output(name: str, folder: Path) -> None:
-    """The name of an answer is printed as JSON and becomes the name of a file."""
+    """The name of an answer is printed as JSON and used as a file name."""
     json.dumps({"id": name}, ensure_ascii=False).encode()
     write_text(folder / "d" / f"{name}.txt", name)

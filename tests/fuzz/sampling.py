@@ -1,4 +1,4 @@
-"""Arguments of `generation_settings`, seeds, and the sampler with what it accepts: only allowed ids are drawn."""
+"""Arguments of `generation_settings`, seeds, and the sampler with accepted arguments: only allowed ids are drawn."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def run(case: dict, folder: Path) -> None:
         assert not np.isnan(scores).any(), "NaN among the scores"
         if not channel.greedy:
             left = np.asarray(filter_logits(scores, channel))
-            assert not np.isnan(left).any(), "NaN among the narrowed logits"
+            assert not np.isnan(left).any(), "NaN among the filtered logits"
             assert np.isfinite(left).any(), "no id is left"
             assert (left[0][forbidden] == -np.inf).all(), "a forbidden id is left"
         (drawn,) = np.asarray(draw(scores, request_keys(seed, 1), channel)).tolist()

@@ -1,6 +1,6 @@
 """System folders with one damaged file: `moss-jax info`, the settings, configs, voices and text tokenizer.
 
-The language model is loaded only where its own files or the text tokenizer are damaged: that costs a trace.
+The language model is loaded only if its own files or the text tokenizer are damaged, as loading it traces the model.
 """
 
 import atexit
@@ -69,7 +69,7 @@ def run(case: dict, folder: Path) -> None:
 
 @cache
 def _system() -> Path:
-    """A tiny system with a voice that speaks by default; it is removed when the process ends."""
+    """A tiny system with a default voice; it is removed when the process ends."""
     parent = Path(tempfile.mkdtemp(prefix="moss-jax-fuzz-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     folder = parent / "tiny"

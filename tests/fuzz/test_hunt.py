@@ -1,4 +1,4 @@
-"""The fuzzer itself: every way to fail is reported, with the case, and the next case still runs."""
+"""The fuzzer itself: every kind of failure is reported with its case, and the next case still runs."""
 
 import pickle
 
@@ -12,7 +12,7 @@ import ctypes, os, time
 from hypothesis import strategies as st
 from moss_jax.errors import MossError
 
-CASES = st.sampled_from(["fine", "refused", KIND])
+CASES = st.sampled_from(["good", "refused", KIND])
 
 def run(case, folder):
     (folder / "input").write_text(case)
@@ -26,7 +26,7 @@ def run(case, folder):
         os._exit(3)
     if case == "hang":
         time.sleep(60)
-    if case == "greedy":
+    if case == "large":
         content = b"x" * 2**30
 """
 
@@ -34,22 +34,22 @@ def run(case, folder):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ("fine", None),
+        ("good", None),
         ("wrong", "KeyError at "),
         ("segfault", "Crash: signal 11"),
         ("exit", "Crash: exit code 3"),
         ("hang", "Hang: "),
-        ("greedy", "Memory: "),
+        ("large", "Memory: "),
     ],
 )
-def test_each_way_to_fail_is_found(kind, what, tmp_path, monkeypatch):
+def test_each_kind_of_failure_is_found(kind, what, tmp_path, monkeypatch):
     (tmp_path / f"{kind}_target.py").write_text(TARGET.replace("KIND", repr(kind)))
     monkeypatch.syspath_prepend(tmp_path)
     if kind == "hang":
         monkeypatch.setattr(hunting, "HANG", 1.0)
     result = hunt(f"{kind}_target", 1, 2**29, tmp_path)
     assert result.cases > 0
-    assert (result.peak > 2**29) == (kind == "greedy")
+    assert (result.peak > 2**29) == (kind == "large")
     if what is None:
         assert result.findings == []
     for finding in result.findings:

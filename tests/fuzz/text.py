@@ -1,4 +1,4 @@
-"""What people write: no string in it becomes a special token, and every string is answered or refused."""
+"""User text: no string in it becomes a special token, and every string is encoded or refused."""
 
 from functools import cache
 from pathlib import Path
@@ -47,6 +47,6 @@ def run(case: dict, folder: Path) -> None:
 
 @cache
 def tokenizer() -> TextTokenizer:
-    """Merges that were learned from the special strings, so that parts of them are tokens."""
+    """A tokenizer with merges learned from the special strings, so that parts of them are tokens."""
     merges = learn_merges([*SPECIAL_TOKENS, "the assistant and the user think about the end"], 200)
     return TextTokenizer(byte_level(merges, TINY.endoftext_id))

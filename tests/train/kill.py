@@ -1,8 +1,8 @@
-"""Kills a run at random moments, resumes it each time, and compares it with one that nothing happened to.
+"""Kills a run at random moments, resumes it each time, and compares it with an uninterrupted run.
 
     python -m tests.train.kill --times 20
 
-Every second kill waits for an unfinished checkpoint on disk, so that it falls into the middle of a save. The losses,
+Every second kill waits for an unfinished checkpoint on disk, so that it interrupts a save. The losses,
 the gradient norms and the exported weights must be the same to the last bit.
 """
 
@@ -19,11 +19,11 @@ from tests.train import tiny
 
 SAME = ("step", "loss", "text_loss", "audio_loss", "grad_norm", "learning_rate", "skipped", "sources", "tokens")
 SAVE_EVERY = 3
-STEPS_A_KILL = 8  # more than a process lives to see before it is killed, less what it repeats
+STEPS_A_KILL = 8  # steps of the run for each kill: more than a process completes before it is killed
 
 
 def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int]:
-    """Runs both and raises AssertionError where they differ; counts of what happened on the way."""
+    """Runs both and raises AssertionError where they differ. Returns counts of the kinds of kills."""
     rng = random.Random(seed)
     steps = STEPS_A_KILL * (times + 1)
     data = tiny.write_data(folder / "data")
@@ -56,7 +56,7 @@ def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int
         process.kill()
         code = process.wait()
         assert alive or code == 0, (folder / "killed.log").read_text()[-3000:]
-        assert alive, "the run was done before it could be killed"
+        assert alive, "the run ended before it could be killed"
         after = _steps(folder / "killed")
         result["kills"] += 1
         result["in the middle of a save"] += in_save
@@ -76,7 +76,7 @@ def compare(folder: Path, times: int, seed: int = 0, say=print) -> dict[str, int
 
 
 def _wait(process: subprocess.Popen, folder: Path, before: int, rng: random.Random, aim_at_save: bool) -> bool:
-    """Returns at the moment to kill; whether a save was unfinished then."""
+    """Waits until the moment to kill. Returns whether a save is unfinished then."""
     new_steps = rng.randint(0, STEPS_A_KILL - SAVE_EVERY - 1)
     if new_steps == 0 and not aim_at_save:
         time.sleep(rng.uniform(0, 6))

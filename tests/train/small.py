@@ -12,7 +12,7 @@ SMALL = replace(TINY, num_shared_layers=2, num_modality_layers=1)
 
 
 def random_params(config: SpeechLMConfig = SMALL, seed: int = 0, dtype=np.float32) -> dict[str, jax.Array]:
-    """Flat random parameters, large enough that every part moves the logits."""
+    """Flat random parameters, large enough that every parameter affects the logits."""
     rng = np.random.default_rng(seed)
     return {
         path: jnp.asarray(rng.normal(path.endswith("scale"), 0.15, leaf.shape), dtype)
@@ -21,7 +21,7 @@ def random_params(config: SpeechLMConfig = SMALL, seed: int = 0, dtype=np.float3
 
 
 def random_batch(config: SpeechLMConfig = SMALL, rows: int = 8, length: int = 16, seed: int = 0, sources: int = 2):
-    """Two segments and some padding a row, text and audio mixed, a label on some rows."""
+    """Packed rows of two segments and some padding, with text and audio mixed, and losses on some positions."""
     rng = np.random.default_rng(seed)
     shape = rows, length
     spoken = rng.random(shape) < 0.5 if config.audio_vocab_size else np.zeros(shape, bool)

@@ -93,7 +93,7 @@ def test_a_run_compiles_its_step_once(run, monkeypatch):
         language_model, "make_step", lambda *args, **options: steps.append(make(*args, **options)) or steps[-1]
     )
     assert train(run)[0] == loop.DONE
-    assert train(override(run, ["steps=16"]))[0] == loop.DONE  # goes on from a checkpoint
+    assert train(override(run, ["steps=16"]))[0] == loop.DONE  # resumes from a checkpoint
     assert [step._cache_size() for step in steps] == [1, 1]
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics files, the progress line, the guard's limits, curves."""
+"""What a run records: metrics files, the progress line, the limits of the guard, curves."""
 
 import json
 import math

@@ -26,7 +26,7 @@ SIGMA = 0.1
 
 @pytest.mark.parametrize("predicts", ["velocity", "mel"])
 def test_the_flow_leads_from_noise_to_the_mel(predicts):
-    """One Euler step of the right velocity from time t ends at the mel: at the noise level sigma for "velocity",
+    """One Euler step of the target velocity from time t ends at the mel: at the noise level sigma for "velocity",
     exactly for "mel"."""
     config = replace(TINY, mel_mean=-5.0, mel_std=2.5, predicts=predicts)
     random = np.random.default_rng(0)
@@ -47,12 +47,12 @@ def test_the_flow_leads_from_noise_to_the_mel(predicts):
         "chunk": np.full(2, CODES),
     }
     params = tiny_params(config)
-    _, right, _, valid = jax.jit(lambda drawn: velocity(params, config, batch, drawn, SIGMA))(drawn)
+    _, target, _, valid = jax.jit(lambda drawn: velocity(params, config, batch, drawn, SIGMA))(drawn)
     mel = (batch["mel"] + 5) / 2.5
     left = (1 - t)[:, None, None]
     state = (1 - (1 - SIGMA) * t[:, None, None]) * noise + t[:, None, None] * mel
     end = mel + SIGMA * noise if predicts == "velocity" else mel
-    np.testing.assert_allclose(state + left * np.asarray(right), end, atol=1e-5)
+    np.testing.assert_allclose(state + left * np.asarray(target), end, atol=1e-5)
     assert valid.all()
 
 

@@ -14,4 +14,4 @@ def test_killed_runs_end_like_the_uninterrupted_one(tmp_path):
 @pytest.mark.long
 @pytest.mark.slow
 def test_other_meshes_and_processes_give_the_same_losses(tmp_path):
-    assert len(places.compare(tmp_path, steps=16, moved_at=4, compared=8)) == 4
+    assert len(places.compare(tmp_path, steps=16, switch_at=4, compared=8)) == 4

@@ -1,10 +1,11 @@
-"""Runs as values: configs, --set, --print, and what is wrong with them in one line."""
+"""Runs as values: configs, --set, --print, and errors of one line."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from moss_jax import train
 from moss_jax.cli import main
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
@@ -24,6 +25,11 @@ def test_every_config_survives_json(path, tmp_path):
     (tmp_path / "run.json").write_text(run_text(run))
     assert read_run(tmp_path) == run
     assert f"moss-jax train --config {path.relative_to(ROOT)}" in path.read_text().partition('"""\n\n')[0]
+
+
+def test_the_public_names_exist():
+    assert {name: getattr(train, name).__name__ for name in train.__all__} == {name: name for name in train.__all__}
+    assert not hasattr(train, "Runs")
 
 
 def test_there_are_configs():

@@ -1,4 +1,4 @@
-"""A tiny run for tests: random documents on disk and a config file."""
+"""A tiny run for tests: random documents and a config file."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ RUN = Run(
 
 
 def documents(seed: int, spoken: bool, count: int = 60):
-    """Random documents: text, and in every second piece of a spoken one codes."""
+    """Random documents of text; in spoken ones two thirds of the rows are codes."""
     random = np.random.default_rng(seed)
     for index in range(count):
         length = int(random.integers(5, 40))
@@ -63,7 +63,7 @@ def write_config(path: Path, data: Path, folder: Path) -> Path:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many CPU devices."""
+    """The environment of a process with `devices` CPU devices."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags.devices(devices), **more}
 
 
@@ -73,7 +73,7 @@ def command(config: Path, *settings: str, flags: tuple[str, ...] = ()) -> list[s
 
 
 def run(config: Path, *settings: str, devices: int = 1, **keywords) -> subprocess.CompletedProcess:
-    """`moss-jax train` in a process of its own."""
+    """`moss-jax train` in a separate process."""
     return subprocess.run(
         command(config, *settings), env=environment(devices), capture_output=True, text=True, cwd=ROOT, **keywords
     )

@@ -1,4 +1,4 @@
-"""A tiny spoken language for tests: every word is a tone; and a run that learns it."""
+"""A tiny spoken language for tests, in which every word is a tone, and a run that learns it."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ from moss_jax.audio.wave import save_audio
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 WORDS = {"low": 300.0, "middle": 800.0, "high": 1900.0, "top": 3500.0}  # Hz
-# Hz; seconds a word
-RATE = 16000
-WORD = 0.32
+RATE = 16000  # Hz
+WORD = 0.32  # seconds
 MODEL = SpeechTokenizerConfig(
     sample_rate=RATE,
     n_fft=400,
@@ -48,17 +47,17 @@ def write_data(folder: Path) -> Path:
     for name, count in (("train", 18), ("valid", 5)):
         lines = []
         for index in range(count):
-            said = random.choice(list(WORDS), random.integers(1, 5))
-            save_audio(folder / "audio" / f"{name}{index}.wav", wave(said, random), RATE)
-            lines.append(json.dumps({"audio": f"audio/{name}{index}.wav", "text": " ".join(said).capitalize() + "."}))
+            words = random.choice(list(WORDS), random.integers(1, 5))
+            save_audio(folder / "audio" / f"{name}{index}.wav", wave(words, random), RATE)
+            lines.append(json.dumps({"audio": f"audio/{name}{index}.wav", "text": " ".join(words).capitalize() + "."}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def wave(said, random) -> np.ndarray:
+def wave(words, random) -> np.ndarray:
     time = np.arange(round(WORD * RATE)) / RATE
-    tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) * np.hanning(len(time)) for word in said]
-    return (np.concatenate(tones) + 0.01 * random.normal(size=len(time) * len(said))).astype(np.float32)
+    tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) * np.hanning(len(time)) for word in words]
+    return (np.concatenate(tones) + 0.01 * random.normal(size=len(time) * len(words))).astype(np.float32)
 
 
 def write_config(path: Path, data: Path, folder: Path) -> Path:

@@ -35,7 +35,7 @@ ID_KEYS = {
     "modality_pad_id": "modality_pad_token_id",
     "eosp_id": "eosp_token_id",
     "audio_pad_id": "audio_pad_token_id",
-}  # the released config.json lacks the first three: they are Qwen3's own, our defaults
+}  # the released config.json lacks the first three, which are those of Qwen3 and our defaults
 
 
 @dataclass(frozen=True)

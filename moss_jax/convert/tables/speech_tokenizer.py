@@ -109,7 +109,7 @@ def table(config: SpeechTokenizerConfig) -> NameTable:
         *layer,
         Row("codebook.weight", "codebook"),
         Row("embed_positions2.weight", "code_positions"),
-        # Only in models of our own: the projection to a low-dimensional codebook.
+        # Only in models of this project: the projection to a low-dimensional codebook.
         Row("project.weight", "project/kernel", LINEAR),
         Row("project.bias", "project/bias"),
     )

@@ -17,6 +17,7 @@ from moss_jax.progress import Say
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
 from moss_jax.train.gather import gather_to_host
+from moss_jax.train.run import RANDOM
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_decoder.run import SpeechDecoderRun
 
@@ -47,7 +48,7 @@ def export_parts(
             on_host[id(flat)] = {path: gather_to_host(leaf).astype(jnp.dtype(dtype)) for path, leaf in flat.items()}
     if jax.process_index():
         return
-    system = run.system or (run.init if run.init != "random" else None)
+    system = run.system or (run.init if run.init != RANDOM else None)
     source = Path(resolve_init(system)) if system else None
     with replace_folder(folder) as part:
         if source is not None and (source / SYSTEM_FILE).is_file():

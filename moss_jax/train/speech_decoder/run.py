@@ -6,7 +6,7 @@ from typing import ClassVar
 from moss_jax.data import Mixture
 from moss_jax.errors import MossError
 from moss_jax.speech_decoder.config import SpeechDecoderConfig
-from moss_jax.train.run import BaseRun
+from moss_jax.train.run import RANDOM, BaseRun
 from moss_jax.train.speech_decoder.flow import FlowObjective
 from moss_jax.train.speech_decoder.vocoder import VocoderObjective
 
@@ -18,7 +18,7 @@ class SpeechDecoderRun(BaseRun):
     throughput_unit: ClassVar[str] = "frames"
 
     data: Mixture  # folders made by `moss-jax tokenize --format decoder`
-    init: str = "random"  # a system folder, the folder of an earlier run of this kind (its last export), or "random"
+    init: str = RANDOM  # a system folder, the folder of an earlier run of this kind (its last export), or "random"
     model: SpeechDecoderConfig | None = None  # None: the sizes of `init`, else those of `system`
     held_out: Mixture | None = None  # data of the evaluation
     dtype: str = "float32"  # of activations
@@ -30,7 +30,7 @@ class SpeechDecoderRun(BaseRun):
         super().__post_init__()
         if not self.init:
             raise MossError('run: init is empty, expected a folder or "random"')
-        if self.init == "random" and self.model is None and self.system is None:
+        if self.init == RANDOM and self.model is None and self.system is None:
             raise MossError("run: no size of the speech decoder, expected one of init, model and system")
         if not 0 <= self.ema_decay < 1:
             raise MossError(f"run: ema_decay is {self.ema_decay}, expected at least 0 and below 1")

@@ -32,6 +32,7 @@ from moss_jax.speech_decoder.flow.model import FlowModel, flow_shapes
 from moss_jax.speech_decoder.vocoder import HiFT, VocoderConfig, vocoder_shapes
 from moss_jax.train.feed import Feed, rows_feed
 from moss_jax.train.preemption import Preemption
+from moss_jax.train.run import RANDOM
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_decoder.discriminators import Discriminators
 from moss_jax.train.speech_decoder.export import export_parts
@@ -42,7 +43,6 @@ from moss_jax.train.speech_decoder.vocoder import VocoderObjective, cast, losses
 from moss_jax.train.state import TrainState, apply_update, new_state, shardings_of
 from moss_jax.train.task import Batch, Evaluate, Flat, Step, check_rows, scalars
 
-RANDOM = "random"
 # prefixes of the paths of parameters in a vocoder's run; they are part of its checkpoints
 VOCODER = "vocoder/"
 DISCRIMINATORS = "judges/"

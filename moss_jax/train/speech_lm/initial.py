@@ -31,12 +31,12 @@ from moss_jax.nn.qwen3 import INITIALIZER_RANGE
 from moss_jax.sharding import shardings_for
 from moss_jax.speech_lm import SpeechLMConfig, model_axes, model_shapes
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
+from moss_jax.train.run import RANDOM
 from moss_jax.train.run_folder import resolve_init
 from moss_jax.train.speech_lm.run import Run
 from moss_jax.train.speech_lm.stages import Stage, split_params
 from moss_jax.train.speech_lm.step import frozen_shardings, trainable_shardings
 
-RANDOM = "random"
 Parameters = Iterator[tuple[str, np.ndarray]]
 Flat = dict[str, jax.Array]
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from moss_jax.errors import MossError
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
-from moss_jax.train.run import BaseRun
+from moss_jax.train.run import RANDOM, BaseRun
 
 HEADS = ("ctc", "attention")
 UNITS = ("words", "characters", "whisper")
@@ -60,7 +60,7 @@ class SpeechTokenizerRun(BaseRun):
     model: SpeechTokenizerConfig
     data: tuple[str, ...]  # manifests
     held_out: tuple[str, ...] = ()  # manifests of the evaluation
-    init: str = "random"  # "random", or the folder of a speech tokenizer or of a Whisper in the Hugging Face layout
+    init: str = RANDOM  # "random", or the folder of a speech tokenizer or of a Whisper in the Hugging Face layout
     objective: Objective = Objective()
     buckets: tuple[float, ...] = (4.0, 8.0, 15.0, 30.0)  # seconds; clips are padded to the next one
     dtype: str = "float32"

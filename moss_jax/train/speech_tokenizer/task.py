@@ -28,6 +28,7 @@ from moss_jax.text.words import normalized_words, word_errors
 from moss_jax.train.feed import Feed, rows_feed
 from moss_jax.train.gather import gather_to_host
 from moss_jax.train.preemption import Preemption
+from moss_jax.train.run import RANDOM
 from moss_jax.train.speech_tokenizer.head import head_shapes, init_head
 from moss_jax.train.speech_tokenizer.run import Objective, SpeechTokenizerRun
 from moss_jax.train.speech_tokenizer.step import CODEBOOK, Recogniser, loss_of, make_step, perplexity
@@ -36,7 +37,6 @@ from moss_jax.train.state import TrainState, new_state, shardings_of
 from moss_jax.train.task import Batch, Evaluate, Flat, Step, check_rows, scalars
 
 FOLDER = "speech_tokenizer"  # in an export, as in a system
-RANDOM = "random"
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ def test_the_loss_is_the_formula(params, batch):
         "prompt": np.array([0, 9]),
         "chunk": np.array([12, 5]),
     }
-    said, right, _, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
-    loss = squared_error(said, right, valid).sum() / valid.sum()
+    predicted, target, _, valid = jax.jit(lambda p: velocity(p, CONFIG, two, drawn, sigma))(params)
+    loss = squared_error(predicted, target, valid).sum() / valid.sum()
     model = FlowModel(CONFIG)
     total = 0.0
 
@@ -114,8 +114,8 @@ def test_the_forward_pass_of_training_equals_a_stream(params, batch):
         "chunk": jnp.array([config.chunk]),
     }
     one = {name: value[:1] for name, value in batch.items()}
-    said, *_ = jax.jit(lambda p: velocity(p, config, one, drawn, 0.0))(params)
-    expected = np.asarray(buffer + said) * 2.5 - 5
+    predicted, *_ = jax.jit(lambda p: velocity(p, config, one, drawn, 0.0))(params)
+    expected = np.asarray(buffer + predicted) * 2.5 - 5
 
     flow = CachedFlow(params, config)
     voice = SimpleNamespace(
@@ -148,8 +148,8 @@ def test_the_start_is_centred_and_steps_teach(batch):
     drawn = draw(jax.random.key(1), objective, config, far["count"], CODES)
 
     def loss(flat):
-        said, right, _, valid = velocity(unflatten(flat), config, far, drawn, objective.sigma)
-        return squared_error(said, right, valid).sum() / valid.sum()
+        predicted, target, _, valid = velocity(unflatten(flat), config, far, drawn, objective.sigma)
+        return squared_error(predicted, target, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss))
     params = centred(raw, config, mean)
@@ -177,8 +177,8 @@ def test_bfloat16_agrees_up_to_rounding(params, batch):
 
     def loss(params, dtype):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        said, right, _, valid = velocity(params, CONFIG, batch, drawn, 1e-6, dtype)
-        return squared_error(said, right, valid).sum() / valid.sum()
+        predicted, target, _, valid = velocity(params, CONFIG, batch, drawn, 1e-6, dtype)
+        return squared_error(predicted, target, valid).sum() / valid.sum()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     (high, _) = gradient(params, jnp.float32)

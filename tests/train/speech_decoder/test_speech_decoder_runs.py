@@ -111,7 +111,7 @@ def flow_run(data, folder, **fields) -> FlowRun:
 
 def vocoder_run(data, folder, **fields) -> VocoderRun:
     sources = Mixture((("voice", str(data), 1.0),), seed=1)
-    judges = DiscriminatorConfig(periods=(2,), period_channels=(4, 4), ffts=())
+    discriminators = DiscriminatorConfig(periods=(2,), period_channels=(4, 4), ffts=())
     return VocoderRun(
         **{
             "name": "vocoder",
@@ -120,7 +120,7 @@ def vocoder_run(data, folder, **fields) -> VocoderRun:
             "data": sources,
             "held_out": sources,
             "frames": 6,
-            "objective": VocoderObjective(resolutions=((512, 128, 512),), discriminators=judges),
+            "objective": VocoderObjective(resolutions=((512, 128, 512),), discriminators=discriminators),
             "optimizer": OPTIMIZER,
             "batch_size": 2,
             "steps": 4,
@@ -182,14 +182,14 @@ def test_a_vocoder_resumes_and_the_export_of_both_speaks(flow, data, tmp_path):
     assert wave.shape == (12 * 1920,) and np.isfinite(wave).all() and np.abs(wave).max() > 1e-4
     for start in (SpeechDecoder.stream, reference_stream):
         stream = start(decoder, voice)
-        said = np.concatenate([stream.push(codes[:7]), stream.push(codes[7:]), stream.finish()])
-        assert said.shape == wave.shape and np.isfinite(said).all()
+        streamed = np.concatenate([stream.push(codes[:7]), stream.push(codes[7:]), stream.finish()])
+        assert streamed.shape == wave.shape and np.isfinite(streamed).all()
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
-    """A system that has files for chunk sizes gets the one flow under their names; a run goes on from an export."""
+    """A system that has files for chunk sizes has the trained flow under their names; a run starts from an export."""
     started = flow_run(data, tmp_path / "run", init=flow.folder, model=None, steps=1)
     assert loop.train(started, lambda line: None) == loop.DONE
     assert entries(started)[0]["loss"] < entries(flow)[0]["loss"]

@@ -41,8 +41,8 @@ CONFIG = VocoderConfig(
     free_phase=True,
     magnitude_limit=1000.0,
 )
-JUDGES = DiscriminatorConfig(periods=(2, 3), period_channels=(4, 8), ffts=(512,), fft_channels=4)
-OBJECTIVE = VocoderObjective(resolutions=((512, 128, 512),), discriminators=JUDGES)
+DISCRIMINATORS = DiscriminatorConfig(periods=(2, 3), period_channels=(4, 8), ffts=(512,), fft_channels=4)
+OBJECTIVE = VocoderObjective(resolutions=((512, 128, 512),), discriminators=DISCRIMINATORS)
 FRAMES = 6
 
 
@@ -68,8 +68,8 @@ def weights(batch):
     keys = jax.random.split(jax.random.key(0))
     noise = jnp.zeros((1, CONFIG.hop * FRAMES, CONFIG.harmonics))
     mine = jax.jit(HiFT(CONFIG).init)(keys[0], batch["mel"][:1], noise)
-    judges = jax.jit(Discriminators(JUDGES).init)(keys[1], batch["wave"][:1])
-    return flatten(nn.unbox(mine)["params"]), flatten(nn.unbox(judges)["params"])
+    discriminators = jax.jit(Discriminators(DISCRIMINATORS).init)(keys[1], batch["wave"][:1])
+    return flatten(nn.unbox(mine)["params"]), flatten(nn.unbox(discriminators)["params"])
 
 
 @pytest.mark.slow
@@ -89,7 +89,9 @@ def test_stft_loss_is_torch_s(waves):
         total += float(convergence + (x.log() - y.log()).abs().mean())
     np.testing.assert_allclose(spectral.stft_loss(*map(jnp.asarray, waves), resolutions), total / 2, rtol=1e-4)
     silent = np.stack([waves[0][0], 0 * waves[0][0]])
-    gradient = jax.grad(lambda made: spectral.stft_loss(jnp.asarray(silent), made, resolutions))(jnp.asarray(waves[1]))
+    gradient = jax.grad(lambda generated: spectral.stft_loss(jnp.asarray(silent), generated, resolutions))(
+        jnp.asarray(waves[1])
+    )
     assert np.abs(gradient[1]).max() < 10 * np.abs(gradient[0]).max()
 
 
@@ -108,8 +110,8 @@ def test_the_mel_is_that_of_the_features_and_librosa_s(waves):
 
 @pytest.mark.slow
 def test_discriminators(weights, waves):
-    _, judges = weights
-    found = jax.jit(Discriminators(JUDGES).apply)({"params": unflatten(judges)}, jnp.asarray(waves[0]))
+    _, discriminators = weights
+    found = jax.jit(Discriminators(DISCRIMINATORS).apply)({"params": unflatten(discriminators)}, jnp.asarray(waves[0]))
     assert len(found) == 3
     for (score, features), depth in zip(found, (3, 3, 4 * 5 + 1), strict=True):
         assert score.shape[0] == 2 and score.shape[-1] == 1 and len(features) == depth
@@ -140,12 +142,12 @@ def test_generator_and_discriminators_learn_from_their_own_losses(weights, batch
     params |= {f"judges/{path}": leaf for path, leaf in weights[1].items()}
 
     def loss(flat, key, step=1, objective=OBJECTIVE, dtype=jnp.float32):
-        mine, judges = (
+        mine, discriminators = (
             {path.removeprefix(name): leaf for path, leaf in flat.items() if path.startswith(name)}
             for name in ("vocoder/", "judges/")
         )
         mine = unflatten(cast(mine, dtype))
-        return losses(mine, unflatten(judges), CONFIG, objective, batch, key, step, dtype)
+        return losses(mine, unflatten(discriminators), CONFIG, objective, batch, key, step, dtype)
 
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(3, 4))
     key = jax.random.key(0)

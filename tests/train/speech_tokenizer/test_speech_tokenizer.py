@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """An uninterrupted run and what it said."""
+    """An uninterrupted run and its progress lines."""
     folder = tmp_path_factory.mktemp("whole")
     lines = []
     run = load_run(tones.write_config(folder / "run.py", data, folder / "run"))
