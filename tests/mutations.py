@@ -73,7 +73,7 @@ MUTATIONS = (
         "moss_jax/serve/uploads.py",
         "            if used > self.total_bytes:\n",
         "            if False:\n",
-        ("tests/serve/test_sessions.py::test_all_uploads_together_are_limited_and_old_ones_make_room",),
+        ("tests/serve/test_sessions.py::test_all_uploads_together_are_limited_and_old_ones_are_evicted",),
     ),
     Mutation(
         "sessions have no limit",
@@ -84,10 +84,10 @@ MUTATIONS = (
     ),
     Mutation(
         "any Host is served",
-        "moss_jax/serve/door.py",
+        "moss_jax/serve/request_filter.py",
         "        if host is None or not self._serves(host[0]):\n",
         "        if host is None:\n",
-        ("tests/serve/test_door.py",),
+        ("tests/serve/test_request_filter.py",),
     ),
     Mutation(
         "loss weights ignored",

@@ -200,7 +200,8 @@ def _xla(
     rows: jax.Array | None,
 ) -> jax.Array:
     """Heads first, block of queries after block of queries, each with the keys up to its own end only."""
-    T, H = q.shape[1], q.shape[3]
+    T = q.shape[1]
+    H = q.shape[3]
     q = rearrange(q / math.sqrt(H), "B T (K G) H -> B K G T H", K=k.shape[2]).astype(k.dtype)
     k = rearrange(k, "B S K H -> B K S H")
     v = rearrange(v, "B S K H -> B K S H")

@@ -293,7 +293,7 @@ def test_the_verbs(folder, recording_file, tmp_path, monkeypatch, capfd):
         (["chat", "--jsonl", "text.wav", "-o", "-"], "with --jsonl a folder is needed"),
         (["voice", "none.wav", "-o", "v.safetensors"], "none.wav: no such file"),
         (["voice", "text.wav"], "expected -o VOICE.safetensors, or --name"),
-        (["voice", "text.wav", "-o", "v.safetensors", "--default"], "give --name too"),
+        (["voice", "text.wav", "-o", "v.safetensors", "--default"], "is used together with --name"),
         (["voice", "text.wav", "--name", "../x"], "voice name '../x'"),
     ],
 )

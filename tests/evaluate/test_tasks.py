@@ -120,7 +120,7 @@ def test_a_killed_run(stories, folder, tmp_path):
 
 
 def test_a_second_evaluation_in_the_same_folder_is_refused(model, stories, tmp_path):
-    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another run is writing"):
+    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another evaluation is writing"):
         Results(tmp_path / "out", {"task": "x"})
     Results(tmp_path / "out", {"task": "x"}).close()
 

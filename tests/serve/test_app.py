@@ -81,12 +81,12 @@ def test_ask_hear_stop_clear_leave(demo, client, recording):
         min_new_tokens=14,
         api_name="/ask",
     )
-    heard = []
+    received = []
 
     def listen():
         while not (sessions := list(demo.sessions._sessions.values())) or sessions[0].feed is None:
             time.sleep(0.01)
-        heard.append(get(demo, f"moss/speech/{sessions[0].key}/{sessions[0].feed.key}"))
+        received.append(get(demo, f"moss/speech/{sessions[0].key}/{sessions[0].feed.key}"))
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -94,13 +94,13 @@ def test_ask_hear_stop_clear_leave(demo, client, recording):
     listener.join(timeout=600)
     assert live == "" and talk.count("<audio") == talk.count("<img") == 2 and "real-time factor" in talk
     (session,) = demo.sessions._sessions.values()
-    assert len(np.frombuffer(heard[0], "<i2")) == 14 * 1920
+    assert len(np.frombuffer(received[0], "<i2")) == 14 * 1920
     answer = session.entries[1].audio
     name = f"moss/file/{session.key}/{answer.name}"
     assert name in talk
     assert get(demo, name) == answer.read_bytes()
     kept = soundfile.read(answer, dtype="int16")[0].astype(int)  # rounded by libsndfile
-    assert np.abs(np.frombuffer(heard[0], "<i2") - kept).max() <= 1
+    assert np.abs(np.frombuffer(received[0], "<i2") - kept).max() <= 1
     assert not list(demo.uploads.folder.rglob("*.wav"))
     for absent in (f"moss/file/{session.key}/x.wav", f"moss/file/x/{answer.name}", f"moss/speech/{session.key}/x"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -136,8 +136,8 @@ def test_sessions_are_limited_whatever_a_program_calls_itself(demo, client):
         assert "complete" in dict(events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})), number
     assert len(demo.sessions) == 6
     for _ in range(3):
-        (*_, (kind, said)) = events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})
-        assert kind == "error" and "6 conversations here now" in said["error"]
+        (*_, (kind, answer)) = events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})
+        assert kind == "error" and "6 conversations here now" in answer["error"]
     assert len(demo.sessions) == 6 and len(list(demo.sessions.folder.iterdir())) == 6
 
 
@@ -204,7 +204,7 @@ def test_only_this_machine_and_its_own_names_are_served(demo):
     assert httpx.get(own + "/monitoring/summary").status_code == 404
 
 
-def test_a_port_that_is_taken_is_said(demo, system):
+def test_a_port_that_is_taken_is_an_error(demo, system):
     from moss_jax.serve.app import Demo
 
     other = Demo(system, "tiny")

@@ -63,7 +63,7 @@ def test_the_number_of_sessions_is_limited_whatever_names_clients_choose(session
     talk(sessions, "b")  # those that are there go on
 
 
-def test_when_it_is_full_the_longest_unused_session_makes_room(sessions):
+def test_when_it_is_full_the_longest_unused_session_is_evicted(sessions):
     for name in ("a", "b", "c"):
         talk(sessions, name)
     rest(sessions, "a", 200)
@@ -172,7 +172,7 @@ def test_a_question_names_no_other_files(client, path):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff"])
-def test_what_is_no_json_is_said(client, body):
+def test_invalid_json_is_rejected(client, body):
     assert client.post("/gradio_api/queue/join", content=body).status_code == 400
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_is_too_long_is_refused_while_it_arrives(client, uploads):
     assert left(uploads) == []
 
 
-def test_all_uploads_together_are_limited_and_old_ones_make_room(client, uploads):
+def test_all_uploads_together_are_limited_and_old_ones_are_evicted(client, uploads):
     paths = [send(client, bytes(150_000)).json()[0] for _ in range(3)]
     full = send(client, bytes(150_000))
     assert full.status_code == 507 and full.text.count("\n") == 1 and len(left(uploads)) == 3
@@ -221,7 +221,7 @@ def test_names_of_uploads_lead_nowhere(client, uploads, name):
         assert path.parent.parent == uploads.folder and path.name.startswith("recording")
 
 
-def test_what_is_no_upload_is_said(client):
+def test_an_invalid_upload_is_rejected(client):
     assert client.post("/gradio_api/upload", content=b"x").status_code == 400
     assert client.post("/gradio_api/upload", files={"other": ("q.wav", b"x")}).status_code == 400
     headers = {"content-type": "multipart/form-data; boundary=x"}
