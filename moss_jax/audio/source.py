@@ -60,9 +60,7 @@ RAISE_LIMIT = "use a shorter recording or raise the limit (max_bytes; --max-audi
 
 def too_large(name: str, max_bytes: int) -> MossError:
     """The error for a recording that exceeds the limit of the reader."""
-    return MossError(
-        f"{name}: exceeds the limit of {max_bytes / 2**20:.6g} MiB of decoded samples; {RAISE_LIMIT}"
-    )
+    return MossError(f"{name}: exceeds the limit of {max_bytes / 2**20:.6g} MiB of decoded samples; {RAISE_LIMIT}")
 
 
 def truncated(name: str, what: str) -> MossError:
