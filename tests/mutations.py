@@ -157,8 +157,8 @@ MUTATIONS = (
     Mutation(
         "causal mask off by one",
         "moss_jax/nn/attention.py",
-        "    causal = (rows[:, None] >= jnp.arange(columns))[None, None]\n",
-        "    causal = (rows[:, None] + 1 >= jnp.arange(columns))[None, None]\n",
+        "    causal = (rows[:, None] >= jnp.arange(columns)[None])[None, None]\n",
+        "    causal = (rows[:, None] + 1 >= jnp.arange(columns)[None])[None, None]\n",
         ("tests/nn/test_attention.py::test_plain_attention_is_the_definition",),
     ),
     Mutation(
