@@ -74,10 +74,10 @@ def check_golden(golden: Golden) -> Iterator[Check]:
         yield Check("-", False, note=f"{golden.component} failed: {type(error).__name__}: {error}".partition("\n")[0])
         return
     for name, tolerance in golden.final.items():
-        yield _compare(name, golden, results, tolerance)
+        yield compare(name, golden, results, tolerance)
 
 
-def _compare(name: str, golden: Golden, results: dict, tolerance: tuple[float, float]) -> Check:
+def compare(name: str, golden: Golden, results: dict, tolerance: tuple[float, float]) -> Check:
     stored = name.partition("@")[0]
     if stored not in golden.outputs:
         return Check(name, False, note=f"output/{stored} is not in the file")

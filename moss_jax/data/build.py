@@ -151,7 +151,7 @@ class DatasetBuild(abc.ABC):
             raise MossError(f"{out}: already exists and is not a data set; choose another folder")
         self._open_part()
         if self.process_index == 0 and self._is_complete(self.part):
-            return self._publish()  # interrupted just before the folder was renamed
+            return self.publish()  # interrupted just before the folder was renamed
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for index in self._own_shards():
                 if self.shard_is_finished(index):
@@ -164,7 +164,7 @@ class DatasetBuild(abc.ABC):
             return None
         self._wait_for_other_processes()
         self.seal()
-        return self._publish()
+        return self.publish()
 
     def _open_part(self) -> None:
         try:
@@ -189,7 +189,7 @@ class DatasetBuild(abc.ABC):
         source = read_json(folder / SOURCE_FILE)
         return {key: source.get(key) for key in self.source} == self.source
 
-    def _publish(self) -> dict[str, Any]:
+    def publish(self) -> dict[str, Any]:
         """Renames the complete OUT.part to OUT."""
         (self.part / SETTINGS_FILE).unlink(missing_ok=True)
         for path in self.leftovers():

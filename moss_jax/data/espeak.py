@@ -48,7 +48,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 @lru_cache(maxsize=1)
-def _library() -> tuple[ctypes.CDLL, int]:
+def load_library() -> tuple[ctypes.CDLL, int]:
     """The initialised library and its sample rate in Hz."""
     if importlib.util.find_spec("espeakng_loader") is not None:
         import espeakng_loader
@@ -87,7 +87,7 @@ def speak(
     words = text.split()
     if not words:
         raise MossError("text to synthesise: has no word")
-    library, rate = _library()
+    library, rate = load_library()
     if library.espeak_SetVoiceByName(voice.encode()):
         raise MossError(f"voice {voice!r}: not a voice of espeak-ng, `espeak-ng --voices` lists them")
     library.espeak_SetParameter(PARAMETER_RATE, words_per_minute, 0)

@@ -127,7 +127,7 @@ def test_resolve(random, released, tmp_path):
     assert resolve.resolve_system(other, codec, tmp_path / "cache", messages.append) != first
 
 
-def _offline(name, revision, files):
+def _offline(name, **options):
     raise ConnectionError("no route to host\nmore")
 
 
@@ -146,7 +146,7 @@ def _offline(name, revision, files):
     ],
 )
 def test_resolve_errors(random, released, tmp_path, monkeypatch, model, codec, message):
-    monkeypatch.setattr(resolve, "_download", _offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _offline)
     names = {"random": random, "released": released}
     codec = codec and codec.format(**names)
     with pytest.raises(MossError, match=message):
@@ -156,7 +156,7 @@ def test_resolve_errors(random, released, tmp_path, monkeypatch, model, codec, m
 
 def test_hub_names_are_fetched(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(resolve, "_download", lambda name, revision, files: str(tmp_path / "snapshot"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path / "snapshot"))
     assert resolve.find_folder("fnlp/MOSS-Speech") == tmp_path / "snapshot"
 
 

@@ -14,9 +14,9 @@ from moss_jax.errors import MossError
 @pytest.fixture
 def afresh():
     """The library is looked for again, in this test and after it."""
-    espeak._library.cache_clear()
+    espeak.load_library.cache_clear()
     yield
-    espeak._library.cache_clear()
+    espeak.load_library.cache_clear()
 
 
 def spoken():
@@ -26,10 +26,12 @@ def spoken():
 
 def test_no_system_library_is_needed(afresh, monkeypatch):
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    opened = []
+    open_library = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: opened.append(Path(name)) or open_library(name))
     seconds, words = spoken()
     assert 0.5 < seconds < 3 and words == ["One", "two."]
-    library, _ = espeak._library()
-    assert Path(library._name).parent == Path(espeakng_loader.__file__).parent
+    assert [path.parent for path in opened] == [Path(espeakng_loader.__file__).parent]
 
 
 def test_speed_pitch_and_variant_are_obeyed(afresh):

@@ -160,11 +160,16 @@ def test_killed_and_run_again(corpus, system, whole, tmp_path):
     arguments = command(corpus, system, out, "--variants", "2", "--shard-documents", "4")
     slow = (
         "import sys, time\n"
-        "import moss_jax.data.build as build, moss_jax.data.tokenize as tokenize\n"
+        "import moss_jax.data.build as build\n"
+        "from moss_jax.speech_tokenizer.encode import SpeechTokenizer\n"
         "build.GROUP_DOCUMENTS = 2\n"
-        "write_journal = tokenize._write_journal\n"
-        "def write_and_sleep(*arguments):\n    write_journal(*arguments)\n    time.sleep(60)\n"
-        "tokenize._write_journal = write_and_sleep\n"
+        "encode = SpeechTokenizer.encode\n"
+        "calls = []\n"
+        "def encode_once(*arguments):\n"  # the second group waits: the codes of the first are on disk then
+        "    calls.append(arguments)\n"
+        "    if len(calls) > 1:\n        time.sleep(60)\n"
+        "    return encode(*arguments)\n"
+        "SpeechTokenizer.encode = encode_once\n"
         "from moss_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -416,7 +421,7 @@ def test_interrupted_while_the_data_set_is_completed(corpus, system, whole, tmp_
         patch.undo()
         patch.setattr(SpeechTokenizer, "encode", None)  # nothing is left to encode
         with pytest.MonkeyPatch.context() as late:
-            late.setattr("moss_jax.data.build.DatasetBuild._publish", broken)
+            late.setattr("moss_jax.data.build.DatasetBuild.publish", broken)
             assert main(arguments) == 130 and (tmp_path / "data.part" / "source.json").exists()
         (tmp_path / "data.part" / "shard-00001.json").unlink()  # it was about to clear up
         assert main(arguments) == 0

@@ -20,7 +20,7 @@ def ran(golden):
 
 def missed(file, results, grads):
     results = by_contract(file, results, grads)
-    checks = (parity._compare(name, file, results, tolerance) for name, tolerance in file.final.items())
+    checks = (parity.compare(name, file, results, tolerance) for name, tolerance in file.final.items())
     return {check.output for check in checks if not check.passed}
 
 

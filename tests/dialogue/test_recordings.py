@@ -100,9 +100,9 @@ def test_arrays_of_other_types_and_rates_are_the_same_question(system):
     as_float = (sixteen / 32768).astype(np.float32)
     for wave, rate in ((NOISE[None], "16000"), (NOISE[:, None], 16000.0)):
         assert system.reply(question(wave, rate), seed=3, reply="text", **SHORT).text == expected
-    (a,), _ = system._with_codes([question(sixteen)])
-    (b,), _ = system._with_codes([question(as_float)])
-    np.testing.assert_array_equal(a[0].codes, b[0].codes)
+    replies = [system.reply(question(wave), seed=3, reply="text", **SHORT) for wave in (sixteen, as_float)]
+    first, second = (reply.conversation.state.grid for reply in replies)  # with the codes of the question
+    np.testing.assert_array_equal(first, second)
     with pytest.raises(MossError, match=r"turn of user: its samples reach .* divide them by 32768"):
         system.reply(question(NOISE * 32767), **SHORT)
 

@@ -96,9 +96,9 @@ def test_word_errors_are_jiwers():
 
 def test_controls_never_keep_their_own_answer():
     items = {item.name: item for item in read_items("voices")}
-    for others in (report._next(items), report._shuffled(items)):
+    for others in (report.next_of_kind(items), report.shuffled_items(items)):
         assert others.keys() == items.keys() and all(name != other for name, other in others.items())
-    others = report._next(items)
+    others = report.next_of_kind(items)
     assert all(items[name].answers != items[other].answers for name, other in others.items())
     same = [items[name].kind == items[other].kind for name, other in others.items()]
     assert np.mean(same) == pytest.approx(1 - 40 / len(items))  # social turns: one answer a kind

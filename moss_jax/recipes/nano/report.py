@@ -401,10 +401,10 @@ def _rows(by_part: Records, evaluation: _Evaluation) -> Iterator[dict[str, Any]]
         if (part, RESYNTHESIS) in by_part:
             records = by_part[part, RESYNTHESIS]
             items = {item.name: item for item in evaluation.items[RESYNTHESIS]}
-            shuffled = _right_for_others(records, items, _shuffled(items))
+            shuffled = _right_for_others(records, items, shuffled_items(items))
             yield accuracy_row(f"control: {title}, answers shuffled", shuffled)
             if part == "ss":
-                same_kind = _right_for_others(records, items, _next(items))
+                same_kind = _right_for_others(records, items, next_of_kind(items))
                 yield accuracy_row("control: S->S, another question of the kind", same_kind)
 
 
@@ -419,14 +419,14 @@ def _right_for_others(
     ]
 
 
-def _shuffled(items: Mapping[str, Item]) -> dict[str, str]:
+def shuffled_items(items: Mapping[str, Item]) -> dict[str, str]:
     """Another item for each item, in random order."""
     names = list(items)
     order = random.Random(0).sample(names, len(names))
     return {name: order[(order.index(name) + 1) % len(order)] for name in names}
 
 
-def _next(items: Mapping[str, Item]) -> dict[str, str]:
+def next_of_kind(items: Mapping[str, Item]) -> dict[str, str]:
     """The next item of the same kind with another answer; of any kind, if all of the kind have the same answer."""
     names = list(items)
     chosen = {}
