@@ -152,7 +152,7 @@ MUTATIONS = (
         "moss_jax/train/checkpoints.py",
         "            problem = verify(self.folder / str(step))\n",
         "            problem = None\n",
-        ("tests/train/test_checkpoints.py::test_a_damaged_checkpoint_is_moved_away_and_the_one_before_it_used",),
+        ("tests/train/test_checkpoints.py::test_a_damaged_checkpoint_is_set_aside_and_an_earlier_one_used",),
     ),
     Mutation(
         "causal mask off by one",
