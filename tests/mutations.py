@@ -73,7 +73,7 @@ MUTATIONS = (
         "moss_jax/serve/uploads.py",
         "            if used > self.total_bytes:\n",
         "            if False:\n",
-        ("tests/serve/test_sessions.py::test_all_uploads_together_are_limited_and_old_ones_make_room",),
+        ("tests/serve/test_sessions.py::test_all_uploads_together_are_limited_and_old_ones_are_evicted",),
     ),
     Mutation(
         "sessions have no limit",
@@ -84,10 +84,10 @@ MUTATIONS = (
     ),
     Mutation(
         "any Host is served",
-        "moss_jax/serve/door.py",
+        "moss_jax/serve/request_filter.py",
         "        if host is None or not self._serves(host[0]):\n",
         "        if host is None:\n",
-        ("tests/serve/test_door.py",),
+        ("tests/serve/test_request_filter.py",),
     ),
     Mutation(
         "loss weights ignored",
@@ -152,13 +152,13 @@ MUTATIONS = (
         "moss_jax/train/checkpoints.py",
         "            problem = verify(self.folder / str(step))\n",
         "            problem = None\n",
-        ("tests/train/test_checkpoints.py::test_a_damaged_checkpoint_is_moved_away_and_the_one_before_it_used",),
+        ("tests/train/test_checkpoints.py::test_a_damaged_checkpoint_is_set_aside_and_an_earlier_one_used",),
     ),
     Mutation(
         "causal mask off by one",
         "moss_jax/nn/attention.py",
-        "    causal = (rows[:, None] >= jnp.arange(columns))[None, None]\n",
-        "    causal = (rows[:, None] + 1 >= jnp.arange(columns))[None, None]\n",
+        "    causal = (rows[:, None] >= jnp.arange(columns)[None])[None, None]\n",
+        "    causal = (rows[:, None] + 1 >= jnp.arange(columns)[None])[None, None]\n",
         ("tests/nn/test_attention.py::test_plain_attention_is_the_definition",),
     ),
     Mutation(

@@ -56,7 +56,12 @@ def run(options: Options) -> Iterator[Row]:
     note = f"{config.chunk}-code chunks, prompt {PROMPT} codes"
     if peer:
         _same(offline(), peer.mel(codes[:OFFLINE], False, True), "offline")
-    yield row(f"offline, {OFFLINE} codes", offline, peer and partial(peer.mel, codes[:OFFLINE], False, True), note=note)
+    yield row(
+        f"offline, {OFFLINE} codes",
+        offline,
+        partial(peer.mel, codes[:OFFLINE], False, True) if peer else None,
+        note=note,
+    )
 
     flow = stream.CachedFlow(params, config, memory=_memory(config, PROMPT + len(codes)))
     request = flow.stream(flow.prefill(voice))

@@ -1,5 +1,6 @@
 """Parity of waveforms and features: resampling, 16 kHz log-mel, 24 kHz mel, Kaldi filter banks."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from dev.parity.golden import Golden, Mismatch
@@ -34,7 +35,9 @@ def _log_mel(golden: Golden) -> dict:
         for row, one in zip(padded, batch, strict=True):
             row[: len(one)] = one
         mask = np.arange(0, padded.shape[1], config.hop_length) < np.array([len(one) for one in batch])[:, None]
-        outputs[f"{prefix}_input_features"] = np.asarray(features.log_mel_16k(padded, config=config)).swapaxes(1, 2)
+        outputs[f"{prefix}_input_features"] = np.asarray(
+            features.log_mel_16k(jnp.asarray(padded), config=config)
+        ).swapaxes(1, 2)
         outputs[f"{prefix}_attention_mask"] = mask.astype(np.int32)
         outputs[f"{prefix}_token_mask"] = mask[:, ::2][:, ::4].astype(np.int32)
 
@@ -52,7 +55,7 @@ def _prompt_mel(golden: Golden) -> dict:
         given["sampling_rate"], given["n_fft"], given["hop_size"], given["num_mels"], given["fmin"], given["fmax"]
     )
     _check_weights(golden, mel_basis=features.mel_filters(config).T)
-    mel = np.asarray(features.mel_24k(golden.need("wav"), config=config))
+    mel = np.asarray(features.mel_24k(jnp.asarray(golden.need("wav")), config=config))
     count = min(mel.shape[1] // 4, golden.config["n_codes"])
     return {"mel": mel.swapaxes(1, 2), "prompt_feat": mel[:, : 4 * count], "token_len": np.array([count], np.int32)}
 
@@ -82,7 +85,7 @@ def _fbank(golden: Golden) -> dict:
         preemphasis=given["preemphasis"],
     )
     _check_weights(golden)
-    fbank = features.kaldi_fbank(golden.need("wav")[None], config)
+    fbank = features.kaldi_fbank(jnp.asarray(golden.need("wav")[None]), config)
     return {"fbank": fbank[0], "fbank_mean_normalized": features.mean_normalized(fbank)[0]}
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dev.parity.golden import Golden, Mismatch
@@ -83,19 +84,22 @@ def sampler(golden: Golden) -> dict:
     results = {}
     for case in _listed(golden, "steps"):
         name = case["name"]
-        step = golden.need(f"{name}/generating_length")
+        step = jnp.asarray(golden.need(f"{name}/generating_length"))
         history = golden.need(f"{name}/history")
-        forbidden = {"text": False, "audio": sampling.forbid_audio(step, case["min_new_tokens"], config)}
+        forbidden: dict[str, jax.Array | bool] = {
+            "text": False,
+            "audio": sampling.forbid_audio(step, case["min_new_tokens"], config),
+        }
         for channel, branch in enumerate(forbidden):
-            logits = golden.need(f"{name}/{branch}_logits")
+            logits = jnp.asarray(golden.need(f"{name}/{branch}_logits"))
             settings = ChannelSettings(
                 temperature=case["temperature"],
                 top_p=case["top_p"],
                 top_k=case["top_k"],
                 repetition_penalty=case["repetition_penalty"],
             )
-            ids = history[None, :, channel]
-            seen = sampling.seen_ids(ids, np.ones_like(ids, bool), len(logits))
+            ids = jnp.asarray(history)[None, :, channel]
+            seen = sampling.seen_ids(ids, jnp.ones(ids.shape, bool), len(logits))
             scores = sampling.penalise(logits[None], seen, forbidden[branch], settings.repetition_penalty)
             results[f"{name}/{branch}_scores"] = np.maximum(scores[0], -1e30)  # how the file stores -inf
             results[f"{name}/{branch}_probs"] = jax.nn.softmax(sampling.filter_logits(scores, settings)[0])

@@ -85,7 +85,7 @@ def _batch(golden: Golden, config: SpeechLMConfig) -> tuple[dict[str, np.ndarray
     batch = {"grid": grid, "positions": positions, "segment_ids": segments, "loss_weights": weights}
     if not np.array_equal(targets, grid):
         raise Mismatch("input/labels differ from input/grid where they are not ignored, expected equal ids")
-    return {key: jnp.asarray(value) for key, value in batch.items()}, ignored
+    return jax.tree.map(jnp.asarray, batch), ignored
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -62,7 +62,7 @@ def log_mel_16k(wave: jax.Array, length: jax.Array | None = None, config: MelCon
     if length is None:
         peak = frames.max((1, 2), keepdims=True)
     else:
-        valid = jnp.arange(frames.shape[1]) < (length // config.hop_length)[:, None]
+        valid = jnp.arange(frames.shape[1])[None] < (length // config.hop_length)[:, None]
         peak = jnp.where(valid[..., None], frames, -jnp.inf).max((1, 2), keepdims=True)
     return limit(frames, peak)
 
@@ -113,7 +113,7 @@ def kaldi_fbank(wave: jax.Array, config: FbankConfig = FBANK_16K) -> jax.Array:
     frames = frames - config.preemphasis * before
     window = _povey(config.frame_length).astype(np.float32)
     # An FFT, whose rounding is finer than that of a product with a DFT matrix: the logarithm shows it in weak bins.
-    spectrum = jnp.fft.rfft(frames * window, _power_of_two(config.frame_length))
+    spectrum = jnp.fft.rfft(frames * window[None, None], _power_of_two(config.frame_length))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     return jnp.log(jnp.maximum(_product(power, _kaldi_filters(config)), np.finfo(np.float32).eps))
 
@@ -122,7 +122,7 @@ def mean_normalized(features: jax.Array, frames: jax.Array | None = None) -> jax
     """Features [B, T, M] without their mean over time; only the first `frames` [B] of each count when given."""
     if frames is None:
         return features - features.mean(1, keepdims=True)
-    valid = (jnp.arange(features.shape[1]) < frames[:, None])[..., None]
+    valid = (jnp.arange(features.shape[1])[None] < frames[:, None])[..., None]
     mean = jnp.where(valid, features, 0.0).sum(1, keepdims=True) / frames[:, None, None]
     return features - mean
 

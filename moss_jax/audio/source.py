@@ -55,12 +55,12 @@ def open_source(source: Source, name: str, max_bytes: int) -> IO[bytes]:
     return file
 
 
+RAISE_LIMIT = "use a shorter recording or raise the limit (max_bytes; --max-audio-mib on the command line)"
+
+
 def too_large(name: str, max_bytes: int) -> MossError:
     """The error for a recording that exceeds the limit of the reader."""
-    return MossError(
-        f"{name}: exceeds the limit of {max_bytes / 2**20:.6g} MiB of decoded samples; use a shorter recording or "
-        "raise the limit (max_bytes; --max-audio-mib on the command line)"
-    )
+    return MossError(f"{name}: exceeds the limit of {max_bytes / 2**20:.6g} MiB of decoded samples; {RAISE_LIMIT}")
 
 
 def truncated(name: str, what: str) -> MossError:

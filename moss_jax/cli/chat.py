@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sampling = parser.add_argument_group(
         "sampling of text and speech codes",
-        "The defaults below apply unless the system has its own; the bundled nano model is greedy, for example. "
+        "The defaults below apply unless the system has its own; the bundled nano model is greedy, for example.\n"
         "--temperature, --top-p or --top-k turns greedy decoding off if the system has it on.",
     )
     sampling.add_argument(

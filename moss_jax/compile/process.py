@@ -12,11 +12,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from moss_jax.compile.request import CompileRequest
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -27,9 +28,7 @@ ENVIRONMENT = {
 }
 
 
-def compile_function(
-    request: CompileRequest, say: Callable[[str], None] = lambda line: None, every: float = 30.0
-) -> dict[str, Any]:
+def compile_function(request: CompileRequest, say: Say = lambda line: None, every: float = 30.0) -> dict[str, Any]:
     """Compiles in a child process and returns the report of `moss_jax.compile.measure.measure`.
 
     Args:
@@ -53,7 +52,7 @@ def compile_function(
 
 
 @contextlib.contextmanager
-def _progress(what: str, say: Callable[[str], None], every: float) -> Iterator[None]:
+def _progress(what: str, say: Say, every: float) -> Iterator[None]:
     """Reports every `every` seconds how long the block has been running."""
     start = time.monotonic()
     done = threading.Event()

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
 from moss_jax.files import is_folder
+from moss_jax.progress import Say
 
 
 def files_to_carry(source: Path, used: Iterable[Path] = (), within: Path | None = None) -> list[Path]:
@@ -128,7 +129,7 @@ def update_json(path: Path, values: Mapping[str, Any]) -> None:
     write_json(path, read_json(path) | dict(values))
 
 
-def report_unknown_keys(path: Path, known: Iterable[str], say: Callable[[str], None]) -> None:
+def report_unknown_keys(path: Path, known: Iterable[str], say: Say) -> None:
     """Reports the keys of a config.json that are not known; they are kept and are not an error."""
     if unknown := sorted(set(read_json(path)) - set(known)):
         say(f"note: {path} has unknown keys, which are kept but not used: {', '.join(unknown)}")

@@ -21,11 +21,12 @@ from moss_jax.convert.files import (
     update_json,
     write_json,
 )
-from moss_jax.convert.stream import Say, TensorSource, exported_tensors, import_tensors, write_source
+from moss_jax.convert.stream import TensorSource, exported_tensors, import_tensors, write_source
 from moss_jax.convert.tables.speech_lm import CONFIG_KEYS, ID_KEYS, config_from_released, table
 from moss_jax.documents import located, parse_object, read_json, read_text
 from moss_jax.errors import MossError
 from moss_jax.files import is_file
+from moss_jax.progress import Say
 from moss_jax.speech_lm.config import DTYPES, SpeechLMConfig
 from moss_jax.speech_lm.model import model_shapes
 from moss_jax.text.tokenizer import SPECIAL_STRINGS, token_ids
@@ -147,8 +148,8 @@ def compute_dtypes(reader: TensorSource) -> ComputeDtypes:
     for tensor in reader.tensors.values():
         name = str(np.dtype(tensor.dtype))
         sizes[name] = sizes.get(name, 0) + int(np.prod(tensor.shape))
-    most = max(sizes, key=lambda name: sizes[name], default="float32")
-    dtype = most if most in DTYPES else "float32"
+    largest = max(sizes, key=lambda name: sizes[name], default="float32")
+    dtype = largest if largest in DTYPES else "float32"
     return {"dtype": dtype, "param_dtype": dtype}
 
 

@@ -25,11 +25,12 @@ from moss_jax.convert.language_model import (
     tokenizer_size,
 )
 from moss_jax.convert.layer_split import default_modality_layers, new_audio_tables, qwen3_config, split_parameter
-from moss_jax.convert.stream import CopyProgress, Say, tensor_shapes, with_dtypes, write_source
+from moss_jax.convert.stream import CopyProgress, tensor_shapes, with_dtypes, write_source
 from moss_jax.convert.table import TableEntry
 from moss_jax.convert.tables.qwen3 import table
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_lm import model_shapes
 from moss_jax.speech_lm.config import DTYPES, SpeechLMConfig
 

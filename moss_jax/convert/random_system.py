@@ -14,7 +14,7 @@ from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
 from moss_jax.convert.files import write_json
-from moss_jax.convert.stream import CopyProgress, Say
+from moss_jax.convert.stream import CopyProgress
 from moss_jax.convert.system import export_released
 from moss_jax.convert.table import NameTable, TableEntry
 from moss_jax.convert.tables import flow as flow_table
@@ -24,6 +24,7 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder import speaker as speaker_config
 from moss_jax.speech_decoder.config import SpeechDecoderConfig, flow_stem

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SystemFolder
-from moss_jax.convert.stream import Say
 from moss_jax.convert.system import convert_released
 from moss_jax.errors import MossError
 from moss_jax.files import folder_lock, is_file, is_folder
+from moss_jax.progress import Say
 
 MAX_HUB_NAME_LENGTH = 200  # characters; the Hub allows 96 for a repository
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")

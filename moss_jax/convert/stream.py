@@ -4,7 +4,7 @@ At most one stacked parameter and one tensor of it are in memory, unless the for
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +16,8 @@ from moss_jax.checkpoint.old_names import with_current_names
 from moss_jax.checkpoint.safetensors import SHARD_BYTES, TensorInfo
 from moss_jax.convert.table import NameTable, TableEntry
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 
-Say = Callable[[str], None]
 ONE_FILE = 1 << 62  # bytes of a shard that is never full
 
 

@@ -14,7 +14,7 @@ from moss_jax.convert.codec import NOTES_FILE, export_codec, import_codec
 from moss_jax.convert.files import carry_files, copy_file, require_folder, write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model, language_config
 from moss_jax.convert.qwen3 import RELEASED_CODES, export_qwen3, import_qwen3
-from moss_jax.convert.stream import Say
+from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 
 # The folders of an export to the released layouts.

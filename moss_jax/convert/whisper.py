@@ -4,7 +4,7 @@ Its encoder layers are used before and after the quantizer, and its decoder as t
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moss_jax.checkpoint.config_io import read_config
 from moss_jax.convert.tables import whisper as whisper_table
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
+from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.config import SpeechTokenizerConfig
 
 ENCODER_LAYER = re.compile(r"model\.encoder\.layers\.(\d+)\.(.*)")
@@ -43,7 +44,7 @@ class WhisperConfig:
 
 
 def import_whisper(
-    folder: str | Path, config: SpeechTokenizerConfig, parameters: Mapping[str, Any], say: Callable[[str], None]
+    folder: str | Path, config: SpeechTokenizerConfig, parameters: Mapping[str, Any], say: Say
 ) -> dict[str, np.ndarray]:
     """Values for those of `parameters` that a Whisper has, in float32.
 

@@ -29,6 +29,7 @@ from moss_jax.evaluate.items import collect_items, need, need_string, read_items
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.files import is_folder
+from moss_jax.progress import Say
 from moss_jax.text.tokenizer import TextTokenizer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -180,7 +181,7 @@ def run(
     *,
     shots: int = 0,
     examples: str | Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> str:
     """Evaluates questions and writes the results to the folder `out`; returns the table.
 

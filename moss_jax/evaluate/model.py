@@ -1,7 +1,7 @@
 """The system under evaluation."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.scoring import Scorer
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
+from moss_jax.progress import Say
 from moss_jax.sharding import make_mesh
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_lm import SpeechLMConfig
@@ -83,9 +84,7 @@ class EvaluatedModel:
         # Under the parameter names of version 0.1.0, so that results of that version can be continued.
         return f"{fingerprint({old_path(path): leaf for path, leaf in flatten(params).items()}):08x}"
 
-    def codes(
-        self, parts: Sequence[ContentPart], say: Callable[[str], None] = lambda line: None
-    ) -> dict[ContentPart, np.ndarray]:
+    def codes(self, parts: Sequence[ContentPart], say: Say = lambda line: None) -> dict[ContentPart, np.ndarray]:
         """Speech codes, int32 [T], of the parts that are not text; each recording is read and encoded once.
 
         Raises:
@@ -104,7 +103,7 @@ class EvaluatedModel:
         return by_part
 
 
-def control_folder(folder: str | Path, codes: int, cache: Path, say: Callable[[str], None]) -> Path:
+def control_folder(folder: str | Path, codes: int, cache: Path, say: Say) -> Path:
     """A system folder for a control model; a plain Qwen3 is converted once, with random embeddings for the codes.
 
     Args:

@@ -6,7 +6,7 @@ given the context; markers are not. The ending with the lower loss is chosen, by
 mean: the paper does not say which of the two it used, so both are reported.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.evaluate.scoring import Passage
 from moss_jax.evaluate.words import continuation
+from moss_jax.progress import Say
 from moss_jax.speech_lm import SpeechLMConfig
 from moss_jax.text.tokenizer import TextTokenizer
 
@@ -95,9 +96,7 @@ def _rows(
     return speech_rows(codes[part], config) if text is None else text_rows(text_tokenizer.encode(text), config)
 
 
-def run(
-    model: EvaluatedModel, file: str | Path, out: str | Path, *, say: Callable[[str], None] = lambda line: None
-) -> str:
+def run(model: EvaluatedModel, file: str | Path, out: str | Path, *, say: Say = lambda line: None) -> str:
     """Evaluates a file of stories and writes the results to the folder `out`; returns the table.
 
     Raises:

@@ -1,10 +1,11 @@
 """Word error rate of the recognition head that a speech tokenizer was trained with, from its codes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moss_jax.errors import MossError
 from moss_jax.evaluate.results import markdown_table, word_error_row
+from moss_jax.progress import Say
 from moss_jax.train.export import load_checkpoint
 from moss_jax.train.preemption import Preemption
 from moss_jax.train.run_file import read_run
@@ -12,7 +13,7 @@ from moss_jax.train.speech_tokenizer.run import SpeechTokenizerRun
 from moss_jax.train.speech_tokenizer.task import SpeechTokenizerTask
 
 
-def recognition(folder: str | Path, files: Sequence[str | Path], say: Callable[[str], None]) -> str:
+def recognition(folder: str | Path, files: Sequence[str | Path], say: Say) -> str:
     """A Markdown table of word error rates, with a row for each manifest.
 
     Args:

@@ -5,7 +5,7 @@ existing recognizer measures the complete codec, including decoder and voice. It
 is measured too: the difference is the loss by the codec.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, file_hash, word_error_row, write_table
+from moss_jax.progress import Say
 from moss_jax.speech_decoder.flow.sampler import check_codes
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.text.words import normalized_words, word_errors
@@ -33,7 +34,7 @@ def run(
     judge: Judge,
     voice: str | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> str:
     """Evaluates a file of {"audio": FILE, "text": ...} and writes the results to the folder `out`; returns the table.
 

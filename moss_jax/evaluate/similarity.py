@@ -13,7 +13,7 @@ arXiv 2510.00499; its formula is not published, this one is the project's.
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from moss_jax.evaluate.curves import CENTRES, PLATEAU, SCORES, Curves, Key
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
 from moss_jax.evaluate.similarity_plot import plot_curves, plot_heatmaps
+from moss_jax.progress import Say
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 
 BLOCKS = ("shared", "text", "audio")
@@ -123,7 +124,7 @@ def measure(
     codes: Sequence[np.ndarray],
     *,
     heatmaps: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Curves:
     """Runs the analysis for one model.
 
@@ -185,7 +186,7 @@ def _outputs(scorer: Scorer, rows: _Rows, batch: _Batch) -> dict[str, jax.Array]
 
 
 def _layer_means(
-    name: str, scorer: Scorer, modalities: Sequence[_Rows], batches: Sequence[_Batch], say: Callable[[str], None]
+    name: str, scorer: Scorer, modalities: Sequence[_Rows], batches: Sequence[_Batch], say: Say
 ) -> dict[str, np.ndarray]:
     """{block: [L, D]}: the mean over all compared rows, with equal weight for each modality."""
     means: dict[str, np.ndarray] = {}
@@ -275,7 +276,7 @@ def run(
     controls: Iterable[tuple[str, Any]] = (),
     heatmaps: int = 0,
     name: str = "model",
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> str:
     """Analyses a system, and controls with the same codes, into a new folder: similarity.json and similarity.png.
 

@@ -5,7 +5,7 @@ audio and transcribed by a judge. A reply is right if the words of one of the an
 side (`moss_jax.evaluate.words`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moss_jax.evaluate.judge import Judge
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, write_table
 from moss_jax.evaluate.words import contains_answer
+from moss_jax.progress import Say
 from moss_jax.text.chat_template import REPLIES
 from moss_jax.text.words import normalized_words
 
@@ -62,7 +63,7 @@ def run(
     voice: str | None = None,
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> str:
     """Evaluates a file of questions and writes the results to the folder `out`; returns the table.
 

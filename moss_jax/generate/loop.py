@@ -59,7 +59,7 @@ def prefill(
     width = rows.shape[1]
     columns = state.filled + jnp.arange(width)
     columns = jnp.where(jnp.arange(width) < count, columns, capacity)  # mode="drop" below leaves the others out
-    valid = valid & (jnp.arange(width) < count)
+    valid = valid & (jnp.arange(width) < count)[None]
     text = rows[..., 0]
     audio = rows[..., 1]
     active = rules.active_channels(jnp.where(embeds_audio(text, config), AUDIO, TEXT))

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from moss_jax.generate.settings import DEFAULTS
+from moss_jax.nn.layers import over_last_axes
 from moss_jax.speech_lm import SpeechLMConfig
 
 
@@ -78,6 +79,7 @@ def penalise(logits: jax.Array, seen: jax.Array, forbidden: jax.Array | bool, pe
     Returns:
         Scores float32 [B, V], -inf where forbidden.
     """
+    forbidden = over_last_axes(jnp.asarray(forbidden), logits)
     scores = jnp.where(forbidden, -jnp.inf, logits.astype(jnp.float32))
     return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 

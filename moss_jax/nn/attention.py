@@ -178,7 +178,7 @@ def chunk_mask(rows: int, valid: jax.Array, chunk: int | jax.Array | None) -> ja
     if chunk is None:
         return jnp.broadcast_to(valid[:, None, :], (valid.shape[0], rows, valid.shape[1]))
     if jnp.ndim(chunk):
-        chunks = jnp.arange(rows) // jnp.asarray(chunk)[:, None]
+        chunks = jnp.arange(rows)[None] // jnp.asarray(chunk)[:, None]
         return valid[:, None, :] & (chunks[:, None, :] <= chunks[:, :, None])
     chunks = jnp.arange(rows) // chunk
     return valid[:, None, :] & (chunks[None, :] <= chunks[:, None])[None]
@@ -200,7 +200,8 @@ def _xla(
     rows: jax.Array | None,
 ) -> jax.Array:
     """Heads first, block of queries after block of queries, each with the keys up to its own end only."""
-    T, H = q.shape[1], q.shape[3]
+    T = q.shape[1]
+    H = q.shape[3]
     q = rearrange(q / math.sqrt(H), "B T (K G) H -> B K G T H", K=k.shape[2]).astype(k.dtype)
     k = rearrange(k, "B S K H -> B K S H")
     v = rearrange(v, "B S K H -> B K S H")
@@ -229,7 +230,7 @@ def _visible(
     columns: int,
 ) -> jax.Array:
     """bool [1 or B, 1, rows, columns]: which of the first `columns` keys each of these queries sees."""
-    causal = (rows[:, None] >= jnp.arange(columns))[None, None]
+    causal = (rows[:, None] >= jnp.arange(columns)[None])[None, None]
     if segment_ids is None or key_segment_ids is None:
         return causal
     return causal & _same_segment(segment_ids[:, queries], key_segment_ids[:, :columns])
@@ -276,7 +277,7 @@ def _causal_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     for start in range(0, T, HEAD_BLOCK):
         end = min(start + HEAD_BLOCK, T)
         scores = q[start:end] @ k[:end].T
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
         blocks.append(jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)) @ v[:end])
     return jnp.concatenate(blocks)
 
@@ -294,7 +295,7 @@ def _cudnn(
     if segment_ids is not None and key_segment_ids is not None:
         mask = _same_segment(segment_ids, key_segment_ids)
     if rows is not None:
-        causal = (rows[:, None] >= jnp.arange(k.shape[1]))[None, None]
+        causal = (rows[:, None] >= jnp.arange(k.shape[1])[None])[None, None]
         mask = causal if mask is None else mask & causal
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=rows is None, implementation="cudnn")
 
@@ -434,7 +435,7 @@ def _over_cache(q: jax.Array, position_q: jax.Array | None, past: Past, softmax:
         position_k = None
         if past.position_k is not None:
             position_k = jax.lax.dynamic_slice_in_dim(past.position_k, start, size)
-        slot = start + jnp.arange(size)
+        slot = (start + jnp.arange(size))[None, None, None]
         visible = (slot >= i * size) & (slot < filled)
         scores = jnp.where(visible, _scores(q, k, position_q, position_k), MASKED_SCORE)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))

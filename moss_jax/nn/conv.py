@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moss_jax.nn.layers import named
+from moss_jax.nn.layers import named, over_last_axes
 
 
 def conv1d(
@@ -23,7 +23,7 @@ def conv1d(
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride,), [padding], rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
     )
-    return y if bias is None else y + bias
+    return y if bias is None else y + over_last_axes(bias, y)
 
 
 class Conv1d(nn.Module):

@@ -15,6 +15,11 @@ def named(init: Initializer, *axes: str | None) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
 
 
+def over_last_axes(value: jax.Array, x: jax.Array) -> jax.Array:
+    """`value` [*S] with leading axes of size 1, so that it broadcasts over the last axes of x [..., *S]."""
+    return jax.lax.expand_dims(value, range(x.ndim - value.ndim))
+
+
 def product(x: jax.Array, kernel: jax.Array, in_dims: int = 1, dtype: Any = None) -> jax.Array:
     """x [..., *in] times a kernel [*in, *out] of the same dtype -> [..., *out].
 
@@ -90,7 +95,7 @@ class Linear(nn.Module):
             a: jax.Array = self.get_variable("lora", "a").astype(x.dtype)
             b: jax.Array = self.get_variable("lora", "b").astype(x.dtype)
             y = y + jnp.tensordot(jnp.tensordot(x, a, self.in_dims), b, 1)
-        return y if bias is None else y + bias
+        return y if bias is None else y + over_last_axes(bias, y)
 
 
 class LayerNorm(nn.Module):
@@ -106,7 +111,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         centered = y - y.mean(-1, keepdims=True)
         y = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
-        normalized: jax.Array = (y * scale + bias).astype(x.dtype)
+        normalized: jax.Array = (y * over_last_axes(scale, y) + over_last_axes(bias, y)).astype(x.dtype)
         return normalized
 
 

@@ -25,7 +25,7 @@ def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
 
     def nearest(rows: jax.Array) -> jax.Array:  # [T, C]; |row|^2 is the same for all codes and so left out
         product = jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.argmin(half_norms - product, -1).astype(jnp.int32)
+        return jnp.argmin(half_norms[None] - product, -1).astype(jnp.int32)
 
     # One clip at a time: all distances of a batch would take gigabytes.
     codes: jax.Array = jax.lax.map(nearest, vectors)

@@ -19,7 +19,7 @@ from flax import struct
 
 from moss_jax.errors import MossError
 from moss_jax.nn.attention import attention, cached_attention, fastest, splash_kernel
-from moss_jax.nn.layers import Linear, named
+from moss_jax.nn.layers import Linear, named, over_last_axes
 from moss_jax.nn.rope import apply_rope, rope_angles
 from moss_jax.sharding import constrain, num_shards, per_device
 
@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
         scale: jax.Array = self.param("scale", named(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return y.astype(x.dtype) * scale.astype(x.dtype)
+        return y.astype(x.dtype) * over_last_axes(scale.astype(x.dtype), x)
 
 
 class Attention(nn.Module):
@@ -312,9 +312,9 @@ class Stack(nn.Module):
         if not self.num_layers:
             return x, cache
         length = x.shape[1]
-        past_mask = valid & (jnp.arange(valid.shape[1]) < index)
+        past_mask = valid & (jnp.arange(valid.shape[1]) < index)[None]
         new_valid = jax.lax.dynamic_slice_in_dim(valid, index, length, 1)  # [B, T]
-        mask = jnp.tril(jnp.ones((length, length), bool)) & new_valid[:, None]
+        mask = jnp.tril(jnp.ones((length, length), bool))[None] & new_valid[:, None]
         shared = LayerInputs(*self._angles(positions), None, past_mask, mask)
         x, new = self.layers(x, shared, cache)  # new keys and values of all layers
         assert new is not None

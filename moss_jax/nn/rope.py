@@ -11,7 +11,7 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     bfloat16.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     # Computed once: XLA's CPU backend would recompute them for every head of every layer that is not in a loop.
     cosine, sine = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
     return cosine, sine

@@ -1,1 +1,1 @@
-"""The web demo. Only `app` knows Gradio; `session` is what it does, without a browser."""
+"""The web demo. Only `app` depends on Gradio; `session` is one conversation without a browser."""

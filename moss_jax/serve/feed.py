@@ -1,4 +1,4 @@
-"""Speech on its way into the browser: raw samples over one HTTP answer, sent while they are being made."""
+"""Streaming of speech to the browser: raw samples in one HTTP response, sent while they are generated."""
 
 import queue
 import secrets
@@ -10,7 +10,7 @@ from moss_jax.audio.pcm import to_pcm16
 
 
 class SpeechFeed:
-    """What is pushed on one side comes out as bytes on the other, 16-bit little-endian mono; for one listener."""
+    """A thread-safe queue of audio: `push` takes waves, iteration gives 16-bit little-endian mono; for one reader."""
 
     def __init__(self, sample_rate: int):
         self.key = secrets.token_urlsafe(16)
@@ -18,12 +18,12 @@ class SpeechFeed:
         self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def push(self, wave: np.ndarray) -> None:
-        """Samples float32 [T]; what lies outside [-1, 1] is clipped."""
+        """Adds samples float32 [T], clipped to [-1, 1]."""
         if wave.size:
             self._pieces.put(samples(wave))
 
     def finish(self) -> None:
-        """No more will come."""
+        """Ends the iteration after what was pushed."""
         self._pieces.put(None)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -31,5 +31,5 @@ class SpeechFeed:
 
 
 def samples(wave: np.ndarray) -> bytes:
-    """A wave as 16-bit samples, as a wav file has them."""
+    """A wave as 16-bit little-endian samples, as in a wav file."""
     return to_pcm16(wave).tobytes()

@@ -1,4 +1,4 @@
-"""A turn's sound as a picture: the waveform, and below it the mel spectrogram on the same seconds."""
+"""Pictures of the recordings: the waveform, and below it the mel spectrogram on the same time axis."""
 
 import io
 from pathlib import Path
@@ -10,14 +10,14 @@ from moss_jax.audio.features import MEL_24K, mel_24k
 from moss_jax.audio.wave import resample
 from moss_jax.checkpoint import atomic_file
 
-COLOURS = {"user": ("#2563eb", "Blues"), "assistant": ("#0d9488", "BuGn")}  # of the waveform, of the spectrogram
-COLUMNS = 900  # of the waveform
-FLOOR = -9.0  # natural logarithm of mel magnitude that is drawn as nothing
+COLOURS = {"user": ("#2563eb", "Blues"), "assistant": ("#0d9488", "BuGn")}  # waveform, spectrogram
+COLUMNS = 900  # of the waveform: about the width in pixels
+FLOOR = -9.0  # log mel magnitude (natural) that is drawn as background
 INK = "#71717a"  # readable on light and dark pages
 
 
 def draw(path: str | Path, wave: np.ndarray, rate: int, role: str) -> None:
-    """Writes a png of a wave float32 [samples] at `rate` Hz, in the colours of a role: whole or not at all."""
+    """Writes a png of a wave float32 [T] at `rate` Hz atomically, in the colours of a role ("user" or "assistant")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,8 +29,8 @@ def draw(path: str | Path, wave: np.ndarray, rate: int, role: str) -> None:
     low, high = envelope(wave, COLUMNS)
     times = np.linspace(0, seconds, len(low))
     top.fill_between(times, low, high, color=colour, linewidth=0.4)
-    most = max(0.05, float(np.abs(wave).max()))
-    top.set(ylim=(-most, most), yticks=[], xlim=(0, seconds))
+    limit = max(0.05, float(np.abs(wave).max()))  # quiet noise is not scaled up to full height
+    top.set(ylim=(-limit, limit), yticks=[], xlim=(0, seconds))
     frames = mel(resample(wave, rate, MEL_24K.sample_rate))
     bottom.imshow(
         frames.T,
@@ -56,13 +56,16 @@ def draw(path: str | Path, wave: np.ndarray, rate: int, role: str) -> None:
 
 
 def envelope(wave: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest sample of each of at most `columns` equal stretches."""
+    """Minimum and maximum of each of at most `columns` equal segments of a wave [T]."""
     starts = np.unique(np.linspace(0, len(wave), columns, endpoint=False).astype(int))
     return np.minimum.reduceat(wave, starts), np.maximum.reduceat(wave, starts)
 
 
 def mel(wave: np.ndarray) -> np.ndarray:
-    """The speech decoder's mel of a wave float32 [samples] at 24 kHz: float32 [T, 80]. Few lengths are compiled."""
+    """The mel spectrogram of the speech decoder, float32 [T, M], of a wave float32 [samples] at 24 kHz.
+
+    Waves are padded to a few lengths, so that few programs are compiled.
+    """
     bucket = 2 * MEL_24K.sample_rate
     while bucket < len(wave):
         bucket *= 2

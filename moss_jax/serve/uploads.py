@@ -1,7 +1,8 @@
-"""Recordings on their way from a browser to the question that they belong to.
+"""Uploaded recordings, until the question that they belong to is answered.
 
-Gradio keeps uploads under a hash of their content, so that pages which send the same file share it, and it limits each
-file but not all of them. Here each upload has a folder of its own, is used by one question, and counts towards a total.
+Gradio stores uploads under a hash of their content, so that pages that send the same file share it, and it limits the
+size of each file but not their total. Here each upload has its own folder, is removed after its question, and counts
+towards a total.
 """
 
 import asyncio
@@ -27,16 +28,16 @@ from moss_jax.errors import MossError
 
 CALLS = re.compile(r"/gradio_api/(queue/join|call/|run/)")
 MEBI = 2**20
-FRAMING = 2**16  # bytes of a request beside the files: boundaries and headers
-FILES = 4  # in one request
-YIELDING = 60.0  # s after which an upload that no question has used makes room for another
+FRAMING = 2**16  # bytes of a request in addition to the files: boundaries and headers
+MAX_FILES = 4  # in one request
+EVICTION_SECONDS = 60.0  # an upload that was unused for this long may be removed in favour of a new one
 
 
 @dataclass
 class _Upload:
     size: int
-    since: float  # clock
-    questions: int = 0  # that name it and are not answered yet
+    since: float  # time.monotonic() of its arrival
+    questions: int = 0  # number of unanswered questions that use it
 
 
 @dataclass
@@ -44,10 +45,10 @@ class Uploads:
     """The uploads of all pages.
 
     Args:
-        folder: of the uploads alone.
-        file_bytes: of one file, at most.
-        total_bytes: of all files, those that are arriving included.
-        seconds: after which an upload that no question has used is removed.
+        folder: where to store them; contains nothing else.
+        file_bytes: maximum size of a file.
+        total_bytes: maximum size of all files, including those that are arriving.
+        seconds: time after which an unused upload is removed.
     """
 
     folder: Path
@@ -56,12 +57,12 @@ class Uploads:
     seconds: float
     _held: dict[Path, _Upload] = field(default_factory=dict)
     _arriving: int = 0
-    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     async def receive(self, request: Request) -> Response:
-        """Answers a multipart request with the paths of its files, as a JSON list, as Gradio's own route does.
+        """Responds to a multipart request with the paths of its files, a JSON list, like the route of Gradio.
 
-        HTTP 413 for a request that is too long, 507 when there is no room for it: while it is arriving.
+        While the request arrives, it is rejected with HTTP 413 if it is too long and with 507 if the total is reached.
         """
         taken = 0
 
@@ -70,9 +71,11 @@ class Uploads:
             message = await request.receive()
             size = len(message.get("body", b""))
             if taken + size > self.file_bytes + FRAMING:
-                raise HTTPException(413, f"a recording may have {self.file_bytes / MEBI:.0f} MB; send a shorter one")
+                raise HTTPException(
+                    413, f"a recording may have at most {self.file_bytes / MEBI:.0f} MB; send a shorter one"
+                )
             if not self._reserve(size):
-                raise HTTPException(507, "there is no room for more recordings now; try again in a minute")
+                raise HTTPException(507, "the server has too many recordings at the moment; try again in a minute")
             taken += size
             return message
 
@@ -80,9 +83,11 @@ class Uploads:
         try:
             promised = int(request.headers.get("content-length") or 0)
             if promised > self.file_bytes + FRAMING:
-                raise HTTPException(413, f"a recording may have {self.file_bytes / MEBI:.0f} MB; send a shorter one")
+                raise HTTPException(
+                    413, f"a recording may have at most {self.file_bytes / MEBI:.0f} MB; send a shorter one"
+                )
             counting = Request(request.scope, counted)
-            async with counting.form(max_files=FILES, max_fields=FILES, max_part_size=FRAMING) as form:
+            async with counting.form(max_files=MAX_FILES, max_fields=MAX_FILES, max_part_size=FRAMING) as form:
                 for file in form.getlist("files"):
                     if isinstance(file, UploadFile):
                         paths.append(str(await run_in_threadpool(self._store, file)))
@@ -91,32 +96,35 @@ class Uploads:
                 self.release(path)
             return PlainTextResponse(f"{error.detail}\n", error.status_code)
         except (ValueError, asyncio.IncompleteReadError):
-            return PlainTextResponse("this is no upload\n", 400)
+            return PlainTextResponse("not an upload\n", 400)
         finally:
             self._release(taken)
         if not paths:
-            return PlainTextResponse("this is no upload; send a multipart form with a file called files\n", 400)
+            return PlainTextResponse("not an upload; send a multipart form with a file in the field files\n", 400)
         return JSONResponse(paths)
 
     def holds(self, path: str | Path) -> bool:
-        """Whether this is the path of an upload that is there."""
-        with self._guard:
+        """Whether this is the path of a stored upload."""
+        with self._lock:
             return Path(path) in self._held
 
     def claim(self, paths: Iterable[str]) -> bool:
-        """Keeps uploads for a question that names them; False, and nothing is kept, when one is not there."""
-        with self._guard:
-            uploads = [self._held.get(Path(path)) for path in paths]
-            if None in uploads:
-                return False
+        """Keeps uploads for a question that uses them; False, without any effect, if one does not exist."""
+        with self._lock:
+            uploads = []
+            for path in paths:
+                upload = self._held.get(Path(path))
+                if upload is None:
+                    return False
+                uploads.append(upload)
             for upload in uploads:
                 upload.questions += 1
             return True
 
     def release(self, path: str | Path) -> None:
-        """A question is done with an upload; the last one removes it. Nothing happens for any other path."""
+        """Ends the use of an upload by a question; after the last one it is removed. Other paths are ignored."""
         path = Path(path)
-        with self._guard:
+        with self._lock:
             upload = self._held.get(path)
             if upload is None:
                 return
@@ -125,13 +133,13 @@ class Uploads:
                 self._remove(path)
 
     def sweep(self) -> None:
-        """Removes what no question has used for too long."""
-        with self._guard:
+        """Removes the uploads that were unused for too long."""
+        with self._lock:
             for path in self._older_than(self.seconds):
                 self._remove(path)
 
     def _store(self, file: UploadFile) -> Path:
-        # Only a short plain suffix is kept of the client's name; readers may look at it.
+        # Of the client's file name only a short plain suffix is kept, because decoders may use it.
         suffix = re.fullmatch(r".*(\.[A-Za-z0-9]{1,8})", file.filename or "", re.DOTALL)
         name = f"recording{suffix[1] if suffix else ''}"
         folder = self.folder / secrets.token_hex(16)
@@ -143,14 +151,14 @@ class Uploads:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        with self._guard:
+        with self._lock:
             self._held[path] = _Upload(path.stat().st_size, time.monotonic())
         return path
 
     def _reserve(self, size: int) -> bool:
-        with self._guard:
+        with self._lock:
             used = self._arriving + size + sum(upload.size for upload in self._held.values())
-            oldest = iter(self._older_than(YIELDING))
+            oldest = iter(self._older_than(EVICTION_SECONDS))
             while used > self.total_bytes and (path := next(oldest, None)) is not None:
                 used -= self._held[path].size
                 self._remove(path)
@@ -160,7 +168,7 @@ class Uploads:
             return True
 
     def _release(self, size: int) -> None:
-        with self._guard:
+        with self._lock:
             self._arriving -= size
 
     def _remove(self, path: Path) -> None:
@@ -168,17 +176,17 @@ class Uploads:
         shutil.rmtree(path.parent, ignore_errors=True)
 
     def _older_than(self, seconds: float) -> list[Path]:
-        """The oldest first; under the guard."""
+        """Paths of the uploads that are older, the oldest first. The caller holds the lock."""
         before = time.monotonic() - seconds
         old = [(upload.since, path) for path, upload in self._held.items() if upload.since <= before]
         return [path for _, path in sorted(old)]
 
 
 class OnlyUploads:
-    """ASGI middleware: a request names no files but uploads, which are kept until its question is answered.
+    """ASGI middleware: the only files that a request may name are uploads, kept until the question is answered.
 
-    Gradio would fetch what a request names: from another server, and where it does not serve the page itself, also from
-    any folder of this machine.
+    Gradio by itself would fetch any address that a request names, and, depending on how it is mounted, any file of this
+    machine.
     """
 
     def __init__(self, app: ASGIApp, uploads: Uploads):
@@ -199,7 +207,7 @@ class OnlyUploads:
             await PlainTextResponse(f"the request: {error}\n", 400)(scope, receive, send)
             return
         if not self.uploads.claim(paths):
-            line = "a recording is not here: send it first; it is kept until the questions that name it are answered\n"
+            line = "unknown recording; send it first. It is kept until the questions that use it are answered\n"
             await PlainTextResponse(line, 400)(scope, receive, send)
             return
         unread = [{"type": "http.request", "body": body, "more_body": False}]
@@ -216,13 +224,13 @@ class OnlyUploads:
         try:
             await self.app(scope, replay, observed)
         finally:
-            if status != 200:  # there will be no question
+            if status != 200:  # the question was rejected
                 for path in paths:
                     self.uploads.release(path)
 
 
 def _file_paths(value: Any) -> Iterator[str]:
-    """The paths of all files that a JSON document names in Gradio's way."""
+    """The paths of all files in a JSON document, in the format of Gradio ({"path": ...})."""
     if isinstance(value, dict):
         path = value.get("path")
         if isinstance(path, str):

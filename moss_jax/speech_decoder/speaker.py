@@ -22,7 +22,7 @@ from moss_jax.audio.features import FBANK_16K, kaldi_fbank, mean_normalized
 from moss_jax.checkpoint.config_io import check_sizes
 from moss_jax.errors import MossError
 from moss_jax.nn.conv import Conv1d
-from moss_jax.nn.layers import Linear, named
+from moss_jax.nn.layers import Linear, named, over_last_axes
 from moss_jax.nn.tree import param_shapes
 
 EPSILON = 1e-5
@@ -107,11 +107,11 @@ class BatchNorm(nn.Module):
         ones = named(nn.initializers.ones, "conv_out")
         mean = self.param("mean", zeros, shape, jnp.float32)
         variance = self.param("var", ones, shape, jnp.float32)
-        x = (x - mean) * jax.lax.rsqrt(variance + EPSILON)
+        x = (x - over_last_axes(mean, x)) * over_last_axes(jax.lax.rsqrt(variance + EPSILON), x)
         if self.affine:
             scale = self.param("scale", ones, shape, jnp.float32)
             bias = self.param("bias", zeros, shape, jnp.float32)
-            x = x * scale + bias
+            x = x * over_last_axes(scale, x) + over_last_axes(bias, x)
         return x
 
 
@@ -234,7 +234,7 @@ class CAMPPlus(nn.Module):
 
 def _mask(frames: jax.Array, length: int) -> jax.Array:
     """float32 [B, length, 1]: 1 for the frames that exist."""
-    return (jnp.arange(length) < frames[:, None]).astype(jnp.float32)[..., None]
+    return (jnp.arange(length)[None] < frames[:, None]).astype(jnp.float32)[..., None]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -61,7 +61,7 @@ def _scaled_sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.f
 def _sinusoids(length: int, width: int) -> jax.Array:
     """Positions as in Whisper's encoder: sines, then cosines, of wavelengths from 2 pi to 20,000 pi frames."""
     rates = jnp.exp(-jnp.log(10000.0) / (width // 2 - 1) * jnp.arange(width // 2))
-    angles = jnp.arange(length)[:, None] * rates
+    angles = jnp.arange(length)[:, None] * rates[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         with jax.named_scope("convolutions"):
             x = jax.nn.gelu(self.conv1(frames), approximate=False)
             x = jax.nn.gelu(self.conv2(x), approximate=False)
-        x = x + self.positions[: x.shape[1]]
+        x = x + self.positions[None, : x.shape[1]]
         with jax.named_scope("layers"):
             x, _ = self.layers(x, None, None)
         return self._pool(x)
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Codes [B, T] of one segment -> their vectors plus positions, [B, T, code_dim]: the reference's
         last_hidden_state."""
-        vectors: jax.Array = self._codebook()[codes] + self.code_positions[: codes.shape[1]]
+        vectors: jax.Array = self._codebook()[codes] + self.code_positions[None, : codes.shape[1]]
         return vectors
 
     def step(self, frames: jax.Array, valid: jax.Array, state: EncoderState) -> tuple[jax.Array, EncoderState]:
@@ -211,12 +211,12 @@ class Encoder(nn.Module):
         tail2 = jnp.where(new_segment[:, None, None], 0.0, state.conv2)
         y = jax.nn.gelu(self.conv1(frames, tail1), approximate=False)
         x = jax.nn.gelu(self.conv2(y, tail2), approximate=False)
-        x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])]
+        x = x + self.positions[position[:, None] + jnp.arange(x.shape[1])[None]]
         past = Past(state.k, state.v, position)
         x, new = self.layers(x, jnp.arange(config.num_layers), past)
         assert new is not None  # there is a cache
         k, v = new
-        exists = (jnp.arange(x.shape[1]) < -(-valid[:, None] // 2))[..., None]
+        exists = (jnp.arange(x.shape[1])[None] < -(-valid[:, None] // 2))[..., None]
         codes = self.quantize(self._pool(jnp.where(exists, x, 0.0)))
         new_state = EncoderState(
             conv1=tail_after(frames, tail1, frames.shape[1]),

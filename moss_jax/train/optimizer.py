@@ -117,7 +117,7 @@ def layer_matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers 
     """
 
     def axes(path: str, value: Any) -> MuonDimensionNumbers | None:
-        *above, module, name = ["", *path.split("/")]
+        *above, module, name = f"/{path}".split("/")
         if name != "kernel" or not any(part.endswith("layers") for part in above):
             return None
         shape = getattr(value, "shape", ())  # optax's mask has none

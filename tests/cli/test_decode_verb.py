@@ -27,8 +27,8 @@ def test_one_recording_and_several(system, tmp_path, capsys):
     assert main(["decode", str(tmp_path / "one.jsonl"), "--model", str(system), "-o", str(tmp_path / "a.wav")]) == 0
     wave, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == 24000 and len(wave) == 1920 * len(CODES)
-    said = capsys.readouterr().err
-    assert "zero voice" in said and "1 of 1: 0.64 s" in said
+    errors = capsys.readouterr().err
+    assert "zero voice" in errors and "1 of 1: 0.64 s" in errors
     np.save(tmp_path / "codes.npy", np.array(CODES))
     stream = ["decode", str(tmp_path / "codes.npy"), "--model", str(system), "-o", str(tmp_path / "b.flac"), "--stream"]
     assert main(stream) == 0
@@ -57,7 +57,7 @@ def test_one_recording_and_several(system, tmp_path, capsys):
         ('{"codes": [1]}', ["--voice", "nobody"], "neither a file nor a voice"),
     ],
 )
-def test_bad_input_is_told_and_nothing_is_written(system, tmp_path, capsys, text, options, message):
+def test_bad_input_is_reported_and_nothing_is_written(system, tmp_path, capsys, text, options, message):
     (tmp_path / "codes.jsonl").write_text(text)
     arguments = ["decode", str(tmp_path / "codes.jsonl"), "--model", str(system), "-o", str(tmp_path / "out.wav")]
     assert main([*arguments, *options]) == 2

@@ -43,7 +43,7 @@ def test_a_line_for_each_recording(system, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["audio", "model", "out"])
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(system, tmp_path, capsys, wrong):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(system, tmp_path, capsys, wrong):
     save_audio(tmp_path / "a.wav", noise(1000), 16000)
     (tmp_path / "text.wav").write_text("no sound at all, only words")
     audio = [str(tmp_path / "a.wav")] + [str(tmp_path / "text.wav")] * (wrong == "audio")

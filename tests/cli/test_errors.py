@@ -58,7 +58,7 @@ class Workshop:
         self.file(str(path.relative_to(self.folder)), change(content))
         return "damaged"
 
-    def nested(self, room: str, *path: str, **fields) -> str:
+    def nested(self, component: str, *path: str, **fields) -> str:
         def change(old):
             config = inner = json.loads(old)
             for name in path:
@@ -66,10 +66,10 @@ class Workshop:
             inner.update(fields)
             return json.dumps(config)
 
-        return self.replaced(f"{room}/config.json", change)
+        return self.replaced(f"{component}/config.json", change)
 
-    def config(self, room: str, **fields) -> str:
-        return self.replaced(f"{room}/config.json", lambda old: json.dumps(json.loads(old) | fields))
+    def config(self, component: str, **fields) -> str:
+        return self.replaced(f"{component}/config.json", lambda old: json.dumps(json.loads(old) | fields))
 
     def without(self, inside: str) -> str:
         path = self.copy() / inside
@@ -85,18 +85,18 @@ class Workshop:
 
     def indexed(self, weight_map: dict) -> str:
         """The system with an index in place of the language model's file."""
-        room = self.copy() / "transformer"
-        (room / "model.safetensors").unlink()
-        (room / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        component = self.copy() / "transformer"
+        (component / "model.safetensors").unlink()
+        (component / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         return "damaged"
 
     def sharded(self) -> str:
         """The language model in two shards, of which one is not there."""
-        room = self.copy() / "transformer"
-        (room / "model.safetensors").rename(room / "model-00001-of-00002.safetensors")
-        names = sorted(load_file(room / "model-00001-of-00002.safetensors"))
+        component = self.copy() / "transformer"
+        (component / "model.safetensors").rename(component / "model-00001-of-00002.safetensors")
+        names = sorted(load_file(component / "model-00001-of-00002.safetensors"))
         files = {name: f"model-0000{1 + (name == names[-1])}-of-00002.safetensors" for name in names}
-        (room / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        (component / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
         return "damaged"
 
 

@@ -32,9 +32,9 @@ def model(folder):
 def judge_command(tmp_path):
     """A command line, and the file in which it writes down what it was given."""
     program = tmp_path / "judge.py"
-    heard = tmp_path / "heard.txt"
+    judged_log = tmp_path / "judged.txt"
     program.write_text(JUDGE)
-    return f"{sys.executable} {program} {{wav}} {heard}", heard
+    return f"{sys.executable} {program} {{wav}} {judged_log}", judged_log
 
 
 def tone(path, seconds, pitch=220):

@@ -120,7 +120,7 @@ def test_a_killed_run(stories, folder, tmp_path):
 
 
 def test_a_second_evaluation_in_the_same_folder_is_refused(model, stories, tmp_path):
-    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another run is writing"):
+    with Results(tmp_path / "out", {"task": "x"}), pytest.raises(MossError, match="another evaluation is writing"):
         Results(tmp_path / "out", {"task": "x"})
     Results(tmp_path / "out", {"task": "x"}).close()
 
@@ -155,9 +155,9 @@ def test_all_wrong_lines_are_reported(tmp_path):
     ]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(MossError) as told:
+    with pytest.raises(MossError) as error:
         pairs.read_stories(path, 256)
-    head, *rest = str(told.value).splitlines()
+    head, *rest = str(error.value).splitlines()
     assert head.endswith("bad.jsonl: 10 lines are wrong")
     assert [line.strip().split(":")[0] for line in rest] == [f"line {n}" for n in range(2, 12)]
 
@@ -195,17 +195,17 @@ def test_choice_files(tmp_path):
     assert (only.question, only.choices, only.answer) == ("问题", ("一", "二", "三", "四"), 2)
     bad = tmp_path / "bad.csv"
     bad.write_text("q,a,b,c,d,E\nq,a\n\nq,a,b,c,d,A\n,a,b,c,d,A\n")
-    with pytest.raises(MossError) as told:
+    with pytest.raises(MossError) as error:
         choice.read_choice_questions(bad)
-    assert [line.split(":")[0].strip() for line in str(told.value).splitlines()[1:]] == ["line 1", "line 2", "line 5"]
-    with pytest.raises(MossError) as told:
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == ["line 1", "line 2", "line 5"]
+    with pytest.raises(MossError) as error:
         choice.read_choice_questions(tmp_path)
-    assert "bad.csv: 3 lines" in str(told.value)
+    assert "bad.csv: 3 lines" in str(error.value)
 
 
 @pytest.mark.slow
 def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command):
-    command, heard = judge_command
+    command, judged_log = judge_command
     clip = tone(tmp_path / "q.wav", 0.8)
     lines = [
         {"question": {"audio": clip}, "answers": ["Paris", "City of Paris"], "group": "A"},
@@ -219,12 +219,12 @@ def test_spoken_questions_are_judged_by_a_command(model, tmp_path, judge_command
     table = spoken_qa.run(model, questions, tmp_path / "out", **options)
     assert "| all | 4 | 2 | 50.0 |" in table and "| B | 2 | 0 |" in table and "Cut off by max_new_tokens: 4" in table
     waves = [str(tmp_path / "out" / "waves" / f"{i:05d}.wav") for i in (1, 2, 3, 4)]
-    assert heard.read_text().split() == waves
+    assert judged_log.read_text().split() == waves
     whole = (tmp_path / "out" / "results.jsonl").read_text()
     (tmp_path / "out" / "results.jsonl").write_text(whole.splitlines(keepends=True)[0] + '{"id": "000')
     assert spoken_qa.run(model, questions, tmp_path / "out", **options) == table
     assert (tmp_path / "out" / "results.jsonl").read_text() == whole
-    assert heard.read_text().split() == waves * 2
+    assert judged_log.read_text().split() == waves * 2
 
 
 def test_written_replies_need_no_judge(model, tmp_path):
@@ -313,8 +313,8 @@ def test_a_recognizer_of_transformers(tmp_path):
     transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
     judge = open_judge(folder, None)
-    heard = judge(tmp_path / tone(tmp_path / "a.wav", 0.5))
-    assert isinstance(heard, str) and judge.name == "transformers recogniser"
+    judged_log = judge(tmp_path / tone(tmp_path / "a.wav", 0.5))
+    assert isinstance(judged_log, str) and judge.name == "transformers recogniser"
     (folder / "config.json").write_text("{}")
     with pytest.raises(MossError, match="transformers cannot open it"):
         open_judge(folder, None)

@@ -194,7 +194,7 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
         report["steps"].append({"name": name, **facts})
         print(name, facts, flush=True)
 
-    def heard(number: int | str) -> dict:
+    def playback(number: int | str) -> dict:
         """Waits until the page has played its latest answer, or stopped to, and keeps it."""
         browser.wait("mossPlayer.stats.length && mossPlayer.stats.at(-1).first", "the first sound", patience)
         browser.wait("mossPlayer.stats.at(-1).done", "the end of the sound", patience)
@@ -235,27 +235,27 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     browser.press(MIC_STOP)
     browser.wait("mossPlayer.stats.length", "the answer", patience)
     step("answering")
-    facts = heard(1)
-    step("heard", told=answer(1, 1), **facts)
+    facts = playback(1)
+    step("heard", text=answer(1, 1), **facts)
 
     browser.press("#moss-you label:nth-child(2)")
     browser.wait("document.querySelector('#moss-text textarea')?.offsetParent", "the text field", 20)
     browser.write("#moss-text textarea", "And plus one?")
     browser.press("#moss-ask")
     browser.wait("mossPlayer.stats.length >= 2", "the second answer", patience)
-    facts = heard(2)
-    step("second-turn", told=answer(2, 2), **facts)
+    facts = playback(2)
+    step("second-turn", text=answer(2, 2), **facts)
 
     browser.press("#moss-reply label:nth-child(2)")
     time.sleep(0.5)
     browser.write("#moss-text textarea", "What is the capital of France?")
     browser.press("#moss-ask")
-    told = browser.wait(
+    text = browser.wait(
         f"{ANSWERS} >= 3 && [...document.querySelectorAll('#moss-talk .moss-assistant')].at(-1).innerText",
         "the written answer",
         patience,
     )
-    step("written", told=told, players=browser.run("mossPlayer.stats.length"))
+    step("written", text=text, players=browser.run("mossPlayer.stats.length"))
 
     browser.press("#moss-reply label:nth-child(1)")
     time.sleep(0.5)
@@ -266,12 +266,12 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     before = browser.run("performance.now() / 1000 - mossPlayer.stats.at(-1).first")
     browser.press("#moss-stop")
     pressed = time.monotonic()
-    facts = heard("stopped")
-    told = answer("stopped", 4)
+    facts = playback("stopped")
+    text = answer("stopped", 4)
     made = soundfile.info(out / "answer-stopped.wav").duration
     step(
         "stopped",
-        told=told,
+        text=text,
         made_s=made,
         pressed_s=round(before, 3),
         settled_s=round(time.monotonic() - pressed, 2),
@@ -282,7 +282,7 @@ def visit(browser: Browser, address: str, out: Path, patience: float, question: 
     browser.wait(f"({WARNING}).length", "a word about the empty question", 30)
     step(
         "nothing-asked",
-        told=browser.run(WARNING),
+        text=browser.run(WARNING),
         answers=browser.run(ANSWERS),
         ask_again=browser.run("!document.querySelector('#moss-ask').disabled"),
     )
@@ -311,7 +311,7 @@ def check(report: dict) -> list[str]:
     stopped = steps["stopped"]
     if stopped["played_s"] > stopped["pressed_s"] + 0.5:
         wrong.append("stopped: the sound went on")
-    if stopped["played_s"] > stopped["made_s"] - 0.3 and "stopped" not in stopped["told"]:
+    if stopped["played_s"] > stopped["made_s"] - 0.3 and "stopped" not in stopped["text"]:
         wrong.append("stopped: the answer was made and played to its end")
     refused = steps["nothing-asked"]
     if refused["answers"] != 4 or not refused["ask_again"]:

@@ -81,19 +81,19 @@ def test_ask_hear_stop_clear_leave(demo, client, recording):
         min_new_tokens=14,
         api_name="/ask",
     )
-    heard = []
+    received = []
 
     def listen():
         while (address := re.search(r"moss/speech/([\w-]+)/[\w-]+", str(job.outputs()))) is None:
             time.sleep(0.01)
-        heard.append((address[1], get(demo, address[0])))
+        received.append((address[1], get(demo, address[0])))
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     talk, live, *_ = job.result(timeout=600)
     listener.join(timeout=600)
     assert live == "" and talk.count("<audio") == talk.count("<img") == 2 and "real-time factor" in talk
-    ((key, samples),) = heard
+    ((key, samples),) = received
     session = demo.sessions.with_key(key)
     assert len(demo.sessions) == 1
     assert len(np.frombuffer(samples, "<i2")) == 14 * 1920
@@ -138,8 +138,8 @@ def test_sessions_are_limited_whatever_a_program_calls_itself(demo, client):
         assert "complete" in dict(events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})), number
     assert len(demo.sessions) == 6
     for _ in range(3):
-        (*_, (kind, said)) = events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})
-        assert kind == "error" and "6 conversations here now" in said["error"]
+        (*_, (kind, answer)) = events(demo.address, {"text": "Hi", "reply": "text", "max_new_tokens": 2})
+        assert kind == "error" and "6 conversations here now" in answer["error"]
     assert len(demo.sessions) == 6 and len(list(demo.sessions.folder.iterdir())) == 6
 
 
@@ -206,7 +206,7 @@ def test_only_this_machine_and_its_own_names_are_served(demo):
     assert httpx.get(own + "/monitoring/summary").status_code == 404
 
 
-def test_a_port_that_is_taken_is_said(demo, system):
+def test_a_port_that_is_taken_is_an_error(demo, system):
     from moss_jax.serve.app import Demo
 
     other = Demo(system, "tiny")

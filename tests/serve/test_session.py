@@ -60,9 +60,9 @@ def test_four_pairings_in_one_conversation(session, system, recording):
     for entry in (question, answer):
         picture = session.file(entry.audio.with_suffix(".png").name)
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.parent == session.folder
-    heard, rate = load_audio(answer.audio)
-    assert (len(heard), rate) == (14 * 1920, 24000)
-    np.testing.assert_allclose(np.concatenate(waves), heard, atol=1 / 32768)
+    recorded, rate = load_audio(answer.audio)
+    assert (len(recorded), rate) == (14 * 1920, 24000)
+    np.testing.assert_allclose(np.concatenate(waves), recorded, atol=1 / 32768)
     assert len(waves) > 1 and 0 < answer.first < answer.spent
     assert answer.real_time_factor == pytest.approx(answer.spent / (14 * 0.08))
 
@@ -83,12 +83,12 @@ def test_four_pairings_in_one_conversation(session, system, recording):
     assert [entry.role for entry in session.entries] == ["user", "assistant"] * 2
     np.testing.assert_array_equal(session.entries[3].turn.codes, follow_up.reply.codes)
 
-    # Another kind of answer has another system turn: the conversation is told anew, and nothing of it is lost.
-    told = [moss_jax.Turn("system", text=WRITE), *(entry.turn for entry in session.entries)]
+    # Another kind of answer has another system turn: the conversation is prefilled anew, and nothing of it is lost.
+    prefilled = [moss_jax.Turn("system", text=WRITE), *(entry.turn for entry in session.entries)]
     text = "".join(piece.text for piece in session.ask(text="So?", **WRITTEN))
     assert session.entries[5].text == text and session.entries[5].audio is None
     assert session.entries[5].real_time_factor is None
-    assert text == system.reply([*told, moss_jax.Turn("user", text="So?")], reply="text", max_new_tokens=15).text
+    assert text == system.reply([*prefilled, moss_jax.Turn("user", text="So?")], reply="text", max_new_tokens=15).text
     list(session.ask(recording=recording, **WRITTEN))
     assert len(session.entries) == 8 and len({entry.audio for entry in session.entries if entry.audio}) == 4
 
@@ -128,7 +128,7 @@ def test_clear_forgets_and_removes_files_also_in_the_middle_of_an_answer(session
     assert not session.folder.exists()
 
 
-def test_what_is_too_much_or_too_little_is_said_in_one_line(session, recording, tmp_path):
+def test_what_is_too_much_or_too_little_is_reported_in_one_line(session, recording, tmp_path):
     tone = 0.1 * np.sin(np.arange(3 * 16000) / 5)
     soundfile.write(tmp_path / "long.wav", tone, 16000)
     soundfile.write(tmp_path / "silent.wav", 0 * tone[:9000], 16000)
@@ -206,7 +206,7 @@ def test_the_first_question_compiles_nothing(tmp_path):
 def test_an_enrolled_voice_is_spoken_with(session, recording, monkeypatch):
     zero = Voice.zero(80, 192)
     voice = zero.replace(embedding=np.ones_like(zero.embedding))
-    monkeypatch.setattr(type(session.system), "enrol", lambda self, heard: voice if heard[1] == 22050 else None)
+    monkeypatch.setattr(type(session.system), "enrol", lambda self, recorded: voice if recorded[1] == 22050 else None)
     assert session.enrol(recording) == pytest.approx(1.1)
     own = np.concatenate([piece.wave for piece in session.ask(text="Hi", voice=OWN_VOICE, **SPOKEN)])
     session.clear()

@@ -65,7 +65,7 @@ def test_the_number_of_sessions_is_limited_whatever_names_clients_choose(session
     talk(sessions, "b")  # those that are there go on
 
 
-def test_when_it_is_full_the_longest_unused_session_makes_room(sessions):
+def test_when_it_is_full_the_longest_unused_session_is_evicted(sessions):
     for name in ("a", "b", "c"):
         talk(sessions, name)
     rest(sessions, "a", 200)
@@ -174,7 +174,7 @@ def test_a_question_names_no_other_files(client, path):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff"])
-def test_what_is_no_json_is_said(client, body):
+def test_invalid_json_is_rejected(client, body):
     assert client.post("/gradio_api/queue/join", content=body).status_code == 400
 
 
@@ -196,13 +196,13 @@ def test_a_file_that_is_too_long_is_refused_while_it_arrives(client, uploads):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that uploads see: it passes by `clock.seconds += ...` alone."""
+    """The time that uploads see: only `clock.seconds += ...` advances it."""
     clock = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr("moss_jax.serve.uploads.time", SimpleNamespace(monotonic=lambda: clock.seconds))
     return clock
 
 
-def test_all_uploads_together_are_limited_and_old_ones_make_room(client, uploads, clock):
+def test_all_uploads_together_are_limited_and_old_ones_are_evicted(client, uploads, clock):
     paths = [send(client, bytes(150_000)).json()[0] for _ in range(2)]
     clock.seconds += 50
     paths.append(send(client, bytes(150_000)).json()[0])
@@ -238,7 +238,7 @@ def test_names_of_uploads_lead_nowhere(client, uploads, name):
         assert path.parent.parent == uploads.folder and path.name.startswith("recording")
 
 
-def test_what_is_no_upload_is_said(client):
+def test_an_invalid_upload_is_rejected(client):
     assert client.post("/gradio_api/upload", content=b"x").status_code == 400
     assert client.post("/gradio_api/upload", files={"other": ("q.wav", b"x")}).status_code == 400
     headers = {"content-type": "multipart/form-data; boundary=x"}

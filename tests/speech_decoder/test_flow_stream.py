@@ -192,7 +192,7 @@ def test_chunk_bytes_is_the_size_of_the_cache():
     assert bytes == 3 * stream.chunk_bytes(TINY)
 
 
-def test_temporaries_stay_small_beside_the_cache(params):
+def test_temporaries_stay_small_compared_with_the_cache(params):
     """The cache is read in place and written in place: nothing of its size is copied."""
     flow = stream.CachedFlow(params, TINY, memory=2**40)
     state, shared = jax.eval_shape(lambda: (stream.empty(TINY, 60), stream.empty(TINY, 4).cache))

@@ -108,7 +108,7 @@ def test_every_changed_or_missing_file_is_detected(saved, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no checksums"])
-def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_it_used(saved, tmp_path, damage):
+def test_a_damaged_checkpoint_is_set_aside_and_an_earlier_one_used(saved, tmp_path, damage):
     folder = tmp_path / "c"
     lines = []
     shutil.copytree(saved, folder)

@@ -153,8 +153,8 @@ def test_wandb_receives_every_number(tmp_path, monkeypatch):
     board = Board(tmp_path, False, "project", "run", {"seed": 3})
     board.write("train", entry(1) | {"sources": {"a": {"text_loss": 3.5}}})
     board.close()
-    begun, (step, numbers), ended = calls
-    assert begun == {"project": "project", "name": "run", "id": "run", "resume": "allow", "config": {"seed": 3}}
+    started, (step, numbers), ended = calls
+    assert started == {"project": "project", "name": "run", "id": "run", "resume": "allow", "config": {"seed": 3}}
     assert step == 1 and numbers["train/sources/a/text_loss"] == 3.5 and numbers["train/loss"] == entry(1)["loss"]
     assert ended == "finished"
 

@@ -1,14 +1,14 @@
-// Plays an answer while it is being made. An element with data-speech="ADDRESS" that appears in the page is the sign:
-// the address answers with raw 16-bit mono samples, and each portion is put behind the one before.
+// Plays an answer while it is being generated. It starts when an element with data-speech="ADDRESS" appears in the page;
+// the address returns raw 16-bit mono samples, and each chunk is scheduled directly after the previous one.
 (() => {
-  // What Gradio calls is below the page's own address, whatever a proxy has changed of scheme, host, port and path.
+  // Gradio's requests go to addresses below that of the page, also if a proxy changes scheme, host, port or path.
   if (window.gradio_config) window.gradio_config.root = new URL(".", location.href).href.replace(/\/$/, "");
 
-  const LEAD = 0.06; // s between a portion's arrival and its sound, where nothing is playing
+  const LEAD = 0.06; // s between the arrival of a chunk and its playback, if nothing is playing
   const player = {
-    stats: [], // of each answer: pressed, opened, first (s of the page's clock), samples, gaps, gapSeconds, done
+    stats: [], // per answer: pressed, opened, first (s of the page's clock), samples, gaps, gapSeconds, done
     context: null,
-    output: null, // everything that is heard passes here
+    output: null, // all audio passes through this node
     current: null,
   };
   window.mossPlayer = player;
@@ -17,7 +17,7 @@
 
   function speaks(answer) {
     player.current = answer;
-    document.body.classList.toggle("moss-speaking", answer !== null); // the page's Stop shows it
+    document.body.classList.toggle("moss-speaking", answer !== null); // style.css highlights the Stop button
   }
 
   function ended(answer) {
@@ -119,7 +119,7 @@
     }
   }).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ["data-speech"] });
 
-  // A browser lets sound begin only after a press; the one that asks counts.
+  // Browsers allow audio only after a user gesture.
   document.addEventListener("pointerdown", () => { pressed = now(); wake(player.context && player.context.sampleRate); }, true);
   document.addEventListener("keydown", () => { pressed = now(); }, true);
   document.addEventListener("click", (event) => {

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from moss_jax.nn.attention import Past, chunk_mask, masked_attention
 from moss_jax.nn.conv import CausalConv1d, Conv1d, tail_after
-from moss_jax.nn.layers import LayerNorm, Linear, named
+from moss_jax.nn.layers import LayerNorm, Linear, named, over_last_axes
 from moss_jax.speech_decoder.flow.config import FlowConfig
 from moss_jax.speech_decoder.flow.positions import relative_query, sinusoids
 
@@ -45,8 +45,8 @@ class RelativeAttention(nn.Module):
         bias_v = self.param("bias_v", normal, split, jnp.float32)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 0, (1, 2))
         position = self.param("position", named(init, *axes), (size, *split), jnp.float32)
-        position_q = relative_query(q + bias_v, position, positions)
-        y = masked_attention(q + bias_u, k, v, mask, past, position_q, positions)
+        position_q = relative_query(q + over_last_axes(bias_v, q), position, positions)
+        y = masked_attention(q + over_last_axes(bias_u, q), k, v, mask, past, position_q, positions)
         y = Linear(size, ("heads", None, "embed"), in_dims=2, name="o")(y)
         return y, (rearrange(k, "B T N H -> B N T H"), rearrange(v, "B T N H -> B N T H"))
 

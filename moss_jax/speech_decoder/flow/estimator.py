@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
         sizes = ("time", "time_out")
         half = self.config.estimator_inputs // 2
         rates = jnp.exp(-jnp.log(10000.0) / (half - 1) * jnp.arange(half))
-        angle = 1000 * t[:, None] * rates  # times count in thousandths, as in the reference
+        angle = 1000 * t[:, None] * rates[None]  # times count in thousandths, as in the reference
         embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
         embedding = jax.nn.silu(Linear(config.time_size, sizes, name="linear_1")(embedding))
         embedding = mish(Linear(config.time_size, sizes, name="linear_2")(embedding))

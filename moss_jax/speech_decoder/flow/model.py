@@ -40,7 +40,7 @@ class FlowModel(nn.Module):
         that it gets alone (the reference would embed the padding).
         """
         x = self.encoder.embed(self.codes(jnp.maximum(codes, 0)))
-        return jnp.where((jnp.arange(codes.shape[1]) < count[:, None])[..., None], x, 0)
+        return jnp.where((jnp.arange(codes.shape[1])[None] < count[:, None])[..., None], x, 0)
 
     def encode(
         self, x: jax.Array, valid: jax.Array, chunk: int | jax.Array | None = None, **stream: Any

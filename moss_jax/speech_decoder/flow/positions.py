@@ -45,8 +45,8 @@ def relative_query(query: jax.Array, kernel: jax.Array, positions: jax.Array) ->
         [B, T, N, D].
     """
     rows = jnp.einsum("BTNH,DNH->BTND", query, kernel)
-    sine = positions[:, None, 0::2]
-    cosine = positions[:, None, 1::2]
+    sine = positions[None, :, None, 0::2]
+    cosine = positions[None, :, None, 1::2]
     a = rows[..., 0::2]
     b = rows[..., 1::2]
     return jnp.stack([b * sine - a * cosine, a * sine + b * cosine], -1).reshape(rows.shape)

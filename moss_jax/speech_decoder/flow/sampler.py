@@ -128,7 +128,7 @@ def flow(
     model = partial(FlowModel(config).apply, {"params": params})
     rows = codes.shape[1]
     frames = codes.shape[1] * config.frames_per_code
-    valid = jnp.arange(rows) < (count if finalize else count - config.lookahead)[:, None]
+    valid = jnp.arange(rows)[None] < (count if finalize else count - config.lookahead)[:, None]
     chunk = config.chunk if streaming else None
     ahead = jnp.zeros((codes.shape[0], config.lookahead), codes.dtype)
     x = model(jnp.concatenate([codes, ahead], 1), count, method="embed")

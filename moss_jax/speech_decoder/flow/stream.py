@@ -270,10 +270,10 @@ def _compute(
     code_past = []
     frame_past = []
     for cache, filled in caches:
-        positions = cache.chunks[:, None] * config.chunk + jnp.arange(config.chunk)
+        positions = cache.chunks[:, None] * config.chunk + jnp.arange(config.chunk)[None]
         position_k = sinusoids(positions.reshape(-1), size)
         code_past.append(Past(cache.code_k, cache.code_v, filled * config.chunk, (), position_k))
-        positions = cache.chunks[:, None] * config.chunk_frames + jnp.arange(config.chunk_frames)
+        positions = cache.chunks[:, None] * config.chunk_frames + jnp.arange(config.chunk_frames)[None]
         position_k = sinusoids(positions.reshape(-1), size)
         frame_past.append(Past(cache.frame_k, cache.frame_v, filled * config.chunk_frames, (), position_k))
         past.append(Past(cache.k, cache.v, filled * config.chunk_frames))

@@ -21,7 +21,7 @@ import numpy as np
 from einops import rearrange
 
 from moss_jax.nn.conv import Conv1d, conv1d
-from moss_jax.nn.layers import Linear, named
+from moss_jax.nn.layers import Linear, named, over_last_axes
 from moss_jax.nn.tree import param_shapes
 from moss_jax.speech_decoder.vocoder.config import VocoderConfig
 from moss_jax.speech_decoder.vocoder.stft import istft, stft
@@ -117,7 +117,8 @@ def conv_transpose1d(x: jax.Array, kernel: jax.Array, bias: jax.Array, rate: int
     after = rate * (last_q + 1) + padding - width
     kernel = rearrange(jnp.pad(kernel, ((before, after), (0, 0), (0, 0))), "(q r) I O -> q I (r O)", r=rate)
     y = conv1d(x, kernel[::-1], padding=(last_q, -first_q))
-    return rearrange(y, "B T (r O) -> B (T r) O", r=rate) + bias
+    y = rearrange(y, "B T (r O) -> B (T r) O", r=rate)
+    return y + over_last_axes(bias, y)
 
 
 # sin(pi r) = r (c0 + c1 r^2 + ...) for |r| <= 1/2, with an error of at most 4e-9.
@@ -156,13 +157,13 @@ def snake(x: jax.Array, alpha: jax.Array) -> jax.Array:
     The square has period pi. On a CPU a polynomial on half a turn is 25 times as fast as XLA's sine, which would take
     as long as the convolutions.
     """
-    half_turns = x * (alpha / jnp.pi)
+    half_turns = x * over_last_axes(alpha / jnp.pi, x)
     r = half_turns - jnp.round(half_turns)
     u = r * r
     sine = jnp.full_like(u, SINE[-1])
     for coefficient in SINE[-2::-1]:
         sine = sine * u + coefficient
-    return x + jnp.square(r * sine) / (alpha + 1e-9)  # 1e-9 as in the reference
+    return x + jnp.square(r * sine) / over_last_axes(alpha + 1e-9, x)  # 1e-9 as in the reference
 
 
 class HiFT(nn.Module):
@@ -251,7 +252,7 @@ class HiFT(nn.Module):
             (source float32 [B, hop * T], phases uint32 [B, T, harmonics] at the centres of the frames)
         """
         c = self.config
-        steps = f0[..., None] * jnp.arange(1, c.harmonics + 1, dtype=f0.dtype) / c.sample_rate
+        steps = f0[..., None] * jnp.arange(1, c.harmonics + 1, dtype=f0.dtype)[None, None] / c.sample_rate
         steps = _masked(steps % 1 * c.hop, self._mask(lengths, 1, f0.shape[1]))
         steps = jax.lax.stop_gradient(steps)  # turns in a frame [B, T, harmonics]
         phases = jnp.cumsum(_to_fixed(steps), 1, dtype=jnp.uint32)
@@ -262,7 +263,7 @@ class HiFT(nn.Module):
         steps = steps.at[:, 0].set(jnp.where(started[:, None], steps[:, 0], 0))
         before = phases - _to_fixed(steps)
         fraction = (jnp.arange(c.hop, dtype=f0.dtype) + 0.5)[:, None] / c.hop
-        turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * fraction  # [B, T, hop, harmonics]
+        turns = _from_fixed(before)[:, :, None] + steps[:, :, None] * fraction[None, None]  # [B, T, hop, harmonics]
         batch, frames = f0.shape
         turns = rearrange(turns, "B T hop harmonics -> B (T hop) harmonics")
         last = jnp.broadcast_to(_from_fixed(phases[:, -1:]), (batch, c.hop - c.hop // 2, c.harmonics))
@@ -312,7 +313,7 @@ class HiFT(nn.Module):
         """The valid steps of a stage with `rate` steps in a mel frame: float32 [B, size, 1] of 0 and 1, or None."""
         if lengths is None:
             return None
-        return (jnp.arange(size) < rate * lengths[:, None] + extra).astype(jnp.float32)[..., None]
+        return (jnp.arange(size)[None] < rate * lengths[:, None] + extra).astype(jnp.float32)[..., None]
 
 
 def sine_noise(config: VocoderConfig, key: jax.Array, first: jax.Array | int, frames: int) -> jax.Array:

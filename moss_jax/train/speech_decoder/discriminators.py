@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_jax.errors import MossError
-from moss_jax.nn.layers import named
+from moss_jax.nn.layers import named, over_last_axes
 from moss_jax.train.speech_decoder.spectral import stft
 
 Scores = list[tuple[jax.Array, list[jax.Array]]]  # of each discriminator: score [B, ...], features
@@ -55,12 +55,10 @@ class NormConv2d(nn.Module):
         norm = named(lambda *_: jnp.sqrt(jnp.square(nn.unbox(v)).sum((0, 1, 2))), "conv_out")
         g = self.param("g", norm, (self.features,), jnp.float32)
         bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (self.features,), jnp.float32)
-        kernel = v * g / jnp.sqrt(jnp.square(v).sum((0, 1, 2)))
+        kernel = v * over_last_axes(g, v) / jnp.sqrt(jnp.square(v).sum((0, 1, 2), keepdims=True))
         pads = [(width // 2, width // 2) for width in self.width]
-        return (
-            jax.lax.conv_general_dilated(x, kernel, self.stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            + bias
-        )
+        y = jax.lax.conv_general_dilated(x, kernel, self.stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + over_last_axes(bias, y)
 
 
 class PeriodDiscriminator(nn.Module):

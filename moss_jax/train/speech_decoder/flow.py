@@ -98,7 +98,7 @@ def velocity(
     keep = drawn["keep"]
     length = codes.shape[1]
     size = config.frames_per_code
-    valid = jnp.arange(length) < count[:, None]
+    valid = jnp.arange(length)[None] < count[:, None]
     frame_valid = jnp.repeat(valid, size, 1)
     mel = config.normalized(batch["mel"])
     t = drawn["t"][:, None, None]
@@ -110,7 +110,7 @@ def velocity(
     x = model(jnp.concatenate([codes, ahead], 1), count, method="embed").astype(dtype)
     encoded, _ = model(x, valid, drawn["chunk"], method="encode")
     speaker = model(batch["embedding"].astype(dtype), method="speaker_projection")
-    prompt = jnp.where((jnp.arange(length * size) < drawn["prompt"][:, None])[..., None], mel, 0)
+    prompt = jnp.where((jnp.arange(length * size)[None] < drawn["prompt"][:, None])[..., None], mel, 0)
     time = jax.tree.map(lambda x: x.astype(dtype), model(drawn["t"], method="time_embedding"))
     mu, speaker, prompt = (
         jnp.where(keep.reshape(-1, *(1,) * (part.ndim - 1)), part, 0).astype(dtype)

@@ -28,7 +28,7 @@ def stft(wave: jax.Array, fft: int, hop: int, window: int, centred: bool = True)
         wave = jnp.pad(wave, ((0, 0), (fft // 2, fft // 2)), mode="reflect")
     before = (fft - window) // 2  # the window is in the middle of the fft; a shift within the frame changes phases only
     wave = wave[:, before : wave.shape[1] - (fft - window - before)]
-    return jnp.fft.rfft(framed(wave, window, hop) * hann(window).astype(np.float32), fft, axis=-1)
+    return jnp.fft.rfft(framed(wave, window, hop) * hann(window).astype(np.float32)[None, None], fft, axis=-1)
 
 
 def magnitude(wave: jax.Array, fft: int, hop: int, window: int) -> jax.Array:

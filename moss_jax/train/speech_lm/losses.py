@@ -67,7 +67,7 @@ def channel_sums(
         source: int32 [B, T], below `sources`.
     """
     weighted = jnp.where(weights > 0, nll, 0.0) * weights
-    member = source[..., None] == jnp.arange(sources)
+    member = source[..., None] == jnp.arange(sources)[None, None]
     by_source = jnp.einsum("BT,BTS->S", weighted, member.astype(jnp.float32), precision="highest")
     counts = jnp.einsum("BT,BTS->S", weights, member.astype(jnp.float32), precision="highest")
     return weighted.sum(), by_source, counts

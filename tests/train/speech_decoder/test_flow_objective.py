@@ -93,7 +93,7 @@ def test_the_loss_is_the_formula(params, batch):
         mel = ((two["mel"][i] + 5) / 2.5)[: 4 * count]
         z = drawn["noise"][i, : 4 * count]
         t = drawn["t"][i : i + 1]
-        y = (1 - (1 - sigma) * t) * z + t * mel
+        y = (1 - (1 - sigma) * t[:, None]) * z + t[:, None] * mel
         codes = np.pad(two["codes"][i, :count], (0, CONFIG.lookahead))[None]
         prompt = np.where(np.arange(4 * count)[:, None] < drawn["prompt"][i], mel, 0).astype(np.float32)
         v = jax.jit(estimated, static_argnums=5)(codes, y[None], prompt[None], two["embedding"][i : i + 1], t, chunk)

@@ -196,9 +196,9 @@ def test_weights_for_chunk_sizes_and_a_later_start(flow, data, tmp_path):
     two = flow_run(data, tmp_path / "two", model=replace(MODEL, chunks=(5, 25)), steps=1)
     assert loop.train(two, lambda line: None) == loop.DONE
     export_checkpoint(two.folder, tmp_path / "again", say=lambda line: None)
-    room = tmp_path / "again" / "speech_decoder"
-    assert len({path.read_bytes() for path in room.glob("flow*.safetensors")}) == 1
-    assert {path.stem for path in room.glob("*.safetensors")} == {"flow", "flow_chunk_5", "flow_chunk_25"}
+    exported = tmp_path / "again" / "speech_decoder"
+    assert len({path.read_bytes() for path in exported.glob("flow*.safetensors")}) == 1
+    assert {path.stem for path in exported.glob("*.safetensors")} == {"flow", "flow_chunk_5", "flow_chunk_25"}
 
 
 @pytest.mark.long

@@ -289,10 +289,10 @@ def test_rows_over_two_devices_give_the_same_losses(whole, data, tmp_path):
 @pytest.mark.slow
 def test_a_run_can_start_from_a_speech_tokenizer(whole, tmp_path):
     run, _ = whole
-    room = Path(run.folder) / "exports/4"
-    task, parameters = tasks.prepare(replace(run, init=str(room)), make_mesh(devices=jax.devices()[:1]), silent)
+    exported = Path(run.folder) / "exports/4"
+    task, parameters = tasks.prepare(replace(run, init=str(exported)), make_mesh(devices=jax.devices()[:1]), silent)
     state = jax.jit(task.new_state)(parameters)
-    expected = flatten(SpeechTokenizer.load(room / "speech_tokenizer").params)
+    expected = flatten(SpeechTokenizer.load(exported / "speech_tokenizer").params)
     np.testing.assert_array_equal(state.extra["codebook"], expected["codebook"])
     np.testing.assert_array_equal(state.params["encoder/conv1/kernel"], expected["conv1/kernel"])
     assert float(state.extra["count"].min()) > 0  # its codes are alive

@@ -1,8 +1,8 @@
-"""What is checked of every request before it reaches the page: its addresses, its path and its size.
+"""Checks of every request before it reaches the page: host, origin, path and size.
 
-A page of another site that a person opens can send requests to a server on the same machine, and with DNS rebinding it
-can also read the answers. Such requests name the other site in `Origin` or `Host`, so both are compared with the names
-that the demo is served under.
+A page of another site that the user opens can send requests to a server on the same machine, and with DNS rebinding it
+can also read the responses. Such requests name the other site in `Origin` or `Host`, so both are compared with the
+names that the demo is served under.
 """
 
 import ipaddress
@@ -18,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moss_jax.errors import MossError
 
-BODY_BYTES = 2**20  # of a request that is not an upload: a question with all its settings takes some kB
+BODY_BYTES = 2**20  # limit of a request that is not an upload; a question with all settings has a few kB
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
-# What the page and gradio_client ask for. Gradio has more (monitoring, run history, a proxy to other servers, ...).
+# The paths that the page and gradio_client use. Gradio has more (monitoring, run history, a proxy to other servers).
 PATHS = re.compile(
     r"/(?:config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(?:assets|static|svelte)/.*)?"
     r"|/moss/(?:speech|file)/.*"
@@ -32,15 +32,16 @@ UPLOAD = "/gradio_api/upload"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-class Door:
-    """ASGI middleware that refuses what a stranger's page could send, and everything that the demo does not need.
+class RequestFilter:
+    """ASGI middleware that rejects requests of other sites, and all paths that the demo does not need.
 
     Args:
-        host: the address that the server is bound to. Bound to a loopback address it is served as localhost and as
-            loopback addresses; otherwise as any IP address (a name is needed to rebind it) and as this machine's names.
-        allowed: further names that it is served under, such as a proxy's.
-        root_path: the path that a proxy puts before the demo's own, such as /demo; with or without it in the request.
-            Where it is empty, a well-formed X-Forwarded-Prefix is taken.
+        host: the address that the server is bound to. On a loopback address, requests for localhost and loopback
+            addresses are accepted; otherwise those for any IP address (DNS rebinding needs a name) and for the names
+            of this machine.
+        allowed: further accepted names, such as that of a proxy.
+        root_path: the prefix under which a proxy serves the demo, such as /demo; requests may omit it. If it
+            is empty, a well-formed X-Forwarded-Prefix is used.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Iterable[str] = (), root_path: str = ""):
@@ -59,7 +60,7 @@ class Door:
             return
         refused = self._refusal(scope)
         if refused is not None:
-            if scope["type"] == "websocket":  # the demo has none
+            if scope["type"] == "websocket":  # the demo does not use any
                 await send({"type": "websocket.close", "code": 1008})
                 return
             status, line = refused
@@ -71,7 +72,7 @@ class Door:
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """HTTP status and one line, or None for a request that is let through."""
+        """HTTP status and one line of text; None if the request is accepted."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         host = _authority(hosts[0]) if len(hosts) == 1 else None
@@ -80,13 +81,16 @@ class Door:
             return 421, f"this demo is not served {shown}; if it should be, start it with --allow-host NAME"
         for origin in headers.getlist("origin"):
             if not self._may_call(origin, host):
-                return 403, "this demo answers to its own page only; for a proxy's name start it with --allow-host NAME"
+                return (
+                    403,
+                    "this demo accepts its own page only; for the name of a proxy, start it with --allow-host NAME",
+                )
         changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
         elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if changes and elsewhere and "origin" not in headers:
-            return 403, "this demo answers to its own page only"
+            return 403, "this demo accepts requests of its own page only"
         if scope["type"] == "websocket" or not PATHS.fullmatch(self._own_path(scope["path"])):
-            return 404, "there is nothing here"
+            return 404, "not found"
         return None
 
     def _serves(self, name: str) -> bool:
@@ -106,11 +110,11 @@ class Door:
         caller = _authority(parts.netloc)
         if parts.scheme not in ("http", "https") or caller is None:
             return False
-        # A proxy may end TLS, so the scheme says nothing, and both ports may be left out.
+        # A proxy may terminate TLS, so the scheme is not compared. Either port may be omitted.
         return caller[0] in self._allowed or (caller[0] == host[0] and _same_port(caller[1], host[1], parts.scheme))
 
     def _own_path(self, path: str) -> str:
-        """A path without the prefix: some proxies strip it, others do not."""
+        """The path without the root path: some proxies strip it, others do not."""
         if self.root_path and (path + "/").startswith(self.root_path + "/"):
             return path[len(self.root_path) :] or "/"
         return path
@@ -122,7 +126,7 @@ class Door:
         forwarded = headers.get("x-forwarded-prefix", "").rstrip("/")
         if not prefix and PREFIX.fullmatch(forwarded):
             prefix = forwarded
-        # Gradio would make the addresses in its answers from these, whoever sent them.
+        # Gradio would use these for the addresses in its responses, but any client can send them.
         for name in ("x-forwarded-host", "x-forwarded-prefix", "x-gradio-server"):
             del headers[name]
         path = self._own_path(scope["path"])
@@ -132,26 +136,26 @@ class Door:
         return scope
 
 
-def limited(receive: Receive, most: int) -> Receive:
-    """A request's messages; HTTP 413 when its body is longer than `most` bytes."""
+def limited(receive: Receive, max_bytes: int) -> Receive:
+    """The messages of a request; HTTP 413 if its body is longer than `max_bytes`."""
     taken = 0
 
     async def counted() -> Message:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
-        if taken > most:
-            raise HTTPException(413, f"the request is longer than {most} bytes; recordings are sent to {UPLOAD}")
+        if taken > max_bytes:
+            raise HTTPException(413, f"the request is longer than {max_bytes} bytes; send recordings to {UPLOAD}")
         return message
 
     return counted
 
 
 def check_root_path(path: str) -> str:
-    """A path prefix without a slash at its end; empty for none.
+    """A path prefix without its trailing slash; empty for none.
 
     Raises:
-        MossError: it is not a path.
+        MossError: it is not an absolute path of plain characters.
     """
     path = path.rstrip("/")
     if path and not PREFIX.fullmatch(path):
@@ -160,19 +164,19 @@ def check_root_path(path: str) -> str:
 
 
 def check_host_name(name: str) -> str:
-    """A host name or address in the form in which it is compared.
+    """A host name or address in the normal form for comparisons.
 
     Raises:
-        MossError: it has a scheme, a port or a path, or is no name.
+        MossError: it has a scheme, a port or a path, or is not a host name.
     """
     authority = _authority(f"[{name}]" if ":" in name and not name.startswith("[") else name)
     if authority is None or authority[1] is not None:
-        raise MossError(f"--allow-host is {name!r}, expected a host's name alone, such as demo.example.org")
+        raise MossError(f"--allow-host is {name!r}, expected only a host name, such as demo.example.org")
     return authority[0]
 
 
 def _authority(text: str) -> tuple[str, int | None] | None:
-    """(name in lower case, port) of a Host header or an origin's authority; None when it is malformed."""
+    """(lower-case name, port) of a Host header or the authority of an origin; None if it is malformed."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text.strip())
     if match is None:
         return None
@@ -181,8 +185,8 @@ def _authority(text: str) -> tuple[str, int | None] | None:
 
 
 def _same_port(caller: int | None, host: int | None, scheme: str) -> bool:
-    usual = 443 if scheme == "https" else 80
-    return (caller or usual) == (host or usual)
+    default = 443 if scheme == "https" else 80
+    return (caller or default) == (host or default)
 
 
 def _is_loopback(host: str) -> bool:

@@ -10,10 +10,12 @@ from moss_jax.errors import MossError
 
 pytest.importorskip("gradio")
 
-from moss_jax.serve.door import Door, check_host_name, check_root_path
+from moss_jax.serve.request_filter import RequestFilter, check_host_name, check_root_path
 
 
-def ask(door: Door, method: str = "GET", path: str = "/", **headers: str | list[str]) -> tuple[int, str, dict]:
+def ask(
+    request_filter: RequestFilter, method: str = "GET", path: str = "/", **headers: str | list[str]
+) -> tuple[int, str, dict]:
     """Status, body and, where the request is let through, the scope that the page sees."""
     pairs = []
     for name, values in headers.items():
@@ -32,24 +34,24 @@ def ask(door: Door, method: str = "GET", path: str = "/", **headers: str | list[
     async def send(message):
         sent.append(message)
 
-    door.app = app
-    asyncio.run(door(scope, receive, send))
+    request_filter.app = app
+    asyncio.run(request_filter(scope, receive, send))
     if seen:
         return 200, "", seen
     return sent[0]["status"], sent[1]["body"].decode(), {}
 
 
 @pytest.fixture
-def door():
-    return Door(None, "127.0.0.1")
+def request_filter():
+    return RequestFilter(None, "127.0.0.1")
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:7860", "localhost:7860", "LOCALHOST", "[::1]:7860", "127.9.9.9:1", "localhost."]
 )
-def test_a_loopback_server_answers_under_loopback_names(door, host):
-    assert ask(door, host=host)[0] == 200
-    assert ask(door, "POST", "/gradio_api/queue/join", host=host, origin=f"http://{host}")[0] == 200
+def test_a_loopback_server_answers_under_loopback_names(request_filter, host):
+    assert ask(request_filter, host=host)[0] == 200
+    assert ask(request_filter, "POST", "/gradio_api/queue/join", host=host, origin=f"http://{host}")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -68,14 +70,14 @@ def test_a_loopback_server_answers_under_loopback_names(door, host):
         "127.0.0.1, evil.example",
     ],
 )
-def test_a_loopback_server_answers_under_no_other_name(door, host):
-    status, line, _ = ask(door, host=host, origin=f"http://{host}")
+def test_a_loopback_server_answers_under_no_other_name(request_filter, host):
+    status, line, _ = ask(request_filter, host=host, origin=f"http://{host}")
     assert status == 421 and line.count("\n") == 1 and "--allow-host" in line
 
 
-def test_a_request_has_one_host(door):
-    assert ask(door)[0] == 421
-    assert ask(door, host=["127.0.0.1", "evil.example"])[0] == 421
+def test_a_request_has_one_host(request_filter):
+    assert ask(request_filter)[0] == 421
+    assert ask(request_filter, host=["127.0.0.1", "evil.example"])[0] == 421
 
 
 @pytest.mark.parametrize(
@@ -91,30 +93,30 @@ def test_a_request_has_one_host(door):
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_pages_of_other_origins_are_not_answered(door, method, origin):
-    status, line, _ = ask(door, method, "/gradio_api/queue/join", host="127.0.0.1:7860", origin=origin)
+def test_pages_of_other_origins_are_not_answered(request_filter, method, origin):
+    status, line, _ = ask(request_filter, method, "/gradio_api/queue/join", host="127.0.0.1:7860", origin=origin)
     assert status == 403 and line.count("\n") == 1
 
 
-def test_a_post_from_another_site_without_an_origin_is_refused(door):
+def test_a_post_from_another_site_without_an_origin_is_refused(request_filter):
     headers = {"host": "127.0.0.1:7860", "sec_fetch_site": "cross-site"}
-    assert ask(door, "POST", "/gradio_api/queue/join", **headers)[0] == 403
-    assert ask(door, "GET", "/", **headers)[0] == 200  # a link to the demo
+    assert ask(request_filter, "POST", "/gradio_api/queue/join", **headers)[0] == 403
+    assert ask(request_filter, "GET", "/", **headers)[0] == 200  # a link to the demo
 
 
 def test_allowed_names_work_whether_or_not_a_proxy_keeps_the_host():
-    door = Door(None, "127.0.0.1", ["Demo.Example.org"])
+    request_filter = RequestFilter(None, "127.0.0.1", ["Demo.Example.org"])
     join = ("POST", "/gradio_api/queue/join")
-    assert ask(door, *join, host="demo.example.org", origin="https://demo.example.org")[0] == 200
-    assert ask(door, *join, host="127.0.0.1:7860", origin="https://demo.example.org")[0] == 200
-    assert ask(door, *join, host="demo.example.org", origin="https://evil.example")[0] == 403
-    assert ask(door, *join, host="evil.example", origin="https://demo.example.org")[0] == 421
+    assert ask(request_filter, *join, host="demo.example.org", origin="https://demo.example.org")[0] == 200
+    assert ask(request_filter, *join, host="127.0.0.1:7860", origin="https://demo.example.org")[0] == 200
+    assert ask(request_filter, *join, host="demo.example.org", origin="https://evil.example")[0] == 403
+    assert ask(request_filter, *join, host="evil.example", origin="https://demo.example.org")[0] == 421
 
 
 def test_a_server_for_the_network_answers_under_addresses_and_its_own_name_only(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "gpu1")
     monkeypatch.setattr("socket.getfqdn", lambda: "gpu1.lab.example")
-    door = Door(None, "0.0.0.0", ["demo.example.org"])
+    request_filter = RequestFilter(None, "0.0.0.0", ["demo.example.org"])
     for host in (
         "192.168.1.7:7860",
         "[2001:db8::1]:7860",
@@ -123,9 +125,9 @@ def test_a_server_for_the_network_answers_under_addresses_and_its_own_name_only(
         "gpu1.lab.example",
         "demo.example.org",
     ):
-        assert ask(door, host=host, origin=f"http://{host}")[0] == 200
-        assert ask(door, "POST", "/gradio_api/queue/join", host=host, origin="http://evil.example")[0] == 403
-    assert ask(door, host="evil.example", origin="http://evil.example")[0] == 421
+        assert ask(request_filter, host=host, origin=f"http://{host}")[0] == 200
+        assert ask(request_filter, "POST", "/gradio_api/queue/join", host=host, origin="http://evil.example")[0] == 403
+    assert ask(request_filter, host="evil.example", origin="http://evil.example")[0] == 421
 
 
 @pytest.mark.parametrize(
@@ -144,38 +146,38 @@ def test_a_server_for_the_network_answers_under_addresses_and_its_own_name_only(
         "/config/../monitoring",
     ],
 )
-def test_what_the_page_does_not_need_is_closed(door, path):
-    assert ask(door, host="127.0.0.1", path=path)[0] == 404
+def test_what_the_page_does_not_need_is_closed(request_filter, path):
+    assert ask(request_filter, host="127.0.0.1", path=path)[0] == 404
 
 
-def test_a_websocket_is_closed(door):
+def test_a_websocket_is_closed(request_filter):
     sent = []
 
     async def send(message):
         sent.append(message)
 
     scope = {"type": "websocket", "path": "/gradio_api/queue/join", "headers": [(b"host", b"127.0.0.1")]}
-    asyncio.run(door(scope, None, send))
+    asyncio.run(request_filter(scope, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_forwarding_headers_are_not_believed(door):
+def test_forwarding_headers_are_not_believed(request_filter):
     headers = {"x_forwarded_host": "evil.example", "x_gradio_server": "http://evil.example"}
-    seen = ask(door, host="127.0.0.1:7860", **headers)[2]
+    seen = ask(request_filter, host="127.0.0.1:7860", **headers)[2]
     assert seen["headers"] == [(b"host", b"127.0.0.1:7860")]
 
 
 @pytest.mark.parametrize("path", ["/config", "/demo/config"])
 def test_a_root_path_may_be_stripped_by_the_proxy_or_not(path):
-    seen = ask(Door(None, "127.0.0.1", root_path="/demo/"), host="localhost", path=path)[2]
+    seen = ask(RequestFilter(None, "127.0.0.1", root_path="/demo/"), host="localhost", path=path)[2]
     assert (seen["path"], seen["root_path"]) == ("/config", "/demo")
 
 
-def test_a_forwarded_prefix_is_used_where_it_is_a_path_and_none_was_given(door):
-    assert ask(door, host="localhost", x_forwarded_prefix="/a/b/")[2]["root_path"] == "/a/b"
+def test_a_forwarded_prefix_is_used_where_it_is_a_path_and_none_was_given(request_filter):
+    assert ask(request_filter, host="localhost", x_forwarded_prefix="/a/b/")[2]["root_path"] == "/a/b"
     for wrong in ("//evil.example", "http://evil.example", "/a b", '/"><script>', "x", "/../x?y"):
-        assert ask(door, host="localhost", x_forwarded_prefix=wrong)[2]["root_path"] == ""
-    given = Door(None, "127.0.0.1", root_path="/demo")
+        assert ask(request_filter, host="localhost", x_forwarded_prefix=wrong)[2]["root_path"] == ""
+    given = RequestFilter(None, "127.0.0.1", root_path="/demo")
     assert ask(given, host="localhost", x_forwarded_prefix="/other")[2]["root_path"] == "/demo"
 
 
@@ -193,10 +195,10 @@ def test_a_root_path_is_a_path(path):
 
 @given(st.text(st.characters(max_codepoint=255), max_size=40))
 def test_no_host_header_is_a_traceback_and_strange_ones_are_refused(text):
-    status = ask(Door(None, "127.0.0.1"), host=text)[0]
+    status = ask(RequestFilter(None, "127.0.0.1"), host=text)[0]
     assert status == 421 or text.strip().lower().startswith(("localhost", "127.", "[", "::"))
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=40))
 def test_no_origin_header_is_a_traceback(text):
-    assert ask(Door(None, "127.0.0.1"), host="localhost:1", origin=text)[0] == 403
+    assert ask(RequestFilter(None, "127.0.0.1"), host="localhost:1", origin=text)[0] == 403
