@@ -203,9 +203,10 @@ def clock(monkeypatch):
 
 
 def test_all_uploads_together_are_limited_and_old_ones_are_evicted(client, uploads, clock):
-    paths = [send(client, bytes(150_000)).json()[0] for _ in range(2)]
-    clock.seconds += 50
-    paths.append(send(client, bytes(150_000)).json()[0])
+    paths = []
+    for seconds in (0, 1, 49):
+        clock.seconds += seconds
+        paths.append(send(client, bytes(150_000)).json()[0])
     full = send(client, bytes(150_000))
     assert full.status_code == 507 and full.text.count("\n") == 1 and len(left(uploads)) == 3
     clock.seconds += 50
