@@ -19,6 +19,8 @@ OWNER = COMPILED not in os.environ
 if OWNER:
     os.environ[COMPILED] = tempfile.mkdtemp(prefix="moss-jax-compiled-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Broadcasting between arrays of different rank is an error, in child processes too: it hides mistakes in shapes.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 import jax  # noqa: E402, after the flags
 import pytest  # noqa: E402

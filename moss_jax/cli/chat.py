@@ -85,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _range(name: str) -> str:
-    """Allowed values and the default of a sampling setting."""
+    """Allowed values and the default of a sampling setting, which the system may replace."""
     setting = SAMPLING[name]
     limits = f"at least {setting.lowest}" if setting.whole else f"{setting.lowest:g} to {setting.highest:g}"
-    return f"{limits} (default: {setting.default})"
+    return f"{limits} (default: {setting.default} unless the system has its own)"
 
 
 def run(args: argparse.Namespace) -> int:

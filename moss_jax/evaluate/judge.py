@@ -1,4 +1,4 @@
-"""Judges: speech recognizers that transcribe recordings for an evaluation."""
+"""Judges: speech recognisers that transcribe recordings for an evaluation."""
 
 import shlex
 import subprocess
@@ -9,7 +9,7 @@ from moss_jax.audio.wave import load_audio, resample
 from moss_jax.errors import MossError
 
 FILE_PLACEHOLDER = "{wav}"
-JUDGE_SAMPLE_RATE = 16000  # Hz, of the audio that the recognizers receive
+JUDGE_SAMPLE_RATE = 16000  # Hz, of the audio that the recognisers receive
 
 
 class Judge(Protocol):
@@ -57,14 +57,14 @@ class CommandJudge:
 
 
 class TransformersJudge:
-    """A speech recognizer of Hugging Face transformers (Whisper, wav2vec2, ...) in a folder; needs torch.
+    """A speech recogniser of Hugging Face transformers (Whisper, wav2vec2, ...) in a folder; needs torch.
 
     Nothing is downloaded, and no code in the folder is executed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         if not Path(folder).is_dir():
-            raise MossError(f"judge {folder}: no such folder, expected a speech recognizer saved by transformers")
+            raise MossError(f"judge {folder}: no such folder, expected a speech recogniser saved by transformers")
         try:
             from transformers import pipeline
             from transformers.utils import logging

@@ -1,7 +1,7 @@
 """Word error rate of resynthesis: recording -> codes -> audio -> judge, compared with the transcript.
 
-This is not the protocol of the paper's table of speech tokenizers, which trains a recognizer on the codes. Here an
-existing recognizer measures the complete codec, including decoder and voice. Its own error on the original recordings
+This is not the protocol of the paper's table of speech tokenizers, which trains a recogniser on the codes. Here an
+existing recogniser measures the complete codec, including decoder and voice. Its own error on the original recordings
 is measured too: the difference is the loss by the codec.
 """
 
@@ -22,7 +22,7 @@ from moss_jax.speech_decoder.flow.sampler import check_codes
 from moss_jax.speech_decoder.voice import Voice
 from moss_jax.text.words import normalized_words, word_errors
 
-PROTOCOL_NOTE = "Resynthesis: recording -> codes -> audio -> judge. Not a recognizer trained on the codes."
+PROTOCOL_NOTE = "Resynthesis: recording -> codes -> audio -> judge. Not a recogniser trained on the codes."
 WAVE_FOLDER = "waves"
 
 

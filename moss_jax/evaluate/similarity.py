@@ -31,6 +31,7 @@ from moss_jax.evaluate.curves import CENTRES, PLATEAU, SCORES, Curves, Key
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
 from moss_jax.evaluate.similarity_plot import plot_curves, plot_heatmaps
+from moss_jax.nn.layers import over_last_axes
 from moss_jax.progress import Say
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig
 
@@ -61,7 +62,7 @@ def layer_outputs(params: Any, grid: jax.Array, *, config: SpeechLMConfig) -> di
 @jax.jit
 def _sum_rows(outputs: jax.Array, counts: jax.Array) -> jax.Array:
     """Sum over rows 1 .. counts of each sentence: outputs [L, B, T, D], counts [B] -> float32 [L, D]."""
-    rows = jnp.arange(outputs.shape[2])
+    rows = jnp.arange(outputs.shape[2])[None]
     counted = (rows >= 1) & (rows <= counts[:, None])
     return jnp.einsum("LBTD,BT->LD", outputs, counted, preferred_element_type=jnp.float32)
 
@@ -83,7 +84,9 @@ def _compare(
 
     def compare_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         s, t, m = layer
-        c = cosines(s[:, 1:].astype(jnp.float32) - m, t[:, 1:].astype(jnp.float32) - m)
+        c = cosines(
+            s[:, 1:].astype(jnp.float32) - over_last_axes(m, s), t[:, 1:].astype(jnp.float32) - over_last_axes(m, t)
+        )
         match = jax.vmap(best_match)(c, speech_counts, text_counts)
         path = jax.vmap(best_path)(c, speech_counts, text_counts)
         return {"match": match, "path": path}, c

@@ -340,4 +340,4 @@ def test_worker_processes_do_not_start_an_accelerator(mixture, tmp_path):
 
 def test_the_bench_runs():
     row = next(bench.run(Options(size="tiny", repeats=1)))
-    assert re.search(r"^[\d,]+ packed tokens a second, [\d,]+ a second of one core$", row.note) and len(row.ours) == 1
+    assert re.search(r"^[\d,]+ packed tokens per second, [\d,]+ per second and core$", row.note) and len(row.ours) == 1

@@ -288,7 +288,7 @@ def test_the_verb(folder, stories, tmp_path, capsys):
         assert "--model FOLDER" in capsys.readouterr().out
 
 
-def test_a_recognizer_of_transformers(tmp_path):
+def test_a_recogniser_of_transformers(tmp_path):
     """A wav2vec2 with random weights, saved and opened as a real one is."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

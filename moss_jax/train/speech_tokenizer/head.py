@@ -106,7 +106,7 @@ class Head(nn.Module):
     def decode(self, units: jax.Array, memory: jax.Array, valid: jax.Array) -> jax.Array:
         """Units so far [B, N], the encoder's output [B, T, D] -> logits of the next unit at each position [B, N, V]."""
         length = units.shape[1]
-        x = self.embed(units) + self.positions[:length]
+        x = self.embed(units) + self.positions[None, :length]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
         x, _ = self.decoder_layers(x, causal, memory, valid[:, None])
         return self.decoder_norm(x) @ self.embed(jnp.arange(self.units)).T

@@ -80,10 +80,10 @@ class Recogniser:
         encoder = tree["encoder"] | {"codebook": codebook}
         apply_encoder: Callable[..., Any] = Encoder(config).apply
         vectors, codes = apply_encoder({"params": encoder}, frames, method="vectors")
-        valid = (jnp.arange(codes.shape[1]) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
+        valid = (jnp.arange(codes.shape[1])[None] < lengths[:, None]) & (batch["weight"] > 0)[:, None]
         chosen = (unit(codebook) if config.normalize_codes else codebook)[codes]
         quantized = straight_through(vectors, chosen)
-        with_positions = quantized + encoder["code_positions"][: codes.shape[1]]
+        with_positions = quantized + encoder["code_positions"][None, : codes.shape[1]]
         memory = self._head(tree, "memory", with_positions, valid)
         with jax.named_scope("recognise"):
             asr = (
@@ -121,8 +121,8 @@ class Recogniser:
         logits = self._head(tree, "ctc_logits", memory)
         labels = batch["labels"]
         count = batch["label_count"]
-        position = jnp.arange(labels.shape[1])
-        repeated = (labels[:, 1:] == labels[:, :-1]) & (position[1:] < count[:, None])
+        position = jnp.arange(labels.shape[1])[None]
+        repeated = (labels[:, 1:] == labels[:, :-1]) & (position[:, 1:] < count[:, None])
         # A clip with more units (and blanks between repeated ones) than codes has no alignment: its loss is infinite.
         fits = (count + repeated.sum(1) <= valid.sum(1)) & (batch["weight"] > 0)
         padding = (position >= count[:, None]).astype(jnp.float32)
@@ -137,7 +137,7 @@ class Recogniser:
         count = batch["label_count"]
         first = len(self.begin) - 1
         inputs = jnp.concatenate([jnp.broadcast_to(jnp.array(self.begin), (len(labels), first + 1)), labels], 1)
-        position = jnp.arange(labels.shape[1] + 1)
+        position = jnp.arange(labels.shape[1] + 1)[None]
         targets = jnp.where(position < count[:, None], jnp.pad(labels, ((0, 0), (0, 1))), self.end)
         logits = self._head(tree, "decode", inputs, memory, valid)[:, first:]
         weights = (position <= count[:, None]) * batch["weight"][:, None]
