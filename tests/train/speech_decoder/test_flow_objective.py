@@ -128,7 +128,7 @@ def test_the_forward_pass_of_training_equals_a_stream(params, batch):
 
 
 def test_chunks_of_each_item():
-    valid = jnp.arange(11) < jnp.array([[11], [9], [11]])
+    valid = jnp.arange(11)[None] < jnp.array([[11], [9], [11]])
     each = attention.chunk_mask(11, valid, jnp.array([3, 4, 11]))
     np.testing.assert_array_equal(each[0], attention.chunk_mask(11, valid[:1], 3)[0])
     np.testing.assert_array_equal(each[1], attention.chunk_mask(11, valid[1:2], 4)[0])
@@ -156,7 +156,7 @@ def test_the_start_is_centred_and_steps_teach(batch):
     (first, grads) = gradient(params)
     (before, raw_grads) = gradient(raw)
     valid = (np.arange(4 * CODES) < 4 * far["count"][:, None])[..., None]
-    spread = np.square(far["mel"] - drawn["noise"] - mean)[np.broadcast_to(valid, far["mel"].shape)].mean()
+    spread = np.square(far["mel"] - drawn["noise"] - mean[None, None])[np.broadcast_to(valid, far["mel"].shape)].mean()
     np.testing.assert_allclose(first, spread, rtol=1e-4)
     assert before > 3 * first
     assert optax.tree.norm(raw_grads) > 3 * optax.tree.norm(grads)
