@@ -226,5 +226,5 @@ def test_sizes_that_do_not_fit_are_refused(flow, data, tmp_path):
         loop.train(flow_run(data, tmp_path / "run", init=flow.folder, model=larger))
     with pytest.raises(MossError, match="nowhere: no such folder"):
         loop.train(flow_run(data, tmp_path / "run", system=str(tmp_path / "nowhere")))
-    with pytest.raises(MossError, match="neither init, model nor system"):
+    with pytest.raises(MossError, match="expected one of init, model and system"):
         flow_run(data, tmp_path / "run", model=None)
