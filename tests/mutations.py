@@ -309,7 +309,7 @@ def main() -> int:
 
 
 def _check(mutations: Sequence[Mutation], folder: Path) -> int:
-    for name in ("moss_jax", "tests"):
+    for name in ("moss_jax", "dev", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     tests = sorted({test for mutation in mutations for test in mutation.tests})
