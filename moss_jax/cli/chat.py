@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # for annotations only: importing jax takes a second, and --h
     import numpy as np
 
     from moss_jax.dialogue.questions import Question
-    from moss_jax.dialogue.system import Reply, System
+    from moss_jax.dialogue.reply import Reply
+    from moss_jax.dialogue.system import System
     from moss_jax.dialogue.turns import Turn
 
 
@@ -213,7 +214,7 @@ def _write_text(text: str, out: str | None) -> None:
     if out is None or out == "-":
         print(text)
         return
-    from moss_jax.checkpoint import write_text
+    from moss_jax.files import write_text
 
     write_text(out, text + "\n")
 

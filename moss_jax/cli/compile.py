@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moss_jax.checkpoint import write_text
     from moss_jax.compile import CompileRequest, compile_function
+    from moss_jax.files import write_text
 
     request = CompileRequest(
         args.function,

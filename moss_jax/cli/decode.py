@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moss_jax.audio.wave import WRITABLE, save_audio
-    from moss_jax.checkpoint import atomic_folder
     from moss_jax.dialogue.system import System
+    from moss_jax.files import atomic_folder
     from moss_jax.speech_decoder.codes import read_codes
     from moss_jax.speech_decoder.flow.sampler import check_codes
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moss_jax.audio import read_audio, resample
-    from moss_jax.checkpoint import atomic_file
+    from moss_jax.files import atomic_file
     from moss_jax.speech_tokenizer.encode import SpeechTokenizer
 
     if bool(args.audio) == bool(args.manifests):

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.stream import MemoryTensors, TensorSource
 from moss_jax.documents import short
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_file
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 MIN_INPUTS = {"Identity": 1, "Conv": 2, "Gemm": 2, "BatchNormalization": 5}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.onnx_speaker import BN_INPUTS, EPSILON, import_onnx
 from moss_jax.convert.stream import TensorSource
+from moss_jax.files import atomic_file
 from moss_jax.speech_decoder.speaker import SpeakerConfig
 
 OPSET = 17

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moss_jax.arguments import check_seed
-from moss_jax.checkpoint import TensorWriter, atomic_folder
+from moss_jax.checkpoint import TensorWriter
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT
@@ -24,6 +24,7 @@ from moss_jax.convert.tables import speech_tokenizer as tokenizer_table
 from moss_jax.convert.tables import vocoder as vocoder_table
 from moss_jax.convert.text_tokenizer import write_text_tokenizer
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_folder
 from moss_jax.progress import Say
 from moss_jax.speech_decoder import config as decoder_config
 from moss_jax.speech_decoder import speaker as speaker_config

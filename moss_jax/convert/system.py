@@ -7,13 +7,13 @@ carried/ (what an export restores). All functions write the output completely or
 from pathlib import Path
 from typing import Any
 
-from moss_jax.checkpoint import atomic_folder
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.components import check_codes
 from moss_jax.convert.codec import NOTES_FILE, export_codec, import_codec
 from moss_jax.convert.files import carry_files, copy_file, require_folder, write_json
 from moss_jax.convert.language_model import export_language_model, import_language_model, language_config
 from moss_jax.convert.qwen3 import RELEASED_CODES, export_qwen3, import_qwen3
+from moss_jax.files import atomic_folder
 from moss_jax.progress import Say
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER
 

@@ -8,11 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moss_jax.checkpoint import atomic_file
 from moss_jax.convert.stream import MemoryTensors, TensorSource
 from moss_jax.documents import short, shown
 from moss_jax.errors import MossError
-from moss_jax.files import is_file
+from moss_jax.files import atomic_file, is_file
 
 # Dtypes that a checkpoint of a released model may have; float8 and quantized ones are not among them.
 PLAIN_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.audio import MAX_BYTES, Recording, check_speech, read_audio
-from moss_jax.checkpoint import write_text
 from moss_jax.data.manifest import Document, Manifest, TarMember, bad_lines, tar_members
 from moss_jax.data.store import SOURCE_FILE
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.files import output_lock
+from moss_jax.files import output_lock, write_text
 from moss_jax.progress import Say, duration
 
 SETTINGS_FILE = "settings.json"

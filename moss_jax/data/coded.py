@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.audio import MAX_BYTES, read_audio, resample
-from moss_jax.checkpoint import write_text
 from moss_jax.documents import code_list, located, parse_object, read_lines, read_text, shown
 from moss_jax.errors import MossError
-from moss_jax.files import folder_lock, is_file
+from moss_jax.files import folder_lock, is_file, write_text
 from moss_jax.progress import Say, silent
 
 CODES_FILE = "codes.jsonl"

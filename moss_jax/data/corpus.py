@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_jax.audio import load_audio, save_audio
-from moss_jax.checkpoint import atomic_folder
 from moss_jax.data.espeak import speak
 from moss_jax.errors import MossError
-from moss_jax.files import output_lock
+from moss_jax.files import atomic_folder, output_lock
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
 QUESTION_VOICES = ("en-us", "en", "en-us+f2", "en-us+m3")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moss_jax.audio import MAX_BYTES, from_pcm16, resample, to_pcm16
-from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.data.build import DatasetBuild, ReadSound, folder_digests
@@ -29,6 +28,7 @@ from moss_jax.data.store import SOURCE_FILE
 from moss_jax.dialogue.voice import log_mel
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_folder, write_text
 from moss_jax.progress import Say, silent
 from moss_jax.speech_decoder.component import SPEECH_DECODER
 from moss_jax.speech_decoder.config import SpeechDecoderConfig

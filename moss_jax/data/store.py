@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.data.formats import Example
 from moss_jax.documents import read_json, shown
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_folder, write_text
 from moss_jax.speech_lm import SpeechLMConfig
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moss_jax.audio import MAX_BYTES, Recording, resample
-from moss_jax.checkpoint import atomic_file, write_text
 from moss_jax.checkpoint.system_folder import SystemFolder
 from moss_jax.components import check_codes
 from moss_jax.data.build import DatasetBuild, ReadSound, file_digest, folder_digests
@@ -26,6 +25,7 @@ from moss_jax.data.manifest import Document, Manifest, TarMember, Word
 from moss_jax.data.store import Shard, seal, shard_name, vocabulary, write_shard
 from moss_jax.documents import parse_json, read_json
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_file, write_text
 from moss_jax.progress import Say, silent
 from moss_jax.speech_lm.component import SPEECH_LM
 from moss_jax.speech_tokenizer.component import SPEECH_TOKENIZER

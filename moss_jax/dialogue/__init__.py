@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moss_jax.dialogue.conversation import Conversation, LanguageModel
-    from moss_jax.dialogue.system import Reply, ReplyStream, System, load
+    from moss_jax.dialogue.reply import Reply, ReplyStream
+    from moss_jax.dialogue.system import System, load
     from moss_jax.dialogue.turns import Turn
 
 # Imported on first use: turns and questions alone must not load the models.
 _MODULES = {
     "Conversation": "conversation",
     "LanguageModel": "conversation",
-    "Reply": "system",
-    "ReplyStream": "system",
+    "Reply": "reply",
+    "ReplyStream": "reply",
     "System": "system",
     "Turn": "turns",
     "load": "system",

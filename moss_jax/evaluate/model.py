@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from moss_jax.audio.wave import load_audio
-from moss_jax.checkpoint import atomic_folder
 from moss_jax.checkpoint.old_names import old_path
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import write_json
@@ -19,6 +18,7 @@ from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.scoring import Scorer
+from moss_jax.files import atomic_folder
 from moss_jax.nn.fingerprint import fingerprint
 from moss_jax.nn.tree import flatten
 from moss_jax.progress import Say

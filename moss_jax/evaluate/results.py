@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moss_jax.checkpoint import write_text
 from moss_jax.documents import parse_json
 from moss_jax.errors import MossError
+from moss_jax.files import write_text
 
 RESULTS_FORMAT = "moss-jax-eval-1"
 RESULTS_FILE = "results.jsonl"

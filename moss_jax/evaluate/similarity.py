@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.checkpoint import atomic_folder
 from moss_jax.dialogue.grid import speech_rows, text_rows
 from moss_jax.errors import MossError
 from moss_jax.evaluate.alignment import best_match, best_path, cosines
@@ -31,6 +30,7 @@ from moss_jax.evaluate.curves import CENTRES, PLATEAU, SCORES, Curves, Key
 from moss_jax.evaluate.items import Sentence, read_sentences
 from moss_jax.evaluate.scoring import Scorer, padded_length
 from moss_jax.evaluate.similarity_plot import plot_curves, plot_heatmaps
+from moss_jax.files import atomic_folder
 from moss_jax.nn.layers import over_last_axes
 from moss_jax.progress import Say
 from moss_jax.speech_lm import LayerSplitModel, SpeechLMConfig

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_jax.checkpoint import write_text
 from moss_jax.checkpoint.config_io import read_config
 from moss_jax.documents import read_json
 from moss_jax.errors import MossError
-from moss_jax.files import folder_lock
+from moss_jax.files import folder_lock, write_text
 from moss_jax.progress import Say, duration
 from moss_jax.recipes.background import BackgroundRunner, BackgroundStep, StartProcess
 

@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moss_jax.dialogue.system import Piece, System
+from moss_jax.dialogue.reply import Piece
+from moss_jax.dialogue.system import System
 from moss_jax.errors import MossError
 from moss_jax.serve import cards
 from moss_jax.serve.feed import SpeechFeed

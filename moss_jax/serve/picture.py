@@ -8,7 +8,7 @@ import numpy as np
 
 from moss_jax.audio.features import MEL_24K, mel_24k
 from moss_jax.audio.wave import resample
-from moss_jax.checkpoint import atomic_file
+from moss_jax.files import atomic_file
 
 COLOURS = {"user": ("#2563eb", "Blues"), "assistant": ("#0d9488", "BuGn")}  # waveform, spectrogram
 COLUMNS = 900  # of the waveform: about the width in pixels

@@ -17,7 +17,8 @@ from moss_jax.audio import Recording, check_speech, load_audio, read_audio, save
 from moss_jax.audio.features import MEL_24K
 from moss_jax.audio.source import RAISE_LIMIT
 from moss_jax.dialogue.conversation import Conversation
-from moss_jax.dialogue.system import Piece, Reply, ReplyStream, System
+from moss_jax.dialogue.reply import Piece, Reply, ReplyStream
+from moss_jax.dialogue.system import System
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.generate.settings import RANDOM_SETTINGS

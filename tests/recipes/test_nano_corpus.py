@@ -15,7 +15,7 @@ from moss_jax.data.corpus import write_manifest
 from moss_jax.data.espeak import speak
 from moss_jax.data.manifest import Manifest
 from moss_jax.errors import MossError
-from moss_jax.recipes.nano import corpus, domain
+from moss_jax.recipes.nano import corpus, domain, recordings
 from moss_jax.recipes.nano.domain import PHRASINGS, RESERVED_PHRASING, RESERVED_VOICES, SOCIAL, VOICES
 from moss_jax.recipes.nano.items import ITEMS_FOLDER, SETS, make_items, read_items, synthesize_items
 from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
@@ -173,7 +173,7 @@ def test_an_interrupted_corpus_is_resumed(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return speak(text, *speaker)
 
-    monkeypatch.setattr(corpus, "speak", speak_until)
+    monkeypatch.setattr(recordings, "speak", speak_until)
     plan = corpus.plan_corpus(scale=0.001)
     assert 10 < len(plan.answers) < 80
     folder = tmp_path / "corpus"
@@ -222,7 +222,7 @@ def test_a_recording_has_its_level_noise_and_pauses():
     rate = 16000
     time = np.arange(16000) / 16000
     tone = (0.1 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
-    conditions = corpus.RecordingConditions(level=-20, signal_to_noise=30, before=0.1, after=0.25)
+    conditions = recordings.RecordingConditions(level=-20, signal_to_noise=30, before=0.1, after=0.25)
     wave = conditions.record(tone, rate, seed=1)
     assert wave.dtype == np.float32 and len(wave) == 16000 + 1600 + 4000
     noise = wave - np.pad(0.1 * tone, (1600, 4000))
@@ -230,7 +230,7 @@ def test_a_recording_has_its_level_noise_and_pauses():
         assert 20 * np.log10(part.std() / (0.1 * tone).std()) == pytest.approx(-30, abs=2)
     np.testing.assert_array_equal(wave, conditions.record(tone, rate, seed=1))
     assert (
-        np.abs(corpus.RecordingConditions(40, 50).record(tone, rate, seed=1)).max() == 1
+        np.abs(recordings.RecordingConditions(40, 50).record(tone, rate, seed=1)).max() == 1
     )  # clipped, as a recording is
     conditions_of_questions = [PLAN.utterances[dialogue.utterance].conditions for dialogue in PLAN.one_turn]
     assert (

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.checkpoint import write_text
 from moss_jax.errors import MossError
+from moss_jax.files import write_text
 from moss_jax.recipes.background import background_process
 from moss_jax.recipes.recipe import RECIPE_FILE, RecipeStep, run_recipe
 

@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_jax.checkpoint import write_text
 from moss_jax.compile_cache import enable_compile_cache
 from moss_jax.dialogue.grid import text_rows
 from moss_jax.errors import MossError
 from moss_jax.evaluate.scoring import padded_length
+from moss_jax.files import write_text
 from moss_jax.progress import Say
 from moss_jax.recipes.background import background_process
 from moss_jax.recipes.nano.items import read_items

@@ -20,7 +20,6 @@ import os
 import random
 import re
 import threading
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -28,15 +27,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moss_jax.audio.wave import resample, save_audio
-from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
-from moss_jax.data.espeak import speak
 from moss_jax.documents import parse_object, read_json, read_lines
 from moss_jax.errors import MossError
-from moss_jax.files import output_lock
+from moss_jax.files import output_lock, write_text
 from moss_jax.recipes.nano import domain
 from moss_jax.recipes.nano.domain import (
     ANSWER_SPEAKER,
@@ -48,11 +42,10 @@ from moss_jax.recipes.nano.domain import (
     Fact,
     FollowUp,
 )
+from moss_jax.recipes.nano.recordings import ManifestLine, RecordingConditions, Utterance, synthesize
 from moss_jax.text.byte_level import byte_level, learn_merges
 from moss_jax.text.chat_template import DEFAULT_SYSTEM_PROMPT
 
-# Hz. Questions are input of the speech tokenizer only, answers are output of the decoder too.
-SAMPLE_RATES = {"question": 16000, "answer": 24000}
 CHUNK_LINES_FILE = "said.jsonl"  # manifest lines of a finished chunk, until the corpus is complete
 UTTERANCES_PER_CHUNK = 100  # synthesised together; an interrupted chunk is made again
 # Spoken questions of each kind, at scale 1.
@@ -112,52 +105,6 @@ TEXT_IDS = {
     "sosp_id": 771,
     "modality_pad_id": 792,
 }
-ManifestLine = dict[str, Any]  # audio, text, words
-
-
-@dataclass(frozen=True)
-class RecordingConditions:
-    """Level, noise and pauses of a recording.
-
-    Attributes:
-        level: gain in dB.
-        signal_to_noise: ratio in dB.
-        before, after: seconds of pause.
-    """
-
-    level: float
-    signal_to_noise: float
-    before: float = 0.0
-    after: float = 0.0
-
-    def record(self, wave: np.ndarray, rate: int, seed: int) -> np.ndarray:
-        """A wave float32 [samples] under these conditions; the seed determines the noise and its colour."""
-        draw = np.random.default_rng(seed)
-        pauses = round(self.before * rate), round(self.after * rate)
-        samples = len(wave) + sum(pauses)
-        low_pass = draw.uniform(0, 0.95) ** np.arange(64)  # impulse response of a one-pole low-pass filter
-        noise = np.convolve(draw.standard_normal(samples), low_pass)[:samples]
-        speech_level = np.sqrt(np.mean(np.square(wave)))
-        noise *= speech_level * 10 ** (-self.signal_to_noise / 20) / np.std(noise)
-        return np.clip((np.pad(wave, pauses) + noise) * 10 ** (self.level / 20), -1, 1).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A text with everything that determines its recording.
-
-    Attributes:
-        use: a key of SAMPLE_RATES.
-        speed: of playback; above 1 the recording is shorter and higher.
-    """
-
-    text: str
-    voice: str
-    words_per_minute: int
-    pitch: int
-    use: str
-    speed: float = 1.0
-    conditions: RecordingConditions | None = None
 
 
 @dataclass(frozen=True)
@@ -472,23 +419,6 @@ def _synthesize_chunk(part: Path, folder: Path, utterances: Sequence[Utterance])
     name = folder.relative_to(part).as_posix()
     lines = [synthesize(part, f"{name}/{i:02d}.wav", utterance) for i, utterance in enumerate(utterances)]
     write_text(folder / CHUNK_LINES_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def synthesize(folder: Path, path: str, utterance: Utterance) -> ManifestLine:
-    """Writes the recording FOLDER/PATH and returns its manifest line."""
-    wave, rate, words = speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
-    target_rate = SAMPLE_RATES[utterance.use]
-    # Rounded to 50 Hz: the resampling filter is shorter for rates with a large common divisor.
-    played_rate = round(rate * utterance.speed / 50) * 50
-    speed = played_rate / rate
-    conditions = utterance.conditions
-    wave = resample(wave, played_rate, target_rate)
-    if conditions is not None:
-        wave = conditions.record(wave, target_rate, zlib.crc32(utterance.text.encode()))
-    save_audio(folder / path, wave, target_rate)
-    before = 0.0 if conditions is None else conditions.before
-    times = [[word, round(before + start / speed, 3), round(before + end / speed, 3)] for word, start, end in words]
-    return {"audio": path, "text": utterance.text, "words": times}
 
 
 def _write_manifests(part: Path, plan: CorpusPlan, lines: Sequence[ManifestLine], draw: random.Random) -> None:

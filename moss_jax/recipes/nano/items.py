@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moss_jax.checkpoint import write_text
 from moss_jax.data.corpus import write_manifest
 from moss_jax.documents import parse_object, read_lines
 from moss_jax.errors import MossError
+from moss_jax.files import write_text
 from moss_jax.recipes.nano import domain
-from moss_jax.recipes.nano.corpus import Utterance, synthesize
 from moss_jax.recipes.nano.domain import ANSWER_SPEAKER, RESERVED_VOICES, SOCIAL, VOICES, DomainQuestion
+from moss_jax.recipes.nano.recordings import Utterance, synthesize
 
 ITEMS_FOLDER = Path(__file__).with_name("items")
 SETS = {

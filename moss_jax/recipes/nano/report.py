@@ -20,17 +20,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moss_jax.audio.wave import load_audio, resample, save_audio
-from moss_jax.checkpoint import atomic_folder, open_tensors
-from moss_jax.dialogue.system import Reply
+from moss_jax.checkpoint import open_tensors
+from moss_jax.dialogue.reply import Reply
 from moss_jax.dialogue.turns import Turn
 from moss_jax.errors import MossError
 from moss_jax.evaluate.items import ContentPart
 from moss_jax.evaluate.model import EvaluatedModel
 from moss_jax.evaluate.results import Results, accuracy_row, file_hash, markdown_table, write_table
+from moss_jax.files import atomic_folder
 from moss_jax.progress import Say, silent
-from moss_jax.recipes.nano.corpus import MODALITIES, RecordingConditions
+from moss_jax.recipes.nano.corpus import MODALITIES
 from moss_jax.recipes.nano.items import ITEMS_FOLDER, SETS, Item, read_items, synthesize_items
 from moss_jax.recipes.nano.judge import NanoJudge
+from moss_jax.recipes.nano.recordings import RecordingConditions
 from moss_jax.text.words import normalized_words
 
 T = TypeVar("T")

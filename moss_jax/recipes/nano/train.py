@@ -21,13 +21,13 @@ from pathlib import Path
 
 import jax
 
-from moss_jax.checkpoint import atomic_folder, write_text
 from moss_jax.checkpoint.config_io import write_config
 from moss_jax.checkpoint.system_folder import SYSTEM_FILE, SYSTEM_FORMAT, SystemFolder
 from moss_jax.convert.files import copy_file, write_json
 from moss_jax.convert.qwen3 import export_qwen3
 from moss_jax.documents import read_lines
 from moss_jax.errors import MossError
+from moss_jax.files import atomic_folder, write_text
 from moss_jax.progress import Progress, Say
 from moss_jax.recipes.background import StartProcess, background_process
 from moss_jax.recipes.nano.sizes import LANGUAGE_MODEL
